@@ -1,0 +1,281 @@
+"""The alignment task: any loss of rdo/losses.py, over labelled pairs or ranked candidates, with coefficients.
+
+A loss asks for its inputs by parameter name (see `inputs_of`), and its keyword-only parameters are its settings in
+conf/loss/NAME.yaml. So a new loss is one function, one YAML file and one golden test.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rdo import losses
+from rdo.data.encoding import EncodedRecord
+from rdo.errors import UserError
+from rdo.forest import LayoutName, make_layout
+from rdo.models import read_log_probabilities
+from rdo.readout import Span
+from rdo.training import Counts, Measures
+
+# What a loss may ask for, one value for each pair; the last three one for each of a pair's two responses.
+INPUTS = {
+    "policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected", "chosen_length", "rejected_length",
+    "row_length", "log_ratio", "desirable", "kl",
+}  # fmt: skip
+REFERENCE_INPUTS = {"reference_chosen", "reference_rejected", "log_ratio"}
+
+
+@dataclass(frozen=True)
+class LossChoice:
+    """A loss of conf/loss: the function, its settings, and how its values are averaged.
+
+    pairs: `preferences` (the labelled pairs) or `ranking` (every strictly ordered pair of the ranked responses).
+    ranking: what ranks them: reward, diff (mean f against the others), diff_baseline (f against the first response),
+    scores (the data set's own), or labels.
+    mean_over: pairs, samples (both members of each pair) or queries.
+    sft_weight: times the cross-entropy of the best response, a mean over queries.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    settings: dict[str, Any]
+    pairs: str = "preferences"
+    ranking: str = "labels"
+    mean_over: str = "pairs"
+    sft_weight: float = 0.0
+    sft_reduction: str = "mean"
+
+    @property
+    def inputs(self) -> set[str]:
+        return inputs_of(self.function)
+
+    @property
+    def needs_reference(self) -> bool:
+        return bool(self.inputs & REFERENCE_INPUTS)
+
+    @property
+    def needs_kl(self) -> bool:
+        return "kl" in self.inputs
+
+
+CHOICES = {
+    "pairs": ("preferences", "ranking"),
+    "ranking": ("reward", "diff", "diff_baseline", "scores", "labels"),
+    "mean_over": ("pairs", "samples", "queries"),
+    "sft_reduction": ("mean", "sum"),
+}
+
+
+def inputs_of(function: Callable[..., Tensor]) -> set[str]:
+    """Names of the tensors that a loss reads: its parameters that are not keyword-only."""
+    return {p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY}
+
+
+def choose_loss(config: Mapping[str, Any]) -> LossChoice:
+    """Checks the group `loss` against the function that it names; UserError names the key and what is allowed."""
+    general = {"pairs", "ranking", "mean_over", "sft_weight", "sft_reduction"}
+    name = str(config.get("name"))
+    function = getattr(losses, name, None)
+    if function is None or not inputs_of(function) <= INPUTS:
+        raise UserError(f"loss.name={name}: there is no such alignment loss in rdo/losses.py")
+    parameters = {
+        p.name: p for p in inspect.signature(function).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    settings = {key: value for key, value in config.items() if key not in general | {"name"}}
+    for key, value in settings.items():
+        if key not in parameters:
+            known = ", ".join(sorted(general | set(parameters)))
+            raise UserError(f"loss.{key}: loss={name} has no such setting; it has {known}")
+        check_setting(f"loss.{key}", value, parameters[key].annotation)
+    missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in settings]
+    if missing:
+        raise UserError(f"loss.{missing[0]}: loss={name} needs a value for it")
+    for key, allowed in CHOICES.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise UserError(f"loss.{key}={config[key]}: must be one of {', '.join(allowed)}")
+    check_setting("loss.sft_weight", config.get("sft_weight", 0.0), "float")
+    return LossChoice(name, function, settings, **{key: config[key] for key in general if key in config})
+
+
+def check_setting(key: str, value: Any, annotation: Any) -> None:
+    """A loss's setting must be of its parameter's type."""
+    kinds: dict[str, tuple[type, ...]] = {"float": (int, float), "int": (int,), "bool": (bool,), "str": (str,)}
+    wanted = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "float")
+    allowed = kinds.get(wanted, (int, float, str, bool))
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        raise UserError(f"loss.{key.removeprefix('loss.')}={value!r}: must be of type {wanted}")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two responses of a record, and the weight of their loss."""
+
+    chosen: int
+    rejected: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class AlignmentRecord:
+    """What training needs to know of a record.
+
+    reference: log-probability of each response under the reference (NaN where the loss reads none).
+    best: the response that the cross-entropy term imitates, or None where the loss has no such term.
+    mismatched: the responses of another record for this query, and their reference log-probabilities: KTO's KL.
+    """
+
+    encoded: EncodedRecord
+    pairs: tuple[Pair, ...]
+    reference: tuple[float, ...]
+    best: int | None = None
+    mismatched: tuple[tuple[tuple[int, ...], float], ...] = ()
+
+    @property
+    def record_id(self) -> str:
+        return self.encoded.id
+
+    @property
+    def row_length(self) -> int:
+        """Tokens that a model predicts on the record's longest row: all but the first."""
+        return len(self.encoded.prompt) + max(map(len, self.encoded.responses)) - 1
+
+    @property
+    def responses(self) -> list[int]:
+        """The responses that the loss reads, in order."""
+        used = {r for pair in self.pairs for r in (pair.chosen, pair.rejected)}
+        return sorted(used | ({self.best} if self.best is not None else set()))
+
+    @property
+    def sequences(self) -> list[tuple[int, ...]]:
+        return [(*self.encoded.prompt, *self.encoded.responses[r]) for r in self.responses]
+
+
+class AlignmentTask:
+    """Trains a policy on alignment records; see training.Task."""
+
+    def __init__(self, records: Sequence[AlignmentRecord], loss: LossChoice):
+        self.records = sorted(records, key=lambda record: record.record_id)
+        self.record_ids = [record.record_id for record in self.records]
+        self.loss = loss
+
+    def item(self, index: int, epoch: int) -> AlignmentRecord:
+        return self.records[index]
+
+    def counts(self, items: Sequence[AlignmentRecord]) -> Counts:
+        pairs = sum(len(item.pairs) for item in items)
+        return {"pairs": max(1, pairs), "samples": max(1, 2 * pairs), "queries": len(items)}
+
+    def prepare(
+        self, model: PreTrainedModel, layout: LayoutName, batches: Sequence[Sequence[AlignmentRecord]]
+    ) -> dict[str, Any]:
+        """KTO's z0: max(0, mean log-ratio of the mismatched responses) over the whole step."""
+        if not self.loss.needs_kl:
+            return {}
+        ratios = []
+        for batch in batches:
+            sequences, spans, references = [], [], []
+            for item in batch:
+                for response, reference in item.mismatched:
+                    spans.append(Span(len(sequences), len(item.encoded.prompt)))
+                    sequences.append((*item.encoded.prompt, *response))
+                    references.append(reference)
+            with torch.no_grad():
+                policy, _ = read_log_probabilities(model, make_layout(layout, sequences), spans)
+            ratios.append(policy - policy.new_tensor(references))
+        return {"kl": losses.kto_kl(torch.cat(ratios))}
+
+    def losses(
+        self,
+        model: PreTrainedModel,
+        layout: LayoutName,
+        items: Sequence[AlignmentRecord],
+        counts: Counts,
+        prepared: dict[str, Any],
+    ) -> tuple[Tensor, Measures]:
+        read = read_responses(model, layout, items)
+        values, measures = self.pair_losses(items, read, prepared)
+        loss = values.sum() / counts[self.loss.mean_over]
+        if self.loss.sft_weight:
+            best = [read.place[n, item.best] for n, item in enumerate(items) if item.best is not None]
+            cross_entropy = losses.sft(read.policy[best], read.length[best], reduction=self.loss.sft_reduction)
+            loss = loss + self.loss.sft_weight * cross_entropy.sum() / counts["queries"]
+            measures["sft_loss"] = (cross_entropy.sum(), len(best))
+        return loss, measures
+
+    def pair_losses(
+        self, items: Sequence[AlignmentRecord], read: Responses, prepared: dict[str, Any]
+    ) -> tuple[Tensor, Measures]:
+        """Weighted losses, one a pair or a sample, and what to log of them."""
+        pairs = [(n, pair) for n, item in enumerate(items) for pair in item.pairs]
+        chosen = [read.place[n, pair.chosen] for n, pair in pairs]
+        rejected = [read.place[n, pair.rejected] for n, pair in pairs]
+        weight = read.policy.new_tensor([pair.weight for _, pair in pairs])
+        tensors = {
+            "policy_chosen": read.policy[chosen],
+            "policy_rejected": read.policy[rejected],
+            "reference_chosen": read.reference[chosen],
+            "reference_rejected": read.reference[rejected],
+            "chosen_length": read.length[chosen],
+            "rejected_length": read.length[rejected],
+            "row_length": read.length.new_tensor([items[n].row_length for n, _ in pairs]),
+            **prepared,
+        }
+        if self.loss.mean_over == "samples":
+            both = [*chosen, *rejected]
+            tensors["log_ratio"] = read.policy[both] - read.reference[both]
+            tensors["desirable"] = torch.arange(len(both), device=weight.device) < len(chosen)
+            weight = torch.cat([weight, weight])
+        values = self.loss.function(**{name: tensors[name] for name in self.loss.inputs}, **self.loss.settings)
+        return weight * values, self.measure(tensors, weight, values, prepared)
+
+    def measure(self, tensors: dict[str, Tensor], weight: Tensor, values: Tensor, prepared: dict[str, Any]) -> Measures:
+        """Sums and counts of what the dashboards show."""
+        policy = tensors["policy_chosen"] - tensors["policy_rejected"]
+        pairs = len(policy)
+        measures: Measures = {
+            "alignment_loss": (values.sum(), len(values)),
+            "weight_mean": (weight.sum(), len(weight)),
+            "policy_margin": (policy.sum(), pairs),
+            "policy_chosen": (tensors["policy_chosen"].sum(), pairs),
+            "policy_rejected": (tensors["policy_rejected"].sum(), pairs),
+        }
+        if self.loss.needs_reference:
+            margin = policy - (tensors["reference_chosen"] - tensors["reference_rejected"])
+            # A tie counts as half right: at the first step policy and reference are the same.
+            measures["implicit_reward_accuracy"] = (((margin > 0) + 0.5 * (margin == 0)).sum(), pairs)
+            measures["implicit_reward_margin"] = (margin.sum(), pairs)
+        if "kl" in prepared:
+            measures["kl_estimate"] = (prepared["kl"] * pairs, pairs)
+        return measures
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Read-outs of a micro-batch, [responses] each; `place` finds (item, response) in them."""
+
+    policy: Tensor
+    reference: Tensor
+    length: Tensor
+    place: dict[tuple[int, int | None], int]
+
+
+def read_responses(model: PreTrainedModel, layout: LayoutName, items: Sequence[AlignmentRecord]) -> Responses:
+    """Log-probabilities and lengths of every response that the items' losses read."""
+    sequences: list[tuple[int, ...]] = []
+    spans: list[Span] = []
+    reference: list[float] = []
+    place: dict[tuple[int, int | None], int] = {}
+    for number, item in enumerate(items):
+        for response, ids in zip(item.responses, item.sequences, strict=True):
+            place[number, response] = len(sequences)
+            spans.append(Span(len(sequences), len(item.encoded.prompt)))
+            sequences.append(ids)
+            reference.append(item.reference[response])
+    policy, length = read_log_probabilities(model, make_layout(layout, sequences), spans)
+    return Responses(policy, policy.new_tensor(reference), length, place)

@@ -1,0 +1,142 @@
+"""From records to token ids: one rule by which prompt and response are joined, and one by which they are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from rdo.data.records import Record
+from rdo.data.templates import render_prompt
+from rdo.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RECORDS_PER_CALL = 500
+RECORDS_WORTH_A_BAR = 2000
+
+
+@dataclass(frozen=True)
+class EncodedRecord:
+    """Token ids of a record: the model sees `prompt + responses[k]`; each response ends with end-of-sequence."""
+
+    id: str
+    prompt: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]
+
+
+@dataclass
+class TruncationReport:
+    """What `encode` cut off. The query of a record counts once, however many responses share it."""
+
+    records: int = 0
+    truncated: int = 0
+    query_tokens_cut: int = 0
+    response_tokens_cut: int = 0
+
+    @property
+    def share(self) -> float:
+        return self.truncated / self.records if self.records else 0.0
+
+
+def encode(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    max_length: int,
+    max_truncated_share: float = 1.0,
+    progress: bool = True,
+    parse_special: bool = False,
+) -> tuple[list[EncodedRecord], TruncationReport]:
+    """Token ids of the records, in their order, and what had to be cut to fit `max_length`.
+
+    Prompt: the rendered prompt's ids, with the tokenizer's BOS, if it has one, in front unless they start with it.
+    Response: its text's ids and one EOS. Prompt and response are tokenized apart, so a response's ids never depend on
+    the query's last characters; the text is taken word for word, no space is put between (the replies of HH, rm-static
+    and TL;DR bring theirs with them; data that does not joins directly onto "Assistant:" or "TL;DR:").
+
+    Special tokens written out in the data's texts ("</s>") stay text, unless parse_special is set, as the toy world's
+    demonstrations need it. What the chat template writes is always parsed, for its markers are the point; there a
+    special token inside a user's message becomes one too, a known limitation. (A tokenizer whose ordinary vocabulary
+    holds a special token as a word finds it in either case.)
+
+    Cutting: the query loses tokens first, from the left (BOS stays), the same for all responses of the record, so that
+    the longest fits; at least one token of it stays. Responses that are still too long lose their end and keep EOS.
+
+    Raises UserError if the tokenizer has no EOS, a prompt has no token, `max_length` leaves no room for one token of
+    each, or more than `max_truncated_share` of the records were cut.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise UserError("the tokenizer has no end-of-sequence token, so no response could end; set its eos_token")
+    parse_prompt = parse_special or template == "chat"
+    encoded: list[EncodedRecord] = []
+    report = TruncationReport()
+    starts = range(0, len(records), RECORDS_PER_CALL)
+    for start in tqdm(starts, desc="tokenizing", disable=not progress or len(records) < RECORDS_WORTH_A_BAR):
+        part = records[start : start + RECORDS_PER_CALL]
+        prompts = _ids([render_prompt(template, record.query, tokenizer) for record in part], tokenizer, parse_prompt)
+        texts = [response for record in part for response in record.responses]
+        replies = iter(_ids(texts, tokenizer, parse_special))
+        for record, prompt in zip(part, prompts, strict=True):
+            responses = [_ended(next(replies), end) for _ in record.responses]
+            encoded.append(_fit(record.id, _begun(prompt, tokenizer), responses, tokenizer, max_length, report))
+    if report.share > max_truncated_share:
+        raise UserError(
+            f"{report.truncated} of {report.records} records are longer than dataset.max_length={max_length} tokens "
+            f"({report.query_tokens_cut} query and {report.response_tokens_cut} response tokens were cut), more than "
+            f"dataset.max_truncated_share={max_truncated_share} allows; raise one of the two"
+        )
+    return encoded, report
+
+
+def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, parse_special: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    # verbose=False: the warning that a text is longer than the model's context; what is too long is cut and counted.
+    batch = tokenizer(texts, add_special_tokens=False, split_special_tokens=not parse_special, verbose=False)
+    ids: list[list[int]] = batch["input_ids"]
+    return ids
+
+
+def _ended(ids: list[int], end: int) -> list[int]:
+    return ids if ids and ids[-1] == end else [*ids, end]
+
+
+def _begun(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    begin = tokenizer.bos_token_id
+    return ids if begin is None or (ids and ids[0] == begin) else [begin, *ids]
+
+
+def _fit(
+    identifier: str,
+    prompt: list[int],
+    responses: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    report: TruncationReport,
+) -> EncodedRecord:
+    """Cut one record to max_length and enter what was cut into the report."""
+    if not prompt:
+        raise UserError(f"record {identifier}: the prompt has no token; correct the query or the template")
+    head = int(prompt[0] == tokenizer.bos_token_id)
+    fewest = min(head + 1, len(prompt))
+    # Room for the head, one token of the query, one of the response, and end-of-sequence.
+    if max_length < fewest + 2:
+        raise UserError(f"dataset.max_length={max_length} is too small; it must be at least {fewest + 2}")
+    kept = min(len(prompt), max(fewest, max_length - max(len(ids) for ids in responses)))
+    room = max_length - kept
+    query_cut = len(prompt) - kept
+    response_cut = sum(max(0, len(ids) - room) for ids in responses)
+    report.records += 1
+    report.truncated += bool(query_cut or response_cut)
+    report.query_tokens_cut += query_cut
+    report.response_tokens_cut += response_cut
+    return EncodedRecord(
+        identifier,
+        (*prompt[:head], *prompt[head + query_cut :]),
+        tuple(tuple(ids if len(ids) <= room else [*ids[: room - 1], ids[-1]]) for ids in responses),
+    )

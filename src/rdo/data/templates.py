@@ -1,0 +1,105 @@
+"""Templates: how a query is laid out as the prompt that a model sees."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
+
+from rdo.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEMPLATES = ("raw", "hh", "alpaca", "tldr", "chat")
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+ROLES = {HUMAN: "user", ASSISTANT: "assistant"}
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+OTHER_TEMPLATES = "set dataset.template to raw, hh, alpaca or tldr, or take a tokenizer whose chat template has one"
+
+
+def is_dialogue(query: str) -> bool:
+    """Whether the text is in Anthropic HH's form, "\\n\\nHuman: ...\\n\\nAssistant: ...\\n\\nHuman: ..."."""
+    return query.startswith(HUMAN)
+
+
+def turns(query: str) -> list[dict[str, str]]:
+    """The messages of an HH dialogue, [{"role": "user" | "assistant", "content": text}, ...]; else one user message.
+
+    Texts are stripped. Empty assistant turns (the one that asks for the answer) are left out, and turns of one role in
+    a row, which HH has here and there, are joined: most chat templates insist that roles alternate.
+    """
+    if not is_dialogue(query):
+        return [{"role": "user", "content": query}]
+    messages: list[dict[str, str]] = []
+    _, *pieces = re.split(f"({HUMAN}|{ASSISTANT})", query)
+    for marker, text in zip(pieces[::2], pieces[1::2], strict=True):
+        role, content = ROLES[marker], text.strip()
+        if marker == ASSISTANT and not content:
+            continue
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += f"\n\n{content}"
+        else:
+            messages.append({"role": role, "content": content})
+    return messages
+
+
+def render_prompt(template: str, query: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The query as a prompt.
+
+    raw: as it is. hh: an HH dialogue as it is; plain text as its one human turn. alpaca: Alpaca's prompt without input;
+    the instruction is the text of a dialogue's only turn, or a longer dialogue as a whole. tldr: followed by "TL;DR:".
+    chat: the turns through the tokenizer's chat template, markers and generation prompt included (BOS too if the
+    template has it); the other templates do not use the tokenizer.
+    Raises UserError for an unknown template and for a tokenizer whose chat template is missing, fails, or does not open
+    an answer.
+    """
+    if template == "raw":
+        return query
+    if template == "hh":
+        return _as_dialogue(query)
+    if template == "alpaca":
+        return ALPACA.format(instruction=_instruction(query))
+    if template == "tldr":
+        return f"{query}\n\nTL;DR:"
+    if template == "chat":
+        return _render_chat(query, tokenizer)
+    raise UserError(f"dataset.template={template} is not known; choose one of {', '.join(TEMPLATES)}")
+
+
+def _as_dialogue(query: str) -> str:
+    if not is_dialogue(query):
+        return f"{HUMAN} {query}{ASSISTANT}"
+    return query if query.rstrip().endswith(ASSISTANT) else f"{query}{ASSISTANT}"
+
+
+def _instruction(query: str) -> str:
+    messages = turns(query)
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return query.rstrip().removesuffix(ASSISTANT).strip()
+
+
+def _render_chat(query: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    if tokenizer.chat_template is None:
+        raise UserError(f"dataset.template=chat, but the tokenizer has no chat template; {OTHER_TEMPLATES}")
+    messages = turns(query)
+    try:
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        closed = tokenizer.apply_chat_template(messages, add_generation_prompt=False, tokenize=False)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(f"the chat template rejects the roles {roles} ({error}); {OTHER_TEMPLATES}") from error
+    if prompt == closed:
+        raise UserError(
+            "dataset.template=chat, but the tokenizer's chat template ignores add_generation_prompt, so the prompt "
+            f"would not open an answer; {OTHER_TEMPLATES}"
+        )
+    return str(prompt)

@@ -1,0 +1,1 @@
+"""Measuring scorers and policies: plain numbers with their uncertainty, never a bare percentage."""

@@ -1,0 +1,67 @@
+"""Batched greedy and sampled generation, by transformers' own `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rdo.progress import progress_bar
+from rdo.schema import EvalConfig
+from rdo.training import stable_seed
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One generated response: its text, its ids with the end of sequence if it has one, and whether it stopped."""
+
+    text: str
+    ids: tuple[int, ...]
+    stopped: bool
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[tuple[int, ...]],
+    config: EvalConfig,
+    seed: int,
+    title: str,
+) -> list[Generation]:
+    """One response a prompt, in order. Each batch seeds its own random numbers, so the same config repeats exactly."""
+    # Rows are padded on the left; without a pad token of its own the model never sees the id that stands there.
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    sampling = {"do_sample": False}
+    if config.decoding == "sample":
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}  # type: ignore[dict-item]
+    model.set_attn_implementation("sdpa") if model._supports_sdpa else None
+    results: list[Generation] = []
+    with torch.no_grad(), progress_bar(len(prompts), title) as bar:
+        for start in range(0, len(prompts), config.batch_size):
+            batch = prompts[start : start + config.batch_size]
+            width = max(map(len, batch))
+            ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in batch])
+            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
+            torch.manual_seed(stable_seed(seed, "generate", start))
+            output = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=config.max_new_tokens,
+                pad_token_id=pad,
+                eos_token_id=tokenizer.eos_token_id,
+                **sampling,
+            )
+            results.extend(cut(row, tokenizer) for row in output[:, width:].tolist())
+            bar.update(len(batch))
+    return results
+
+
+def cut(row: list[int], tokenizer: PreTrainedTokenizerBase) -> Generation:
+    """A generated row up to and including its first end of sequence."""
+    end = tokenizer.eos_token_id
+    stopped = end in row
+    ids = row[: row.index(end) + 1] if stopped else row
+    text = tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
+    return Generation(text, tuple(ids), stopped)

@@ -1,0 +1,100 @@
+"""What train.py runs: a config in, a stage's result out, and errors as one line."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from rdo.artifacts import Artifact, Provenance
+from rdo.configuration import compose_config, plain, typed
+from rdo.errors import UserError
+from rdo.run import Cache, Run
+from rdo.stages.align import RC_SCORER, aligned_policy
+from rdo.stages.eval import evaluate_policy, evaluate_scorers
+from rdo.stages.report import make_report
+from rdo.stages.score import scores
+from rdo.stages.scorer import scorer
+from rdo.stages.sft import base_policy
+
+# Jobs of one sweep in one process share loaded data.
+CACHE = Cache()
+
+
+def score(run: Run) -> Artifact:
+    """Stage score: what rc's scorer says of the training split."""
+    if run.config.rc.name not in RC_SCORER:
+        raise UserError(f"stage=score with rc={run.config.rc.name}: choose the scorer by rc=reward or rc=diff")
+    kind = RC_SCORER[run.config.rc.name]
+    return scores(run, kind, "train", run.config.rc.order == "antisymmetric", run.config.align)
+
+
+def evaluate(run: Run) -> Artifact:
+    """Stage eval: a scorer's accuracy, or a policy's own responses."""
+    subject = run.config.eval.subject
+    if subject == "reward" or subject == "diff":
+        return evaluate_scorers(run, subject)
+    return evaluate_policy(run, subject)
+
+
+STAGES: dict[str, Callable[[Run], Artifact]] = {
+    "sft": base_policy,
+    "rm": lambda run: scorer(run, "reward"),
+    "diffmodel": lambda run: scorer(run, "diff"),
+    "score": score,
+    "align": aligned_policy,
+    "eval": evaluate,
+}
+
+
+def run_stage(composed: DictConfig) -> float | None:
+    """Runs the stage that the config names; prints a UserError as one line and exits with 1."""
+    try:
+        config = typed(composed)
+        prepare_process(config.engine.threads)
+        overrides = list(HydraConfig.get().overrides.task)
+        command = shlex.join(["python", "train.py", *overrides])
+        provenance = Provenance(Path(config.run_dir), command, plain(config), config.build_inputs)
+        run = Run(config, provenance, config.stage.name, CACHE)
+        started = time.perf_counter()
+        if config.stage.name in STAGES:
+            artifact = STAGES[config.stage.name](run)
+            print(f"{config.stage.name}: {artifact.folder} ({time.perf_counter() - started:.1f} s)", flush=True)
+        else:
+            make_report(run, overrides, build=config.stage.name == "pipeline")
+    except UserError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    return None
+
+
+def prepare_process(threads: int | None) -> None:
+    """Quiets libraries that talk over the progress bars, and sets the number of threads where the config says."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def check_command_line(arguments: list[str]) -> None:
+    """Composes a plain command line once before hydra does, so that a mistake in it is one clear line."""
+    if any(argument.startswith("-") for argument in arguments):
+        return  # --help, -m and the like are hydra's own
+    try:
+        compose_config(arguments)
+    except UserError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,234 @@
+"""Policies (causal language models) and scorers (a scalar head on a decoder or an encoder), in Hugging Face format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rdo.attention import ATTENTION_NAME, AttentionPlan
+from rdo.errors import UserError
+from rdo.files import replace_folder
+from rdo.forest import Forest, Layout, LayoutName
+from rdo.readout import Scalar, Span, combine, in_full_precision, scalar_values, span_log_probabilities
+from rdo.schema import ModelConfig
+
+# Settings by which some decoders change logits after the head; we read the head itself, so they would be lost.
+LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+
+
+def new_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """A Llama with random weights, from the sizes in the config; the seed fixes the weights."""
+    torch.manual_seed(seed)
+    llama = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.key_value_heads or config.heads,
+        max_position_embeddings=config.max_positions,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    return without_dropout(AutoModelForCausalLM.from_config(llama, dtype=torch_dtype(config.dtype)))
+
+
+def load_policy(path: str | Path, config: ModelConfig) -> PreTrainedModel:
+    """A causal language model from a folder or the hub, without dropout."""
+    model = from_pretrained(AutoModelForCausalLM, path, config)
+    for name, neutral in LOGIT_CHANGES.items():
+        if getattr(model.config, name, neutral) not in (neutral, None):
+            raise UserError(f"model.path={path}: its {name} changes the logits after the head: not supported")
+    return without_dropout(model)
+
+
+def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub name; UserError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"no tokenizer can be loaded from {path}: {first_line(error)}") from error
+
+
+def new_scorer(policy: str | Path, form: str, config: ModelConfig, seed: int) -> PreTrainedModel:
+    """A scorer of the given form (see scorers.FORMS) on the backbone of a policy; its head starts at zero.
+
+    The residual form reads two outputs of one head: 0 the pointwise reward, 1 the comparison.
+    """
+    torch.manual_seed(seed)
+    model = from_pretrained(
+        AutoModelForSequenceClassification, policy, config, num_labels=2 if form == "residual" else 1
+    )
+    with torch.no_grad():
+        for parameter in head_parameters(model):
+            parameter.zero_()
+    model.config.rdo_form = form
+    return without_dropout(model)
+
+
+def load_scorer(path: str | Path, config: ModelConfig) -> PreTrainedModel:
+    """A scorer that we saved, or any sequence classifier with one output (then: a pointwise reward model)."""
+    model = from_pretrained(AutoModelForSequenceClassification, path, config)
+    if not hasattr(model.config, "rdo_form"):
+        if model.config.num_labels != 1:
+            raise UserError(f"{path}: a reward model has one output, this one has {model.config.num_labels}")
+        model.config.rdo_form = "pointwise"
+    return without_dropout(model)
+
+
+def from_pretrained(factory: Any, path: str | Path, config: ModelConfig, **others: Any) -> PreTrainedModel:
+    """Loads weights, reporting what is missing; no code from the hub or from a pickle runs unless the user says so."""
+    local = os.path.isdir(path)
+    if not local and (str(path).startswith((".", "/", "~")) or str(path).count("/") > 1):
+        raise UserError(f"there is no model folder {path}")
+    try:
+        model, loading = factory.from_pretrained(
+            path,
+            dtype=torch_dtype(config.dtype),
+            trust_remote_code=config.trust_remote_code,
+            revision=None if local else config.revision,
+            weights_only=True,
+            output_loading_info=True,
+            **others,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"no model can be loaded from {path}: {first_line(error)}") from error
+    missing = [name for name in loading["missing_keys"] if name not in head_names(model)]
+    if missing:
+        raise UserError(f"{path} lacks weights of {type(model).__name__}: {', '.join(sorted(missing)[:5])}")
+    return model
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes model and tokenizer in Hugging Face format (safetensors), all or nothing."""
+    with replace_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """Turns dropout off for good: it would put noise into every log-ratio."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for name, value in list(vars(model.config).items()):
+        if "dropout" in name and isinstance(value, float):
+            setattr(model.config, name, 0.0)
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+    return model.eval()
+
+
+def is_decoder_scorer(model: PreTrainedModel) -> bool:
+    """Whether the scorer's head sits on a causal decoder, so that it may be read at any position."""
+    return isinstance(getattr(model, "score", None), torch.nn.Linear)
+
+
+def head_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """Parameters of a scorer's head: those with their own learning rate."""
+    names = head_names(model)
+    return [parameter for name, parameter in model.named_parameters() if name in names]
+
+
+def head_names(model: PreTrainedModel) -> set[str]:
+    """Names of the scalar head's parameters: `score` on decoders, the last `classifier` layer on encoders."""
+    names = {name for name, _ in model.named_parameters()}
+    for head in ("score.", "classifier.out_proj.", "classifier."):
+        found = {name for name in names if name.startswith(head)}
+        if found:
+            return found
+    return set()
+
+
+def can_run_forest(model: PreTrainedModel) -> bool:
+    """Whether the model's attention goes through transformers' AttentionInterface and is causal."""
+    causal = is_decoder_scorer(model) or model.can_generate()
+    return bool(getattr(model, "_supports_attention_backend", False)) and causal
+
+
+def set_layout(model: PreTrainedModel, wanted: str) -> LayoutName:
+    """Decides by the one rule which layout a model runs in, prepares its attention, and returns the layout.
+
+    auto: forest wherever the model can, else flat. Raises UserError where `forest` is demanded in vain.
+    """
+    able = can_run_forest(model)
+    if wanted == "forest" and not able:
+        raise UserError(
+            f"{type(model).__name__} is not a decoder on transformers' attention interface, so engine.layout=forest "
+            "cannot run it; use engine.layout=flat (or auto)"
+        )
+    layout: LayoutName = "forest" if able and wanted != "flat" else "flat"
+    if layout == "forest":
+        model.set_attn_implementation(ATTENTION_NAME)
+    elif getattr(model.config, "_attn_implementation", None) == ATTENTION_NAME:
+        model.set_attn_implementation("sdpa")
+    return layout
+
+
+def hidden_states(model: PreTrainedModel, layout: Layout) -> torch.Tensor:
+    """Last hidden states of a micro-batch, [rows, width], in the order that `layout.index` speaks of."""
+    backbone = model.base_model
+    device = model.device
+    if isinstance(layout, Forest):
+        output = backbone(
+            input_ids=layout.ids[None].to(device),
+            position_ids=layout.positions[None].to(device),
+            use_cache=False,
+            forest=AttentionPlan(layout, device),
+        )
+        return output.last_hidden_state[0]
+    output = backbone(input_ids=layout.ids.to(device), attention_mask=layout.mask.to(device), use_cache=False)
+    return output.last_hidden_state.flatten(0, 1)
+
+
+def read_log_probabilities(
+    model: PreTrainedModel, layout: Layout, spans: Sequence[Span]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed log-probabilities [spans] and token counts [spans] under a causal language model."""
+    return span_log_probabilities(hidden_states(model, layout), model.get_output_embeddings(), layout, spans)
+
+
+def read_scalars(model: PreTrainedModel, layout: Layout, values: Sequence[Sequence[Scalar]]) -> torch.Tensor:
+    """Values [values] of a scorer; an encoder pools by its own rule and is read once a sequence."""
+    if is_decoder_scorer(model):
+        return scalar_values(hidden_states(model, layout), model.score, layout, values)
+    if isinstance(layout, Forest):
+        raise UserError(f"{type(model).__name__} cannot run in a forest; use engine.layout=flat")
+    outputs = model(input_ids=layout.ids.to(model.device), attention_mask=layout.mask.to(model.device)).logits
+    rows = torch.tensor([read.sequence for value in values for read in value], device=model.device)
+    return combine(in_full_precision(outputs[rows]), values)
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Raises UserError where the tokenizer knows ids that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(f"{path}: the tokenizer has {len(tokenizer)} ids, the model only {rows} embeddings")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of model.dtype."""
+    known = {"float32", "bfloat16", "float16", "float64"}
+    if name not in known:
+        raise UserError(f"model.dtype={name}: must be one of {', '.join(sorted(known))}")
+    return getattr(torch, name)
+
+
+def first_line(error: Exception) -> str:
+    """The gist of a library's error message."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,40 @@
+"""Dealing the items of an optimizer step (or of a scoring job) out to micro-batches by a token budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rdo.forest import LayoutName, TokenIds, count_unique
+
+
+def cost(sequences: Sequence[TokenIds], layout: LayoutName) -> tuple[int, int]:
+    """Tokens of an item that a model computes, and the item's widest row."""
+    width = max(len(ids) for ids in sequences)
+    return (count_unique(sequences) if layout == "forest" else len(sequences) * width), width
+
+
+def pack(
+    items: Sequence[Sequence[TokenIds]], layout: LayoutName, budget: int, by_length: bool = False
+) -> list[list[int]]:
+    """Numbers of the items of each micro-batch, no micro-batch above `budget` tokens unless one item alone is.
+
+    The budget counts unique tokens of each item in a forest, and padded rows in the flat layout, which therefore packs
+    items of similar length together (as does `by_length`). No result depends on the packing beyond rounding.
+    """
+    costs = [cost(item, layout) for item in items]
+    order = list(range(len(items)))
+    if by_length or layout == "flat":
+        order.sort(key=lambda number: costs[number][1])
+    batches: list[list[int]] = []
+    tokens = rows = width = 0
+    for number in order:
+        rows_after = rows + len(items[number])
+        width_after = max(width, costs[number][1])
+        after = tokens + costs[number][0] if layout == "forest" else rows_after * width_after
+        if batches and after <= budget:
+            batches[-1].append(number)
+            tokens, rows, width = after, rows_after, width_after
+        else:
+            batches.append([number])
+            tokens, rows, width = costs[number][0], len(items[number]), costs[number][1]
+    return batches

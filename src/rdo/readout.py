@@ -1,0 +1,113 @@
+"""What is read off the hidden states: log-probabilities of token spans, and scalars at single positions.
+
+Rows are gathered BEFORE the language-model head, and the head runs in chunks under recomputation once its logits
+would no longer fit a budget, so that full logits never exist for a whole batch. All in float32, whatever the model's
+dtype (float64 stays float64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+from rdo.forest import Layout
+
+# Logits that may exist at once, in elements: 64 Mi of float32 are 256 MiB.
+LOGITS_BUDGET = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Span:
+    """Read the log-probability of tokens [start, end of sequence) of a sequence, each given all before it."""
+
+    sequence: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """Read output `label` of the scalar head at one position of a sequence, times `factor`."""
+
+    sequence: int
+    position: int
+    label: int = 0
+    factor: float = 1.0
+
+
+def span_log_probabilities(
+    hidden: torch.Tensor,
+    head: torch.nn.Linear,
+    layout: Layout,
+    spans: Sequence[Span],
+    logits_budget: int = LOGITS_BUDGET,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed log-probabilities [spans] and numbers of tokens [spans] of the spans.
+
+    hidden: [rows, width] as the layout flattens them. Tokens before `start` (the query's) never count.
+    """
+    rows, targets, lengths = [], [], []
+    for span in spans:
+        ids = layout.sequences[span.sequence]
+        rows.append(layout.index(span.sequence, np.arange(span.start - 1, len(ids) - 1)))
+        targets.append(ids[span.start :])
+        lengths.append(len(ids) - span.start)
+    device = hidden.device
+    index = torch.from_numpy(np.concatenate(rows)).to(device)
+    target = torch.from_numpy(np.concatenate(targets)).to(device)
+    tokens = token_log_probabilities(hidden[index], head, target, logits_budget)
+    count = torch.tensor(lengths, device=device)
+    owner = torch.repeat_interleave(torch.arange(len(spans), device=device), count)
+    total = torch.zeros(len(spans), dtype=tokens.dtype, device=device).index_add(0, owner, tokens)
+    return total, count
+
+
+def token_log_probabilities(
+    hidden: torch.Tensor, head: torch.nn.Linear, target: torch.Tensor, logits_budget: int = LOGITS_BUDGET
+) -> torch.Tensor:
+    """log softmax(head(hidden))[target] for hidden [tokens, width] and target [tokens]."""
+
+    def chunk_log_probabilities(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        logits = in_full_precision(head(rows))
+        return logits.gather(-1, wanted[:, None])[:, 0] - logits.logsumexp(-1)
+
+    step = max(1, logits_budget // head.weight.shape[0])
+    if len(target) <= step:
+        return chunk_log_probabilities(hidden, target)
+    parts = []
+    for start in range(0, len(target), step):
+        part = slice(start, start + step)
+        parts.append(checkpoint(chunk_log_probabilities, hidden[part], target[part], use_reentrant=False))
+    return torch.cat(parts)
+
+
+def scalar_values(
+    hidden: torch.Tensor, head: torch.nn.Linear, layout: Layout, values: Sequence[Sequence[Scalar]]
+) -> torch.Tensor:
+    """One number for each value [values]: the sum of its scalar reads."""
+    reads = [read for value in values for read in value]
+    rows = np.concatenate([layout.index(read.sequence, read.position) for read in reads])
+    index = torch.from_numpy(rows).to(hidden.device)
+    bias = None if head.bias is None else in_full_precision(head.bias)
+    outputs = linear(in_full_precision(hidden[index]), in_full_precision(head.weight), bias)
+    return combine(outputs, values)
+
+
+def combine(outputs: torch.Tensor, values: Sequence[Sequence[Scalar]]) -> torch.Tensor:
+    """Sums the reads [reads, labels], given in order, into their values [values]."""
+    device = outputs.device
+    reads = [read for value in values for read in value]
+    label = torch.tensor([read.label for read in reads], device=device)
+    factor = torch.tensor([read.factor for read in reads], dtype=outputs.dtype, device=device)
+    owner = torch.tensor([number for number, value in enumerate(values) for _ in value], device=device)
+    picked = outputs.gather(-1, label[:, None])[:, 0] * factor
+    return torch.zeros(len(values), dtype=outputs.dtype, device=device).index_add(0, owner, picked)
+
+
+def in_full_precision(tensor: torch.Tensor) -> torch.Tensor:
+    """float32, but float64 where the model runs in it."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,0 +1,174 @@
+"""The typed configuration: a misspelt key, a wrong type or an impossible combination is an error before any work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class ToyConfig:
+    """The toy world (rdo/data/toy.py): how much data, and how noisy its labels are."""
+
+    seed: int = 0
+    pairs: int = 12288  # labelled pairs for training
+    test_pairs: int = 1024
+    demonstrations: int = 20480  # texts the base policy is trained on
+    candidate_queries: int = 640  # of the training records, how many carry `candidates` responses instead of two
+    candidates: int = 6
+    temperature: float = 1.0  # of the Bradley-Terry labels on the true reward
+    flip_share: float = 0.0  # share of labels turned round after they are drawn
+
+
+@dataclass
+class DatasetConfig:
+    name: str = "toy"
+    source: str = "toy"  # toy | file | hub
+    path: str | None = None  # source=file: JSON lines, also .gz
+    format: str = "auto"  # auto | hh | trl | rrhf | openai
+    hub_name: str | None = None  # source=hub
+    hub_config: str | None = None
+    hub_revision: str | None = None
+    template: str = "raw"  # raw | hh | alpaca | tldr | chat
+    max_length: int = 512  # tokens of query + one response, end of sequence included
+    max_truncated_share: float = 0.25  # fail above this share of records that had to be cut
+    validation_share: float = 0.05  # of the queries
+    test_share: float = 0.10
+    split_seed: int = 0
+    max_records: int | None = None  # use only the first ones of each split, for trying out
+    toy: ToyConfig = field(default_factory=ToyConfig)
+
+
+@dataclass
+class ModelConfig:
+    """Where the policy comes from: `path` (local or hub), or else a Llama built from scratch."""
+
+    name: str = "toy"
+    path: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: str = "float32"  # float32 | bfloat16 | float16 | float64
+    tokenizer: str = "toy"  # toy | byte_pair | path; with `path` set, null means the model's own
+    vocabulary_size: int = 8192  # of a byte_pair tokenizer
+    hidden_size: int = 64
+    intermediate_size: int = 128
+    layers: int = 2
+    heads: int = 4
+    key_value_heads: int | None = None  # fewer than heads: grouped queries
+    max_positions: int = 512
+    # Texts around query, first and second response in the difference model's input (RDO section 3.1).
+    difference_template: list[str] = field(
+        default_factory=lambda: ["Query: ", "; Response 1: ", "; Response 2: "]
+    )
+
+
+@dataclass
+class TrainingConfig:
+    """One training run. Learning rates are those at the top of the schedule."""
+
+    learning_rate: float = 1e-5
+    head_learning_rate: float | None = None  # of a scorer's head; null: as the backbone
+    batch_size: int = 64  # records an optimizer step, over all processes and accumulation steps
+    epochs: int = 1
+    max_steps: int | None = None  # stop early; the schedule ends there
+    warmup_share: float = 0.03
+    schedule: str = "constant"  # constant | linear | cosine
+    weight_decay: float = 0.0
+    max_gradient_norm: float | None = 1.0
+    min_responses: int = 1  # train on the records with at least so many responses
+    max_records: int | None = None  # train on so many of them at most
+
+
+@dataclass
+class SftConfig(TrainingConfig):
+    enabled: bool = True  # false: model.path is the base policy as it is
+    responses: str = "chosen"  # chosen | all: which responses of a record to imitate (demonstrations: theirs)
+
+
+@dataclass
+class ScorerConfig(TrainingConfig):
+    """The pointwise reward model (section rm) and the difference model (section diffmodel)."""
+
+    path: str | None = None  # use this finished scorer instead of training one
+    form: str = "pointwise"  # pointwise | paper | antisymmetric | residual
+    beta0: float = 0.0  # weight of the duplication regulariser f(y, y)^2
+    beta1: float = 0.0  # weight of the reverse regulariser (f(a, b) + f(b, a))^2
+
+
+@dataclass
+class RcConfig:
+    """Reward difference coefficients: w = R^alpha."""
+
+    name: str = "none"  # none | reward | diff | oracle (toy world)
+    alpha: float = 0.5
+    negative: str = "clip"  # clip | abs | flip | floor | error: what R < 0 becomes
+    epsilon: float = 1e-3  # of negative=floor
+    scale: str = "none"  # none | mean: divide by the mean weight over the training set
+    order: str = "forward"  # forward | antisymmetric: which f of the difference model is R
+    control: str = "none"  # none | shuffle | filter: controls of the toy study
+
+
+@dataclass
+class EvalConfig:
+    subject: str = "policy"  # policy | base | scorers
+    prompts: int = 256  # of the test split; 300 in the paper
+    decoding: str = "sample"  # greedy | sample
+    temperature: float = 1.0
+    max_new_tokens: int = 128
+    batch_size: int = 64
+    judges: list[str] = field(default_factory=lambda: ["oracle", "reward", "diff"])
+    samples: int = 8  # shown side by side in the report
+
+
+@dataclass
+class EngineConfig:
+    name: str = "torch"
+    layout: str = "auto"  # auto | forest | flat
+    tokens_per_micro_batch: int = 16384
+    device: str = "auto"  # auto | cpu | cuda
+    threads: int | None = None
+    checkpoint_every_steps: int = 200
+    checkpoint_every_minutes: float = 10.0
+    keep_checkpoints: int = 2
+
+
+@dataclass
+class TrackerConfig:
+    name: str = "none"  # none | wandb; a JSON-lines file of all metrics is written always
+    project: str = "rdo"
+    group: str | None = None
+
+
+@dataclass
+class StageConfig:
+    name: str = "pipeline"
+
+
+@dataclass
+class ReportConfig:
+    """The rows of the comparison: a name and the overrides that make it, run for every world and seed."""
+
+    title: str = "Reward Difference Optimization"
+    rows: dict[str, list[str]] = field(default_factory=dict)
+    worlds: dict[str, list[str]] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0])
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+    loss: dict[str, Any] = field(default_factory=dict)
+    rc: RcConfig = field(default_factory=RcConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    rm: ScorerConfig = field(default_factory=ScorerConfig)
+    diffmodel: ScorerConfig = field(default_factory=ScorerConfig)
+    align: TrainingConfig = field(default_factory=TrainingConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    run_dir: str = "runs/toy"
+    seed: int = 0
+    build_inputs: bool = True  # false: a missing input is an error that names the command that makes it

@@ -1,0 +1,1 @@
+"""One file a stage. Each takes a Run and returns the Artifact that it made or found."""

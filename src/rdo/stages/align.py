@@ -1,0 +1,181 @@
+"""Stage align: a policy trained by DPO, KTO, RRHF or any other loss, with reference and coefficients read from files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rdo import coefficients
+from rdo.alignment import AlignmentRecord, AlignmentTask, LossChoice, Pair, choose_loss
+from rdo.artifacts import Artifact, produce
+from rdo.data.records import Record
+from rdo.errors import UserError
+from rdo.losses import best_response, rrhf_pairs
+from rdo.models import save_model
+from rdo.run import Run, select
+from rdo.schema import RcConfig
+from rdo.stages.reference import Reference, partners, read_reference, reference
+from rdo.stages.score import Scores, read_scores, scores
+from rdo.stages.scorer import ScorerKind
+from rdo.stages.sft import base_policy
+from rdo.stages.training import finish
+from rdo.training import stable_seed, train
+
+RC_SCORER: dict[str, ScorerKind] = {"reward": "reward", "diff": "diff"}
+RANKING_SCORER: dict[str, ScorerKind] = {"reward": "reward", "diff": "diff", "diff_baseline": "diff"}
+
+
+def aligned_policy(run: Run) -> Artifact:
+    """The policy that the config's loss and coefficients make of the base policy."""
+    config = run.config
+    loss = choose_loss(config.loss)
+    inputs = {"base": base_policy(run)}
+    kinds: set[ScorerKind] = set()
+    if config.rc.name in RC_SCORER:
+        kinds.add(RC_SCORER[config.rc.name])
+    if loss.pairs == "ranking" and loss.ranking in RANKING_SCORER:
+        kinds.add(RANKING_SCORER[loss.ranking])
+    # Ranking by the difference model, and order=antisymmetric, need f in both orders.
+    both_orders = loss.ranking.startswith("diff") or config.rc.order == "antisymmetric"
+    for kind in sorted(kinds):
+        inputs[kind] = scores(run, kind, "train", both_orders, config.align)
+    if loss.needs_reference:
+        inputs["reference"] = reference(run, mismatched=loss.needs_kl)
+    settings = {
+        "loss": dict(config.loss),
+        "rc": asdict(config.rc) if config.rc.name != "none" else None,
+        "training": asdict(config.align),
+        "data": run.data_settings("train"),
+        "dtype": config.model.dtype,
+        "seed": config.seed,
+    }
+
+    def make(folder: Path) -> dict[str, Any]:
+        return train_policy(run, loss, inputs, folder)
+
+    return produce(run.provenance, "align", label(loss, config.rc), settings, inputs, make, run.requested == "align")
+
+
+def label(loss: LossChoice, rc: RcConfig) -> str:
+    """What a person recognises the run by: loss, coefficients, alpha, control."""
+    parts = [loss.name, rc.name]
+    if rc.name != "none":
+        parts += [f"{rc.alpha:g}", rc.control] if rc.control != "none" else [f"{rc.alpha:g}"]
+    return "-".join(parts)
+
+
+def train_policy(run: Run, loss: LossChoice, inputs: dict[str, Artifact], folder: Path) -> dict[str, Any]:
+    """Gathers pairs, coefficients and reference from the inputs, trains, and saves the policy."""
+    config = run.config
+    model, tokenizer = run.policy(inputs["base"])
+    records, encoded = run.records("train"), run.encoded("train", tokenizer)
+    chosen = select(records, config.align)
+    read = {kind: read_scores(inputs[kind]) for kind in ("reward", "diff") if kind in inputs}
+    pairs = [ordered_pairs(records[n], loss, read) for n in chosen]
+    weighted, statistics = weigh([records[n] for n in chosen], [p.pairs for p in pairs], config.rc, read, config.seed)
+    known = read_reference(inputs["reference"]) if loss.needs_reference else None
+    others = partners(records, chosen) if loss.needs_kl else {}
+    items = []
+    for n, ordered, weights in zip(chosen, pairs, weighted, strict=True):
+        if not weights and not (loss.sft_weight and ordered.best is not None):
+            continue
+        own, mismatched = reference_of(records[n], known)
+        partner = encoded[others[n]].responses if n in others else ()
+        items.append(
+            AlignmentRecord(
+                encoded[n],
+                weights,
+                own,
+                best=ordered.best if loss.sft_weight else None,
+                mismatched=tuple(zip(partner, mismatched, strict=True)),
+            )
+        )
+    task = AlignmentTask(items, loss)
+    with run.tracker(folder, folder.name) as tracker:
+        train(task, model, config.align, config.engine, config.seed, folder, tracker, label(loss, config.rc))
+    save_model(model, tokenizer, folder / "model")
+    return {**finish(folder, model), "coefficients": statistics}
+
+
+def reference_of(record: Record, known: Reference | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Reference log-probabilities of a record's own responses and of its partner's; NaN where the loss reads none."""
+    if known is None:
+        return tuple(float("nan") for _ in record.responses), ()
+    own = tuple(known.own[record.id, response] for response in range(len(record.responses)))
+    mismatched = []
+    while (record.id, len(mismatched)) in known.mismatched:
+        mismatched.append(known.mismatched[record.id, len(mismatched)])
+    return own, tuple(mismatched)
+
+
+@dataclass(frozen=True)
+class OrderedPairs:
+    """(better, worse) pairs of a record's responses, and its best response, where one is known."""
+
+    pairs: tuple[tuple[int, int], ...]
+    best: int | None
+
+
+def ordered_pairs(record: Record, loss: LossChoice, read: dict[str, Scores]) -> OrderedPairs:
+    """The pairs that the loss compares: the labelled ones, or all strict ones of a ranking."""
+    labelled = tuple((p.chosen, p.rejected) for p in record.preferences if not p.tie)
+    if loss.pairs == "preferences" or loss.ranking == "labels":
+        wins = [sum(i == response for i, _ in labelled) for response in range(len(record.responses))]
+        return OrderedPairs(labelled, wins.index(max(wins)) if labelled else None)
+    if loss.ranking == "scores":
+        if record.scores is None:
+            raise UserError(
+                f"loss.ranking=scores: record {record.id} has no scores; use loss.ranking=reward, diff or labels"
+            )
+        ranks = list(record.scores)
+    else:
+        kind = RANKING_SCORER[loss.ranking]
+        ranks = read[kind].ranking(record, baseline=loss.ranking == "diff_baseline")
+    return OrderedPairs(tuple(rrhf_pairs(ranks)), best_response(ranks))
+
+
+def weigh(
+    records: Sequence[Record],
+    pairs: Sequence[Sequence[tuple[int, int]]],
+    rc: RcConfig,
+    read: dict[str, Scores],
+    seed: int,
+) -> tuple[list[tuple[Pair, ...]], dict[str, float] | None]:
+    """The pairs with their coefficients w = R^alpha, and what to report of R and w (None without coefficients)."""
+    if rc.name == "none":
+        return [tuple(Pair(i, j) for i, j in group) for group in pairs], None
+    flat = [(record, i, j) for record, group in zip(records, pairs, strict=True) for i, j in group]
+    if not flat:
+        raise UserError("there is no pair to weigh: the selected records have no preference")
+    difference = torch.tensor([reward_difference(rc, read, *entry) for entry in flat], dtype=torch.float64)
+    if rc.control == "shuffle":
+        ids = [f"{record.id}/{i}/{j}" for record, i, j in flat]
+        difference = coefficients.shuffle(difference, ids, stable_seed(seed, "shuffle"))
+    if rc.control == "filter":
+        weight, flipped = coefficients.filter_only(difference), torch.zeros(len(flat), dtype=torch.bool)
+    else:
+        keywords = {"alpha": rc.alpha, "negative": rc.negative, "epsilon": rc.epsilon}
+        weight, flipped = coefficients.coefficients(difference, **keywords)
+        if rc.scale == "mean":
+            scale = coefficients.mean_weight(weight)
+            weight, flipped = coefficients.coefficients(difference, **keywords, scale=scale)
+    statistics = coefficients.statistics(difference, weight)
+    entries = iter(zip(flat, weight.tolist(), flipped.tolist(), strict=True))
+    weighted = []
+    for group in pairs:
+        members = [next(entries) for _ in group]
+        weighted.append(tuple(Pair(j, i, w) if flip else Pair(i, j, w) for (_, i, j), w, flip in members))
+    return weighted, statistics
+
+
+def reward_difference(rc: RcConfig, read: dict[str, Scores], record: Record, chosen: int, rejected: int) -> float:
+    """R(chosen, rejected) of a record: the true one in the toy world, else what the scorer says."""
+    if rc.name == "oracle":
+        if record.scores is None:
+            raise UserError(f"rc=oracle: record {record.id} brings no scores of its own")
+        return record.scores[chosen] - record.scores[rejected]
+    return read[rc.name].difference(record.id, chosen, rejected, rc.order)

@@ -1,0 +1,207 @@
+"""Stage eval: a scorer against labels (and the oracle), or a policy's own responses to test prompts.
+
+Leaves evaluation.json, and for a policy generations.jsonl: one line a prompt with the response and its judgements.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rdo.artifacts import Artifact, produce
+from rdo.data import toy
+from rdo.data.encoding import EncodedRecord, encode
+from rdo.data.records import Record
+from rdo.errors import UserError
+from rdo.evaluation.scorers import evaluate_scorer
+from rdo.evaluation.statistics import mean_interval, win_tie_lose
+from rdo.files import read_json_lines, replace_file, write_json
+from rdo.generation import Generation, generate
+from rdo.models import set_layout
+from rdo.run import Run, select
+from rdo.schema import TrainingConfig
+from rdo.scorers import ComparisonTemplate, Reading, add_difference, add_reward, check_form, read_all
+from rdo.stages.align import aligned_policy
+from rdo.stages.reference import log_probabilities
+from rdo.stages.score import read_scores, scores
+from rdo.stages.scorer import ScorerKind, scorer
+from rdo.stages.sft import base_policy
+from rdo.training import stable_seed
+
+EVALUATION = "evaluation.json"
+GENERATIONS = "generations.jsonl"
+
+
+def evaluate_scorers(run: Run, kind: ScorerKind) -> Artifact:
+    """Accuracy of a scorer on the labelled test pairs, shown in random order."""
+    scored = scores(run, kind, "test", both_orders=True, selection=None)
+    model = scorer(run, kind)
+    settings = {"data": run.data_settings("test"), "seed": run.config.seed}
+
+    def make(folder: Path) -> dict[str, Any]:
+        read = read_scores(scored)
+        forward, backward, labels, oracle = [], [], [], []
+        for record in run.records("test"):
+            for preference in record.preferences:
+                pair = (preference.chosen, preference.rejected)
+                forward.append(read.difference(record.id, *pair))
+                backward.append(read.difference(record.id, *reversed(pair)))
+                labels.append(0.5 if preference.tie else 1.0)
+                oracle.append(record.scores[pair[0]] - record.scores[pair[1]] if record.scores else None)
+        if not labels:
+            raise UserError(f"dataset={run.config.dataset.name}: no labelled pair in the test split")
+        # Only the toy world's scores are the truth; a data set's own scores are another model's opinion.
+        truth = oracle if run.config.dataset.source == "toy" else None
+        evaluation = evaluate_scorer(forward, backward, labels, truth, seed=stable_seed(run.config.seed, "order"))
+        write_json(folder / EVALUATION, evaluation)
+        return {"label_accuracy": evaluation["label_accuracy"], "oracle_accuracy": evaluation["oracle_accuracy"]}
+
+    inputs = {"scores": scored, "scorer": model}
+    return produce(run.provenance, "eval", f"scorer-{kind}", settings, inputs, make, run.requested == "eval")
+
+
+def evaluate_policy(run: Run, subject: str) -> Artifact:
+    """Responses of the base or the aligned policy to the test prompts, judged, and compared with the base policy's."""
+    base = base_policy(run)
+    policy = base if subject == "base" else aligned_policy(run)
+    judges = list(run.config.eval.judges)
+    if run.config.dataset.source != "toy":
+        judges = [judge for judge in judges if judge != "oracle"]
+    inputs = {"policy": policy}
+    if subject != "base":
+        inputs |= {"base": base, "against": evaluate_policy(run, "base")}
+    kinds: dict[str, ScorerKind] = {"reward": "reward", "diff": "diff"}
+    for judge in judges:
+        if judge in kinds:
+            inputs[judge] = scorer(run, kinds[judge])
+        elif judge != "oracle":
+            raise UserError(f"eval.judges: {judge} must be one of oracle, reward, diff")
+    evaluated = asdict(run.config.eval)
+    settings = {
+        "eval": {key: value for key, value in evaluated.items() if key not in ("subject", "batch_size", "judges")},
+        "judges": judges,
+        "data": run.data_settings("test"),
+        "dtype": run.config.model.dtype,
+        "seed": run.config.seed,
+    }
+
+    def make(folder: Path) -> dict[str, Any]:
+        return write_evaluation(run, inputs, judges, folder)
+
+    label = "base" if subject == "base" else policy.folder.name.rsplit("-", 1)[0]
+    return produce(run.provenance, "eval", label, settings, inputs, make, run.requested == "eval")
+
+
+def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: list[str], folder: Path) -> dict[str, Any]:
+    """Generates, judges, compares, and writes the two files."""
+    records = run.records("test")
+    chosen = [records[n] for n in select(records, TrainingConfig(max_records=run.config.eval.prompts))]
+    model, tokenizer = run.policy(inputs["policy"])
+    encoded = encoded_by_id(run, tokenizer)
+    prompts = [encoded[record.id].prompt for record in chosen]
+    responses = generate(model, tokenizer, prompts, run.config.eval, run.config.seed, f"generate {folder.name}")
+    against = read_json_lines(inputs["against"].folder / GENERATIONS) if "against" in inputs else None
+    judged: dict[str, list[float]] = {}
+    compared: dict[str, list[float]] = {}
+    for judge in judges:
+        if judge == "diff":
+            # A difference model has no reward of its own: it compares, with the base policy's response.
+            if against is not None:
+                compared[judge] = compare(run, inputs[judge], chosen, responses, against)
+            continue
+        judged[judge] = rewards(run, inputs.get(judge), chosen, responses)
+        if against is not None:
+            compared[judge] = [a - b["rewards"][judge] for a, b in zip(judged[judge], against, strict=True)]
+    evaluation = {
+        "prompts": len(chosen),
+        "rewards": {judge: mean_interval(values) for judge, values in judged.items()},
+        "length": mean_interval([len(response.ids) for response in responses]),
+        "stopped": mean_interval([float(response.stopped) for response in responses]),
+        "kl": mean_interval(log_ratios(run, model, inputs.get("base"), prompts, responses)),
+        "against_base": {judge: win_tie_lose(values) for judge, values in compared.items()} or None,
+        "mean_difference_to_base": {judge: mean_interval(values) for judge, values in compared.items()},
+    }
+    lines = [
+        {
+            "id": record.id,
+            "query": record.query,
+            "response": response.text,
+            "stopped": response.stopped,
+            "rewards": {judge: judged[judge][n] for judge in judged},
+        }
+        for n, (record, response) in enumerate(zip(chosen, responses, strict=True))
+    ]
+    evaluation["samples"] = lines[: run.config.eval.samples]
+    with replace_file(folder / GENERATIONS) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_json(folder / EVALUATION, evaluation)
+    return {"rewards": evaluation["rewards"], "kl": evaluation["kl"]}
+
+
+def encoded_by_id(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, EncodedRecord]:
+    return {record.id: record for record in run.encoded("test", tokenizer)}
+
+
+def rewards(run: Run, judge: Artifact | None, records: list[Record], responses: list[Generation]) -> list[float]:
+    """Reward of each response: the toy world's own without a judge, else the pointwise model's."""
+    if judge is None:
+        pairs = zip(records, responses, strict=True)
+        return [toy.reward(record.query, response.text, stopped=response.stopped) for record, response in pairs]
+    model, tokenizer = run.scorer(judge)
+    texts = [(record, [response.text]) for record, response in zip(records, responses, strict=True)]
+    readings = []
+    for encoded in encode_texts(run, tokenizer, texts):
+        reading = Reading()
+        add_reward(reading, encoded, 0)
+        readings.append(reading)
+    return [values[0] for values in judge_all(run, model, readings, "judge reward")]
+
+
+def compare(
+    run: Run, judge: Artifact, records: list[Record], responses: list[Generation], against: list[dict[str, Any]]
+) -> list[float]:
+    """[f(response, other) - f(other, response)] / 2 of each response and the base policy's: no order to gain from."""
+    model, tokenizer = run.scorer(judge)
+    form = check_form(model)
+    template = ComparisonTemplate(run.config.model.difference_template, tokenizer)
+    texts = [(r, [own.text, other["response"]]) for r, own, other in zip(records, responses, against, strict=True)]
+    readings = []
+    for encoded in encode_texts(run, tokenizer, texts):
+        reading = Reading()
+        add_difference(reading, form, template, encoded, 0, 1)
+        add_difference(reading, form, template, encoded, 1, 0)
+        readings.append(reading)
+    return [(forward - backward) / 2 for forward, backward in judge_all(run, model, readings, "judge diff")]
+
+
+def encode_texts(
+    run: Run, tokenizer: PreTrainedTokenizerBase, texts: list[tuple[Record, list[str]]]
+) -> list[EncodedRecord]:
+    """Generated responses as the scorer's own tokenizer reads them."""
+    records = [Record(record.id, record.query, tuple(responses)) for record, responses in texts]
+    dataset = run.config.dataset
+    return encode(records, tokenizer, dataset.template, dataset.max_length)[0]
+
+
+def judge_all(run: Run, model: PreTrainedModel, readings: list[Reading], title: str) -> list[list[float]]:
+    layout = set_layout(model, run.config.engine.layout)
+    return read_all(model, layout, readings, run.config.engine.tokens_per_micro_batch, title)
+
+
+def log_ratios(
+    run: Run, model: PreTrainedModel, base: Artifact | None, prompts: list[tuple[int, ...]], responses: list[Generation]
+) -> list[float]:
+    """log pi(y) - log pi_base(y) of the policy's own responses, whose mean estimates KL(policy || base), in nats."""
+    items = [
+        (EncodedRecord("", prompt, (response.ids,)), [response.ids])
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    if base is None:
+        return [0.0] * len(items)
+    own = log_probabilities(run, model, items, "log-probabilities policy")
+    reference = log_probabilities(run, run.policy(base)[0], items, "log-probabilities base")
+    return [a[0] - b[0] for a, b in zip(own, reference, strict=True)]

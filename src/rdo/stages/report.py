@@ -1,0 +1,166 @@
+"""Stages report and pipeline: the rows of a comparison, each a name and the overrides that make it.
+
+`pipeline` makes whatever is missing, row by row, then reports; `report` shows what is finished and names what is not.
+Every row is an ordinary command line, shown in the report.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rdo.alignment import choose_loss
+from rdo.artifacts import Artifact, MissingInput, code_revision
+from rdo.configuration import compose_config, plain
+from rdo.errors import UserError
+from rdo.files import read_json, read_json_lines
+from rdo.report.page import write_report
+from rdo.run import Run
+from rdo.schema import Config
+from rdo.stages.eval import EVALUATION, evaluate_policy, evaluate_scorers
+from rdo.tracking import METRICS
+
+# The settings of a curve are thinned to this many points.
+CURVE_POINTS = 200
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison in one world and for one seed."""
+
+    name: str
+    world: str
+    seed: int
+    overrides: list[str]
+    config: Config
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["python", "train.py", "stage=eval", *self.overrides])
+
+
+def rows(config: Config, overrides: list[str]) -> Iterator[Row]:
+    """The rows of config.report, composed on top of the user's own overrides."""
+    given = [text for text in overrides if not text.startswith(("stage=", "report.", "~"))]
+    keys = {text.split("=")[0].lstrip("+") for text in given}
+    for world, world_overrides in (config.report.worlds or {"": []}).items():
+        for seed in config.report.seeds:
+            for name, row_overrides in config.report.rows.items():
+                own = [*world_overrides, *row_overrides]
+                clash = sorted(keys & {text.split("=")[0].lstrip("+") for text in own})
+                if clash:
+                    raise UserError(
+                        f"{clash[0]} is what the rows of the comparison differ in (row {name!r}); change report.rows, "
+                        "or run one row alone with stage=align or stage=eval"
+                    )
+                everything = [*given, f"seed={seed}", *own]
+                yield Row(name, world, seed, everything, compose_config(everything))
+
+
+def make_report(run: Run, overrides: list[str], build: bool) -> Path:
+    """Runs (build) or finds the evaluations of all rows, and writes report.html, report.md and report.json."""
+    started = time.perf_counter()
+    entries = list(rows(run.config, overrides))
+    if not entries:
+        raise UserError("report.rows is empty: there is nothing to compare")
+    scorers: list[dict[str, Any]] = []
+    policies: list[dict[str, Any]] = []
+    missing: list[str] = []
+    for number, row in enumerate(entries):
+        if build:
+            print(f"\n=== {number + 1}/{len(entries)} {title(row)}\n    {row.command}", flush=True)
+        provenance = replace(run.provenance, command=row.command, config=plain(row.config), build_inputs=build)
+        row_run = Run(row.config, provenance, requested="", cache=run.cache)
+        try:
+            if row.config.eval.subject in ("reward", "diff"):
+                scorers.append(scorer_entry(row, evaluate_scorers(row_run, row.config.eval.subject)))  # type: ignore[arg-type]
+            else:
+                evaluation = evaluate_policy(row_run, row.config.eval.subject)
+                policies.append(policy_entry(row, evaluation))
+        except MissingInput:
+            missing.append(title(row))
+    splits = run.splits()
+    counts = {name: len(records) for name, records in splits.splits.items()} | splits.counts
+    data = {
+        "title": run.config.report.title,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code_revision": code_revision(),
+        "seconds": time.perf_counter() - started if build else None,
+        "missing": missing,
+        "commands": {title(row): row.command for row in entries},
+        "dataset": {"name": run.config.dataset.name, "counts": counts, "truncation": run.truncation()},
+        "scorers": scorers,
+        "policies": policies,
+        "tokens": [],
+    }
+    folder = run.provenance.run_dir / "report"
+    written = write_report(data, folder)
+    print(f"\n{written['markdown'].read_text()}\nreport: {written['html']}", flush=True)
+    return written["html"]
+
+
+def title(row: Row) -> str:
+    """A row's name, with world and seed where there are several."""
+    return ", ".join([row.name, *([row.world] if row.world else []), f"seed {row.seed}"])
+
+
+def input_manifest(artifact: Artifact, name: str) -> tuple[Path, dict[str, Any]] | None:
+    """Folder and manifest of one of an artifact's inputs, if a stage of ours made it."""
+    entry = artifact.manifest()["inputs"].get(name)
+    if entry is None or not (Path(entry["folder"]) / "manifest.json").exists():
+        return None
+    folder = Path(entry["folder"])
+    return folder, read_json(folder / "manifest.json")
+
+
+def scorer_entry(row: Row, artifact: Artifact) -> dict[str, Any]:
+    """A line of the report's table of scorers."""
+    kind = row.config.eval.subject
+    section = row.config.rm if kind == "reward" else row.config.diffmodel
+    trained = input_manifest(artifact, "scorer")
+    return {
+        "world": row.world,
+        "seed": row.seed,
+        "name": row.name,
+        "form": section.form,
+        "evaluation": read_json(artifact.folder / EVALUATION),
+        "settings": {"beta0": section.beta0, "beta1": section.beta1, "epochs": section.epochs},
+        "curve": curve(trained[0], ("loss", "accuracy")) if trained else None,
+    }
+
+
+def policy_entry(row: Row, artifact: Artifact) -> dict[str, Any]:
+    """A line of the report's table of policies."""
+    trained = input_manifest(artifact, "policy")
+    base = row.config.eval.subject == "base"
+    rc = row.config.rc
+    names = ("loss",) if base else ("loss", "implicit_reward_accuracy", "gradient_norm")
+    return {
+        "world": row.world,
+        "seed": row.seed,
+        "name": row.name,
+        "group": "base" if base else choose_loss(row.config.loss).name,
+        "rc": "none" if base else rc.name,
+        "alpha": None if base or rc.name == "none" else rc.alpha,
+        "control": "none" if base else {"shuffle": "shuffled"}.get(rc.control, rc.control),
+        "evaluation": read_json(artifact.folder / EVALUATION),
+        "coefficients": None if base or trained is None else trained[1]["results"].get("coefficients"),
+        "curve": curve(trained[0], names) if trained else None,
+    }
+
+
+def curve(folder: Path, names: tuple[str, ...]) -> dict[str, list[list[float]]]:
+    """Metrics of a training run by step, each point the mean of the steps since the last, thinned for plotting."""
+    lines = read_json_lines(folder / METRICS)
+    width = max(1, len(lines) // CURVE_POINTS)
+    curves: dict[str, list[list[float]]] = {}
+    for name in names:
+        values = [(line["step"], line[name]) for line in lines if name in line]
+        groups = [values[start : start + width] for start in range(0, len(values), width)]
+        curves[name] = [[group[-1][0], sum(value for _, value in group) / len(group)] for group in groups]
+    return {name: points for name, points in curves.items() if points}

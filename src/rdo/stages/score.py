@@ -1,0 +1,136 @@
+"""Stage score: what a scorer says of a split, once, for every run of a sweep to read.
+
+Written to scores.parquet: a pointwise reward model one row (record_id, response, reward) a response, a difference
+model one row (record_id, first, second, difference) an ordered pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rdo.artifacts import Artifact, produce
+from rdo.data.records import Record
+from rdo.errors import UserError
+from rdo.files import replace_file
+from rdo.models import set_layout
+from rdo.run import Run, select
+from rdo.schema import TrainingConfig
+from rdo.scorers import ComparisonTemplate, Reading, add_difference, add_reward, check_form, read_all
+from rdo.stages.scorer import ScorerKind, scorer
+
+SCORES = "scores.parquet"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of records by id: rewards of responses, or outputs f of ordered pairs; one of the two is empty."""
+
+    rewards: dict[tuple[str, int], float]
+    differences: dict[tuple[str, int, int], float]
+
+    def difference(self, record_id: str, first: int, second: int, order: str = "forward") -> float:
+        """R(first, second): a difference of rewards, f as scored (its negative for the other order), or, for
+        order=antisymmetric, [f(first, second) - f(second, first)] / 2. KeyError where the pair was not scored."""
+        if self.rewards:
+            return self.rewards[record_id, first] - self.rewards[record_id, second]
+        forward, backward = (record_id, first, second), (record_id, second, first)
+        if order == "antisymmetric":
+            return (self.differences[forward] - self.differences[backward]) / 2
+        if forward in self.differences:
+            return self.differences[forward]
+        return -self.differences[backward]
+
+    def ranking(self, record: Record, baseline: bool = False) -> list[float]:
+        """One number a response to rank by: its reward; its mean antisymmetric f against the others; or, with
+        `baseline`, its antisymmetric f against the first response."""
+        count = len(record.responses)
+        if self.rewards:
+            return [self.rewards[record.id, response] for response in range(count)]
+        ranks = []
+        for one in range(count):
+            others = [0] if baseline else range(count)
+            outputs = [self.difference(record.id, one, other, "antisymmetric") for other in others if other != one]
+            ranks.append(sum(outputs) / max(1, len(outputs)))
+        return ranks
+
+
+def pairs_to_score(record: Record, both_orders: bool) -> list[tuple[int, int]]:
+    """Ordered pairs of a record: its labelled pair chosen first when it has but two responses, else every i < j."""
+    count = len(record.responses)
+    pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
+    if count == 2 and record.preferences:
+        pairs = [(record.preferences[0].chosen, record.preferences[0].rejected)]
+    return pairs + [(j, i) for i, j in pairs] if both_orders else pairs
+
+
+def scores(run: Run, kind: ScorerKind, split: str, both_orders: bool, selection: TrainingConfig | None) -> Artifact:
+    """The scores of a split's records (all, or the ones that a stage selects) by the scorer of a kind."""
+    model = scorer(run, kind)
+    both_orders = both_orders and kind == "diff"
+    settings: dict[str, Any] = {
+        "data": run.data_settings(split),
+        "both_orders": both_orders,
+        "dtype": run.config.model.dtype,
+        "selection": [selection.min_responses, selection.max_records] if selection else None,
+        "difference_template": list(run.config.model.difference_template) if kind == "diff" else None,
+    }
+
+    def make(folder: Path) -> dict[str, Any]:
+        return write_scores(run, model, split, both_orders, selection, folder)
+
+    label = f"{kind}-{split}"
+    return produce(run.provenance, "score", label, settings, {"scorer": model}, make, run.requested == "score")
+
+
+def write_scores(
+    run: Run, artifact: Artifact, split: str, both_orders: bool, selection: TrainingConfig | None, folder: Path
+) -> dict[str, Any]:
+    """Scores the records and writes the Parquet file."""
+    model, tokenizer = run.scorer(artifact)
+    form = check_form(model)
+    layout = set_layout(model, run.config.engine.layout)
+    records, encoded = run.records(split), run.encoded(split, tokenizer)
+    chosen = select(records, selection) if selection else list(range(len(records)))
+    if not chosen:
+        raise UserError("no record to score: see align.min_responses")
+    template = ComparisonTemplate(run.config.model.difference_template, tokenizer)
+    readings, rows = [], []
+    for n in chosen:
+        reading = Reading()
+        if form == "pointwise":
+            for response in range(len(records[n].responses)):
+                add_reward(reading, encoded[n], response)
+                rows.append((records[n].id, response))
+        else:
+            for first, second in pairs_to_score(records[n], both_orders):
+                add_difference(reading, form, template, encoded[n], first, second)
+                rows.append((records[n].id, first, second))
+        readings.append(reading)
+    outputs = read_all(model, layout, readings, run.config.engine.tokens_per_micro_batch, f"score {form} {split}")
+    names = ["record_id", "response", "reward"] if form == "pointwise" else ["record_id", "first", "second", "difference"]
+    numbers = [number for output in outputs for number in output]
+    write_table(folder / SCORES, names, [(*row, number) for row, number in zip(rows, numbers, strict=True)])
+    return {"form": form, "records": len(chosen), "values": len(numbers)}
+
+
+def write_table(path: Path, names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
+    """A Parquet file of these columns, written whole or not at all."""
+    columns = list(zip(*rows, strict=True))
+    with replace_file(path) as temporary:
+        pq.write_table(pa.table({name: list(column) for name, column in zip(names, columns, strict=True)}), temporary)
+
+
+def read_scores(artifact: Artifact) -> Scores:
+    """The scores that `scores` wrote."""
+    table = pq.read_table(artifact.folder / SCORES).to_pydict()
+    if "reward" in table:
+        keys = zip(table["record_id"], table["response"], strict=True)
+        return Scores(dict(zip(keys, table["reward"], strict=True)), {})
+    ordered = zip(table["record_id"], table["first"], table["second"], strict=True)
+    return Scores({}, dict(zip(ordered, table["difference"], strict=True)))

@@ -1,0 +1,63 @@
+"""Stages rm and diffmodel: the pointwise reward model and the difference model, trained on labelled pairs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from rdo.artifacts import Artifact, given, produce
+from rdo.errors import UserError
+from rdo.models import load_tokenizer, new_scorer, save_model
+from rdo.run import Run, model_path, select
+from rdo.scorers import FORMS, ComparisonTemplate, check_form
+from rdo.stages.sft import base_policy
+from rdo.stages.training import finish
+from rdo.tasks import ScorerTask
+from rdo.training import train
+
+ScorerKind = Literal["reward", "diff"]
+STAGE_OF: dict[ScorerKind, str] = {"reward": "rm", "diff": "diffmodel"}
+
+
+def scorer(run: Run, kind: ScorerKind) -> Artifact:
+    """The finished scorer of a kind: the one that rm.path or diffmodel.path names, or the one that we train."""
+    stage = STAGE_OF[kind]
+    section = getattr(run.config, stage)
+    if section.path:
+        return given(section.path)
+    if section.form not in FORMS:
+        raise UserError(f"{stage}.form={section.form}: must be one of {', '.join(FORMS)}")
+    base = base_policy(run)
+    settings: dict[str, Any] = {
+        "training": asdict(section),
+        "data": run.data_settings("train"),
+        "dtype": run.config.model.dtype,
+        "seed": run.config.seed,
+    }
+    if section.form != "pointwise":
+        settings["difference_template"] = list(run.config.model.difference_template)
+
+    def make(folder: Path) -> dict[str, Any]:
+        return train_scorer(run, kind, base, folder)
+
+    return produce(run.provenance, stage, section.form, settings, {"base": base}, make, run.requested == stage)
+
+
+def train_scorer(run: Run, kind: ScorerKind, base: Artifact, folder: Path) -> dict[str, Any]:
+    """Puts a scalar head on the base policy, trains it on the labelled pairs, and saves it."""
+    config, stage = run.config, STAGE_OF[kind]
+    section = getattr(config, stage)
+    tokenizer = load_tokenizer(model_path(base), config.model)
+    model = new_scorer(model_path(base), section.form, config.model, config.seed)
+    check_form(model)
+    records, encoded = run.records("train"), run.encoded("train", tokenizer)
+    pairs = [(encoded[n], preference) for n in select(records, section) for preference in records[n].preferences]
+    if not pairs:
+        raise UserError(f"dataset={config.dataset.name} has no labelled pair: stage={stage} has nothing to learn from")
+    template = ComparisonTemplate(config.model.difference_template, tokenizer) if section.form != "pointwise" else None
+    task = ScorerTask(pairs, section.form, template, section.beta0, section.beta1, config.seed)
+    with run.tracker(folder, stage) as tracker:
+        train(task, model.to(run.device()), section, config.engine, config.seed, folder, tracker, stage)
+    save_model(model, tokenizer, folder / "model")
+    return finish(folder, model)

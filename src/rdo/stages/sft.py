@@ -1,0 +1,77 @@
+"""Stage sft: the base policy, from scratch or from model.path, by supervised fine-tuning on demonstrations."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rdo.artifacts import Artifact, given, produce
+from rdo.data.records import Record
+from rdo.errors import UserError
+from rdo.losses import best_response
+from rdo.models import load_policy, load_tokenizer, new_policy, save_model
+from rdo.run import Run, select
+from rdo.stages.training import finish
+from rdo.tasks import Demonstration, SftTask
+from rdo.training import train
+from rdo.vocabulary import make_tokenizer
+
+
+def base_policy(run: Run) -> Artifact:
+    """The policy that alignment starts from, scorers are built on, and references come from."""
+    config = run.config
+    inputs = {"model": given(config.model.path, config.model.revision)} if config.model.path else {}
+    if not config.sft.enabled:
+        if not inputs:
+            raise UserError("sft.enabled=false takes model.path as the base policy, but model.path is not set")
+        return inputs["model"]
+    split = "demonstrations" if run.splits().splits.get("demonstrations") else "train"
+    settings = {
+        "model": {k: v for k, v in asdict(config.model).items() if k not in ("name", "path", "difference_template")},
+        "training": asdict(config.sft),
+        "data": run.data_settings(split),
+        "seed": config.seed,
+    }
+
+    def make(folder: Path) -> dict[str, Any]:
+        return train_base(run, split, folder)
+
+    return produce(run.provenance, "sft", config.model.name, settings, inputs, make, run.requested == "sft")
+
+
+def train_base(run: Run, split: str, folder: Path) -> dict[str, Any]:
+    """Builds tokenizer and model, trains on the split's responses, and saves both."""
+    config = run.config
+    records = run.records(split)
+    if config.model.path:
+        model = load_policy(config.model.path, config.model)
+        tokenizer = load_tokenizer(config.model.path, config.model)
+    else:
+        tokenizer = make_tokenizer(config.model, training_texts(records))
+        model = new_policy(config.model, tokenizer, config.seed)
+    encoded = run.encoded(split, tokenizer)
+    chosen = [(encoded[n], imitated(records[n], config.sft.responses)) for n in select(records, config.sft)]
+    task = SftTask([Demonstration(record, responses) for record, responses in chosen])
+    with run.tracker(folder, "sft") as tracker:
+        train(task, model.to(run.device()), config.sft, config.engine, config.seed, folder, tracker, "sft")
+    save_model(model, tokenizer, folder / "model")
+    return finish(folder, model)
+
+
+def training_texts(records: list[Record]) -> list[str]:
+    """What a tokenizer is trained on: the texts of the training split."""
+    return [text for record in records for text in (record.query, *record.responses)]
+
+
+def imitated(record: Record, which: str) -> tuple[int, ...]:
+    """The responses of a record that supervised fine-tuning imitates."""
+    if which not in ("chosen", "all"):
+        raise UserError(f"sft.responses={which}: must be chosen or all")
+    if which == "all" or len(record.responses) == 1:
+        return tuple(range(len(record.responses)))
+    if record.preferences:
+        return tuple(sorted({p.chosen for p in record.preferences if not p.tie})) or (0,)
+    if record.scores is not None:
+        return (best_response(record.scores),)
+    raise UserError(f"record {record.id} has neither preferences nor scores: set sft.responses=all")

@@ -1,0 +1,161 @@
+"""The tasks of supervised fine-tuning and of scorers (pointwise reward model, difference model); see training.Task."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rdo import losses
+from rdo.data.encoding import EncodedRecord
+from rdo.data.records import Preference
+from rdo.forest import LayoutName, make_layout
+from rdo.models import read_log_probabilities, read_scalars
+from rdo.readout import Span
+from rdo.scorers import ComparisonTemplate, Reading, add_difference, add_reward, merge
+from rdo.training import Counts, Measures, stable_seed
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """Responses of a record to be imitated."""
+
+    encoded: EncodedRecord
+    responses: tuple[int, ...]
+
+    @property
+    def record_id(self) -> str:
+        return self.encoded.id
+
+    @property
+    def sequences(self) -> list[tuple[int, ...]]:
+        return [(*self.encoded.prompt, *self.encoded.responses[r]) for r in self.responses]
+
+
+class SftTask:
+    """Cross-entropy of responses given their query: a mean over response tokens of the whole step."""
+
+    def __init__(self, records: Sequence[Demonstration]):
+        self.records = sorted(records, key=lambda record: record.record_id)
+        self.record_ids = [record.record_id for record in self.records]
+
+    def item(self, index: int, epoch: int) -> Demonstration:
+        return self.records[index]
+
+    def counts(self, items: Sequence[Demonstration]) -> Counts:
+        return {"tokens": sum(len(item.encoded.responses[r]) for item in items for r in item.responses)}
+
+    def prepare(self, model: PreTrainedModel, layout: LayoutName, batches: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        return {}
+
+    def losses(
+        self,
+        model: PreTrainedModel,
+        layout: LayoutName,
+        items: Sequence[Demonstration],
+        counts: Counts,
+        prepared: dict[str, Any],
+    ) -> tuple[Tensor, Measures]:
+        sequences = [ids for item in items for ids in item.sequences]
+        starts = [len(item.encoded.prompt) for item in items for _ in item.responses]
+        spans = [Span(number, start) for number, start in enumerate(starts)]
+        policy, length = read_log_probabilities(model, make_layout(layout, sequences), spans)
+        cross_entropy = losses.sft(policy, length, reduction="sum").sum()
+        return cross_entropy / counts["tokens"], {"response_length": (length.sum(), len(spans))}
+
+
+@dataclass(frozen=True)
+class ComparisonItem:
+    """One preference, as the scorer sees it in one epoch: `reading` lists the values, `target` who is better."""
+
+    record_id: str
+    reading: Reading
+    target: float
+
+    @property
+    def sequences(self) -> list[tuple[int, ...]]:
+        return self.reading.sequences
+
+
+class ScorerTask:
+    """Trains a scorer on labelled pairs: Bradley-Terry for the pointwise form, RDO's equation 6 for the others.
+
+    The order of a pair is a fair coin, reseeded every epoch, as is the response that the duplication regulariser
+    reads. Ties have target 0.5; Bradley-Terry has no place for them, so the pointwise form leaves them out.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[tuple[EncodedRecord, Preference]],
+        form: str,
+        template: ComparisonTemplate | None,
+        beta0: float,
+        beta1: float,
+        seed: int,
+    ):
+        usable = [entry for entry in records if not (form == "pointwise" and entry[1].tie)]
+        self.records = sorted(usable, key=lambda entry: (entry[0].id, entry[1].chosen, entry[1].rejected))
+        self.record_ids = [encoded.id for encoded, _ in self.records]
+        self.form, self.template, self.beta0, self.beta1, self.seed = form, template, beta0, beta1, seed
+
+    def item(self, index: int, epoch: int) -> ComparisonItem:
+        encoded, preference = self.records[index]
+        reading = Reading()
+        if self.form == "pointwise":
+            add_reward(reading, encoded, preference.chosen)
+            add_reward(reading, encoded, preference.rejected)
+            return ComparisonItem(encoded.id, reading, 1.0)
+        assert self.template is not None
+        coin = random.Random(stable_seed(self.seed, "pair", epoch, encoded.id, preference.chosen, preference.rejected))
+        first, second, target = preference.chosen, preference.rejected, 1.0
+        if coin.random() < 0.5:
+            first, second, target = second, first, 0.0
+        twice = coin.choice((first, second))
+        add_difference(reading, self.form, self.template, encoded, first, second)
+        if self.beta0:
+            add_difference(reading, self.form, self.template, encoded, twice, twice)
+        if self.beta1:
+            add_difference(reading, self.form, self.template, encoded, second, first)
+        return ComparisonItem(encoded.id, reading, 0.5 if preference.tie else target)
+
+    def counts(self, items: Sequence[ComparisonItem]) -> Counts:
+        return {"pairs": len(items)}
+
+    def prepare(self, model: PreTrainedModel, layout: LayoutName, batches: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        return {}
+
+    def losses(
+        self,
+        model: PreTrainedModel,
+        layout: LayoutName,
+        items: Sequence[ComparisonItem],
+        counts: Counts,
+        prepared: dict[str, Any],
+    ) -> tuple[Tensor, Measures]:
+        sequences, values = merge([item.reading for item in items])
+        outputs = read_scalars(model, make_layout(layout, sequences), values).view(len(items), -1)
+        target = outputs.new_tensor([item.target for item in items])
+        if self.form == "pointwise":
+            forward = outputs[:, 0] - outputs[:, 1]
+            per_pair = losses.bradley_terry(outputs[:, 0], outputs[:, 1])
+            measures: Measures = {}
+        else:
+            forward = outputs[:, 0]
+            duplicate = outputs[:, 1] if self.beta0 else None
+            reverse = outputs[:, -1] if self.beta1 else None
+            per_pair = losses.difference(forward, target, duplicate, reverse, beta0=self.beta0, beta1=self.beta1)
+            measures = {}
+            if duplicate is not None:
+                measures["duplication"] = (duplicate.square().sum(), len(items))
+            if reverse is not None:
+                measures["reverse"] = ((forward + reverse).square().sum(), len(items))
+        right = torch.where(target == 0.5, 0.5, ((forward > 0) == (target > 0.5)).to(forward.dtype))
+        right = torch.where(forward == 0, 0.5, right)
+        measures["accuracy"] = (right.sum(), len(items))
+        measures["difference_size"] = (forward.abs().sum(), len(items))
+        return per_pair.sum() / counts["pairs"], measures

@@ -1,0 +1,61 @@
+"""Metrics of a run: a JSON-lines file always, and wandb where the config says so."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rdo.files import append_json_line, read_json_lines, replace_file
+from rdo.schema import TrackerConfig
+
+METRICS = "metrics.jsonl"
+
+
+class Tracker:
+    """Logs the steps of one training run; use it as a context so that wandb is always closed."""
+
+    def __init__(self, config: TrackerConfig, folder: Path, name: str, settings: dict[str, Any]):
+        self.file = folder / METRICS
+        self.run = start_wandb(config, folder, name, settings) if config.name == "wandb" else None
+
+    def resume(self, steps: int) -> None:
+        """Drops what was logged after the checkpoint that the run goes on from, so that each step stands once."""
+        if not self.file.exists():
+            return
+        kept = [line for line in read_json_lines(self.file) if line["step"] <= steps]
+        with replace_file(self.file) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Logs the values of a step, counted from 1."""
+        append_json_line(self.file, {"step": step, **values})
+        if self.run is not None:
+            self.run.log({"global_step": step, **values})
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        if self.run is not None:
+            self.run.finish(exit_code=1 if failure else 0)
+
+
+def start_wandb(config: TrackerConfig, folder: Path, name: str, settings: dict[str, Any]) -> Any:
+    """A wandb run: online when logged in, else offline, never asking; the same folder gives the same run id."""
+    import wandb
+
+    logged_in = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    run = wandb.init(
+        project=config.project,
+        group=config.group,
+        name=name,
+        id=folder.name,
+        resume="allow",
+        dir=str(folder),
+        mode=os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline"),  # type: ignore[arg-type]
+        config=settings,
+    )
+    run.define_metric("*", step_metric="global_step")
+    return run
