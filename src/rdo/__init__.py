@@ -1,1 +1,1 @@
-"""Reward Difference Optimization (RDO): offline preference optimization that also uses how much better a response is."""
+"""Reward Difference Optimization: offline preference optimization that uses how much better a response is."""

@@ -179,7 +179,8 @@ class AlignmentTask:
             return {}
         ratios = []
         for batch in batches:
-            sequences, spans, references = [], [], []
+            sequences: list[tuple[int, ...]] = []
+            spans, references = [], []
             for item in batch:
                 for response, reference in item.mismatched:
                     spans.append(Span(len(sequences), len(item.encoded.prompt)))

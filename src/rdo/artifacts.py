@@ -14,7 +14,8 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -114,22 +115,19 @@ def is_finished(folder: Path) -> bool:
     return (folder / MANIFEST).exists()
 
 
-class held:
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
     """Holds a folder for this process; a second one that wants it says so and waits, then finds the result."""
-
-    def __init__(self, folder: Path):
-        self.lock = FileLock(folder / ".lock")
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            print(f"waiting for another run that is making {self.folder}", flush=True)
-            self.lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.lock.release()
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another run that is making {folder}", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def given(path: str, revision: str | None = None) -> Artifact:

@@ -113,8 +113,9 @@ def make_rectangles(segments: list[Segment], device: torch.device | str) -> Rect
         valid[g, :own] = True
         query_positions[g, :own] = np.arange(segment.shared, path)
         key_positions[g, :path] = np.arange(path)
-    tensors = [torch.from_numpy(a).to(device) for a in (queries, keys, valid, query_positions, key_positions)]
-    return Rectangles(*tensors, causal=all(s.shared == 0 for s in segments))
+    arrays = (queries, keys, valid, query_positions, key_positions)
+    moved = [torch.from_numpy(array).to(device) for array in arrays]
+    return Rectangles(moved[0], moved[1], moved[2], moved[3], moved[4], all(s.shared == 0 for s in segments))
 
 
 def forest_attention(
@@ -136,7 +137,9 @@ def forest_attention(
     """
     unknown = sorted(name for name, given in others.items() if given is not None and name not in HARMLESS)
     if forest is None or attention_mask is not None or dropout or unknown:
-        what = f"passes {', '.join(unknown)} to its attention" if unknown else "needs a mask or dropout in its attention"
+        what = (
+            f"passes {', '.join(unknown)} to its attention" if unknown else "needs a mask or dropout in its attention"
+        )
         raise UserError(f"{type(module).__name__} {what}, which engine.layout=forest cannot do; use engine.layout=flat")
     groups = query.shape[1] // key.shape[1]
     # [tokens, heads, width]: rows first, so that gathering rows copies contiguous memory.

@@ -119,7 +119,9 @@ def check(config: Config) -> None:
             "model=small (from scratch), or model=hub model.path=NAME"
         )
     if loss.name == "rrhf" and loss.pairs == "ranking" and loss.ranking == "labels" and config.align.min_responses > 2:
-        raise UserError("loss.ranking=labels ranks by the labelled pairs alone: use loss.ranking=reward, diff or scores")
+        raise UserError(
+            "loss.ranking=labels ranks by the labelled pairs alone: use loss.ranking=reward, diff or scores"
+        )
 
 
 def check_choices(config: Config) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -118,5 +119,5 @@ def common_prefix_length(first: np.ndarray, second: np.ndarray) -> int:
 def count_unique(sequences: Sequence[TokenIds]) -> int:
     """Tokens of the forest of these sequences, without building it."""
     arrays = [np.asarray(ids, dtype=np.int64) for ids in sorted(map(tuple, sequences))]
-    shared = sum(common_prefix_length(a, b) for a, b in zip(arrays, arrays[1:], strict=False))
+    shared = sum(common_prefix_length(a, b) for a, b in pairwise(arrays))
     return sum(len(ids) for ids in arrays) - shared

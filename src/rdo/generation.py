@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rdo.models import set_layout
 from rdo.progress import progress_bar
 from rdo.schema import EvalConfig
 from rdo.training import stable_seed
@@ -36,7 +37,7 @@ def generate(
     sampling = {"do_sample": False}
     if config.decoding == "sample":
         sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}  # type: ignore[dict-item]
-    model.set_attn_implementation("sdpa") if model._supports_sdpa else None
+    set_layout(model, "flat")
     results: list[Generation] = []
     with torch.no_grad(), progress_bar(len(prompts), title) as bar:
         for start in range(0, len(prompts), config.batch_size):
@@ -45,7 +46,7 @@ def generate(
             ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in batch])
             mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
             torch.manual_seed(stable_seed(seed, "generate", start))
-            output = model.generate(
+            output = model.generate(  # type: ignore[operator]
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 max_new_tokens=config.max_new_tokens,
@@ -64,4 +65,4 @@ def cut(row: list[int], tokenizer: PreTrainedTokenizerBase) -> Generation:
     stopped = end in row
     ids = row[: row.index(end) + 1] if stopped else row
     text = tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
-    return Generation(text, tuple(ids), stopped)
+    return Generation(str(text), tuple(ids), stopped)

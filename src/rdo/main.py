@@ -22,7 +22,7 @@ from rdo.stages.align import RC_SCORER, aligned_policy
 from rdo.stages.eval import evaluate_policy, evaluate_scorers
 from rdo.stages.report import make_report
 from rdo.stages.score import scores
-from rdo.stages.scorer import scorer
+from rdo.stages.scorer import STAGE_OF, scorer
 from rdo.stages.sft import base_policy
 
 # Jobs of one sweep in one process share loaded data.
@@ -40,7 +40,7 @@ def score(run: Run) -> Artifact:
 def evaluate(run: Run) -> Artifact:
     """Stage eval: a scorer's accuracy, or a policy's own responses."""
     subject = run.config.eval.subject
-    if subject == "reward" or subject == "diff":
+    if subject in STAGE_OF:
         return evaluate_scorers(run, subject)
     return evaluate_policy(run, subject)
 

@@ -205,8 +205,9 @@ def read_log_probabilities(
 
 def read_scalars(model: PreTrainedModel, layout: Layout, values: Sequence[Sequence[Scalar]]) -> torch.Tensor:
     """Values [values] of a scorer; an encoder pools by its own rule and is read once a sequence."""
-    if is_decoder_scorer(model):
-        return scalar_values(hidden_states(model, layout), model.score, layout, values)
+    head = model.score if is_decoder_scorer(model) else None
+    if isinstance(head, torch.nn.Linear):
+        return scalar_values(hidden_states(model, layout), head, layout, values)
     if isinstance(layout, Forest):
         raise UserError(f"{type(model).__name__} cannot run in a forest; use engine.layout=flat")
     outputs = model(input_ids=layout.ids.to(model.device), attention_mask=layout.mask.to(model.device)).logits
@@ -216,7 +217,7 @@ def read_scalars(model: PreTrainedModel, layout: Layout, values: Sequence[Sequen
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
     """Raises UserError where the tokenizer knows ids that the model has no embedding for."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = len(model.get_input_embeddings().get_parameter("weight"))
     if len(tokenizer) > rows:
         raise UserError(f"{path}: the tokenizer has {len(tokenizer)} ids, the model only {rows} embeddings")
 

@@ -118,7 +118,10 @@ class Run:
     def _loaded(self, artifact: Artifact, model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         tokenizer = load_tokenizer(model_path(artifact), self.config.model)
         check_vocabulary(model, tokenizer, model_path(artifact))
-        return model.to(self.device()), tokenizer
+        return self.on_device(model), tokenizer
+
+    def on_device(self, model: PreTrainedModel) -> PreTrainedModel:
+        return model.to(self.device())  # type: ignore[arg-type]
 
     def tracker(self, folder: Path, name: str) -> Tracker:
         return Tracker(self.config.tracker, folder, name, self.provenance.config)

@@ -25,7 +25,7 @@ class DatasetConfig:
     name: str = "toy"
     source: str = "toy"  # toy | file | hub
     path: str | None = None  # source=file: JSON lines, also .gz
-    format: str = "auto"  # auto | hh | trl | rrhf | openai
+    format: str = "auto"  # auto | hh | trl | rrhf | openai | records
     hub_name: str | None = None  # source=hub
     hub_config: str | None = None
     hub_revision: str | None = None
@@ -57,9 +57,7 @@ class ModelConfig:
     key_value_heads: int | None = None  # fewer than heads: grouped queries
     max_positions: int = 512
     # Texts around query, first and second response in the difference model's input (RDO section 3.1).
-    difference_template: list[str] = field(
-        default_factory=lambda: ["Query: ", "; Response 1: ", "; Response 2: "]
-    )
+    difference_template: list[str] = field(default_factory=lambda: ["Query: ", "; Response 1: ", "; Response 2: "])
 
 
 @dataclass
@@ -90,6 +88,7 @@ class ScorerConfig(TrainingConfig):
     """The pointwise reward model (section rm) and the difference model (section diffmodel)."""
 
     path: str | None = None  # use this finished scorer instead of training one
+    backbone: str | None = None  # put the head on this model (decoder or encoder) instead of the base policy
     form: str = "pointwise"  # pointwise | paper | antisymmetric | residual
     beta0: float = 0.0  # weight of the duplication regulariser f(y, y)^2
     beta1: float = 0.0  # weight of the reverse regulariser (f(a, b) + f(b, a))^2
@@ -110,7 +109,7 @@ class RcConfig:
 
 @dataclass
 class EvalConfig:
-    subject: str = "policy"  # policy | base | scorers
+    subject: str = "policy"  # policy | base, or a scorer: reward | diff
     prompts: int = 256  # of the test split; 300 in the paper
     decoding: str = "sample"  # greedy | sample
     temperature: float = 1.0

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rdo.data.encoding import EncodedRecord
+from rdo.data.encoding import EncodedRecord, begin_id
 from rdo.errors import UserError
 from rdo.forest import LayoutName, TokenIds, make_layout
 from rdo.models import is_decoder_scorer, read_scalars
@@ -54,7 +54,7 @@ class ComparisonTemplate:
             raise UserError("model.difference_template takes three texts: before query, first and second response")
         self.query, self.first, self.second = (tuple(tokenizer(t, add_special_tokens=False).input_ids) for t in texts)
         # A beginning-of-sequence id stays where it belongs: in front of everything.
-        self.begin = tokenizer.bos_token_id
+        self.begin = begin_id(tokenizer)
 
     def head(self, prompt: Sequence[int]) -> tuple[int, ...]:
         """Everything in front of the first response's ids."""

@@ -69,9 +69,7 @@ def encode(
     Raises UserError if the tokenizer has no EOS, a prompt has no token, `max_length` leaves no room for one token of
     each, or more than `max_truncated_share` of the records were cut.
     """
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise UserError("the tokenizer has no end-of-sequence token, so no response could end; set its eos_token")
+    end = end_id(tokenizer)
     parse_prompt = parse_special or template == "chat"
     encoded: list[EncodedRecord] = []
     report = TruncationReport()
@@ -93,6 +91,19 @@ def encode(
     return encoded, report
 
 
+def begin_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id that starts a sequence: BOS, or what encoders use in its place; None where the tokenizer has neither."""
+    return tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that ends a response: EOS, or what encoders use in its place; UserError where there is neither."""
+    end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    if end is None:
+        raise UserError("the tokenizer has no end-of-sequence token, so no response could end; set its eos_token")
+    return int(end)
+
+
 def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, parse_special: bool) -> list[list[int]]:
     if not texts:
         return []
@@ -107,7 +118,7 @@ def _ended(ids: list[int], end: int) -> list[int]:
 
 
 def _begun(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    begin = tokenizer.bos_token_id
+    begin = begin_id(tokenizer)
     return ids if begin is None or (ids and ids[0] == begin) else [begin, *ids]
 
 
@@ -122,7 +133,7 @@ def _fit(
     """Cut one record to max_length and enter what was cut into the report."""
     if not prompt:
         raise UserError(f"record {identifier}: the prompt has no token; correct the query or the template")
-    head = int(prompt[0] == tokenizer.bos_token_id)
+    head = int(prompt[0] == begin_id(tokenizer))
     fewest = min(head + 1, len(prompt))
     # Room for the head, one token of the query, one of the response, and end-of-sequence.
     if max_length < fewest + 2:

@@ -1,9 +1,10 @@
-"""Stage align: a policy trained by DPO, KTO, RRHF or any other loss, with reference and coefficients read from files."""
+"""Stage align: a policy trained by any loss of conf/loss, with reference and coefficients read from files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from rdo.run import Run, select
 from rdo.schema import RcConfig
 from rdo.stages.reference import Reference, partners, read_reference, reference
 from rdo.stages.score import Scores, read_scores, scores
-from rdo.stages.scorer import ScorerKind
+from rdo.stages.scorer import STAGE_OF
 from rdo.stages.sft import base_policy
 from rdo.stages.training import finish
 from rdo.training import stable_seed, train
 
-RC_SCORER: dict[str, ScorerKind] = {"reward": "reward", "diff": "diff"}
-RANKING_SCORER: dict[str, ScorerKind] = {"reward": "reward", "diff": "diff", "diff_baseline": "diff"}
+RC_SCORER: dict[str, str] = {"reward": "reward", "diff": "diff"}
+RANKING_SCORER: dict[str, str] = {"reward": "reward", "diff": "diff", "diff_baseline": "diff"}
 
 
 def aligned_policy(run: Run) -> Artifact:
@@ -34,7 +35,7 @@ def aligned_policy(run: Run) -> Artifact:
     config = run.config
     loss = choose_loss(config.loss)
     inputs = {"base": base_policy(run)}
-    kinds: set[ScorerKind] = set()
+    kinds: set[str] = set()
     if config.rc.name in RC_SCORER:
         kinds.add(RC_SCORER[config.rc.name])
     if loss.pairs == "ranking" and loss.ranking in RANKING_SCORER:
@@ -74,7 +75,7 @@ def train_policy(run: Run, loss: LossChoice, inputs: dict[str, Artifact], folder
     model, tokenizer = run.policy(inputs["base"])
     records, encoded = run.records("train"), run.encoded("train", tokenizer)
     chosen = select(records, config.align)
-    read = {kind: read_scores(inputs[kind]) for kind in ("reward", "diff") if kind in inputs}
+    read = {kind: read_scores(inputs[kind]) for kind in STAGE_OF if kind in inputs}
     pairs = [ordered_pairs(records[n], loss, read) for n in chosen]
     weighted, statistics = weigh([records[n] for n in chosen], [p.pairs for p in pairs], config.rc, read, config.seed)
     known = read_reference(inputs["reference"]) if loss.needs_reference else None
@@ -106,7 +107,7 @@ def reference_of(record: Record, known: Reference | None) -> tuple[tuple[float, 
     if known is None:
         return tuple(float("nan") for _ in record.responses), ()
     own = tuple(known.own[record.id, response] for response in range(len(record.responses)))
-    mismatched = []
+    mismatched: list[float] = []
     while (record.id, len(mismatched)) in known.mismatched:
         mismatched.append(known.mismatched[record.id, len(mismatched)])
     return own, tuple(mismatched)
@@ -120,7 +121,7 @@ class OrderedPairs:
     best: int | None
 
 
-def ordered_pairs(record: Record, loss: LossChoice, read: dict[str, Scores]) -> OrderedPairs:
+def ordered_pairs(record: Record, loss: LossChoice, read: Mapping[str, Scores]) -> OrderedPairs:
     """The pairs that the loss compares: the labelled ones, or all strict ones of a ranking."""
     labelled = tuple((p.chosen, p.rejected) for p in record.preferences if not p.tie)
     if loss.pairs == "preferences" or loss.ranking == "labels":
@@ -142,7 +143,7 @@ def weigh(
     records: Sequence[Record],
     pairs: Sequence[Sequence[tuple[int, int]]],
     rc: RcConfig,
-    read: dict[str, Scores],
+    read: Mapping[str, Scores],
     seed: int,
 ) -> tuple[list[tuple[Pair, ...]], dict[str, float] | None]:
     """The pairs with their coefficients w = R^alpha, and what to report of R and w (None without coefficients)."""
@@ -158,11 +159,12 @@ def weigh(
     if rc.control == "filter":
         weight, flipped = coefficients.filter_only(difference), torch.zeros(len(flat), dtype=torch.bool)
     else:
-        keywords = {"alpha": rc.alpha, "negative": rc.negative, "epsilon": rc.epsilon}
-        weight, flipped = coefficients.coefficients(difference, **keywords)
+        settled = partial(
+            coefficients.coefficients, difference, alpha=rc.alpha, negative=rc.negative, epsilon=rc.epsilon
+        )
+        weight, flipped = settled()
         if rc.scale == "mean":
-            scale = coefficients.mean_weight(weight)
-            weight, flipped = coefficients.coefficients(difference, **keywords, scale=scale)
+            weight, flipped = settled(scale=coefficients.mean_weight(weight))
     statistics = coefficients.statistics(difference, weight)
     entries = iter(zip(flat, weight.tolist(), flipped.tolist(), strict=True))
     weighted = []
@@ -172,7 +174,7 @@ def weigh(
     return weighted, statistics
 
 
-def reward_difference(rc: RcConfig, read: dict[str, Scores], record: Record, chosen: int, rejected: int) -> float:
+def reward_difference(rc: RcConfig, read: Mapping[str, Scores], record: Record, chosen: int, rejected: int) -> float:
     """R(chosen, rejected) of a record: the true one in the toy world, else what the scorer says."""
     if rc.name == "oracle":
         if record.scores is None:

@@ -28,7 +28,7 @@ from rdo.scorers import ComparisonTemplate, Reading, add_difference, add_reward,
 from rdo.stages.align import aligned_policy
 from rdo.stages.reference import log_probabilities
 from rdo.stages.score import read_scores, scores
-from rdo.stages.scorer import ScorerKind, scorer
+from rdo.stages.scorer import scorer
 from rdo.stages.sft import base_policy
 from rdo.training import stable_seed
 
@@ -36,7 +36,7 @@ EVALUATION = "evaluation.json"
 GENERATIONS = "generations.jsonl"
 
 
-def evaluate_scorers(run: Run, kind: ScorerKind) -> Artifact:
+def evaluate_scorers(run: Run, kind: str) -> Artifact:
     """Accuracy of a scorer on the labelled test pairs, shown in random order."""
     scored = scores(run, kind, "test", both_orders=True, selection=None)
     model = scorer(run, kind)
@@ -47,11 +47,11 @@ def evaluate_scorers(run: Run, kind: ScorerKind) -> Artifact:
         forward, backward, labels, oracle = [], [], [], []
         for record in run.records("test"):
             for preference in record.preferences:
-                pair = (preference.chosen, preference.rejected)
-                forward.append(read.difference(record.id, *pair))
-                backward.append(read.difference(record.id, *reversed(pair)))
+                chosen, rejected = preference.chosen, preference.rejected
+                forward.append(read.difference(record.id, chosen, rejected))
+                backward.append(read.difference(record.id, rejected, chosen))
                 labels.append(0.5 if preference.tie else 1.0)
-                oracle.append(record.scores[pair[0]] - record.scores[pair[1]] if record.scores else None)
+                oracle.append(record.scores[chosen] - record.scores[rejected] if record.scores else None)
         if not labels:
             raise UserError(f"dataset={run.config.dataset.name}: no labelled pair in the test split")
         # Only the toy world's scores are the truth; a data set's own scores are another model's opinion.
@@ -74,12 +74,7 @@ def evaluate_policy(run: Run, subject: str) -> Artifact:
     inputs = {"policy": policy}
     if subject != "base":
         inputs |= {"base": base, "against": evaluate_policy(run, "base")}
-    kinds: dict[str, ScorerKind] = {"reward": "reward", "diff": "diff"}
-    for judge in judges:
-        if judge in kinds:
-            inputs[judge] = scorer(run, kinds[judge])
-        elif judge != "oracle":
-            raise UserError(f"eval.judges: {judge} must be one of oracle, reward, diff")
+    inputs |= {judge: scorer(run, judge) for judge in judges if judge != "oracle"}
     evaluated = asdict(run.config.eval)
     settings = {
         "eval": {key: value for key, value in evaluated.items() if key not in ("subject", "batch_size", "judges")},

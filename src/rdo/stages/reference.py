@@ -86,9 +86,8 @@ def write_reference(run: Run, base: Artifact, mismatched: bool, folder: Path) ->
         keys.append([(records[n].id, response, is_other) for response, is_other, _ in entries])
     title = "reference log-probabilities"
     numbers = log_probabilities(run, model, items, title)
-    rows = [
-        (*key, value) for group, values in zip(keys, numbers, strict=True) for key, value in zip(group, values, strict=True)
-    ]
+    flat = [value for values in numbers for value in values]
+    rows = [(*key, value) for key, value in zip((key for group in keys for key in group), flat, strict=True)]
     write_table(folder / REFERENCE, ["record_id", "response", "mismatched", "log_probability"], rows)
     return {"records": len(chosen), "values": len(rows)}
 

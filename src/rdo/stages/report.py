@@ -78,7 +78,7 @@ def make_report(run: Run, overrides: list[str], build: bool) -> Path:
         row_run = Run(row.config, provenance, requested="", cache=run.cache)
         try:
             if row.config.eval.subject in ("reward", "diff"):
-                scorers.append(scorer_entry(row, evaluate_scorers(row_run, row.config.eval.subject)))  # type: ignore[arg-type]
+                scorers.append(scorer_entry(row, evaluate_scorers(row_run, row.config.eval.subject)))
             else:
                 evaluation = evaluate_policy(row_run, row.config.eval.subject)
                 policies.append(policy_entry(row, evaluation))

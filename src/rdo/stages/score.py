@@ -22,7 +22,7 @@ from rdo.models import set_layout
 from rdo.run import Run, select
 from rdo.schema import TrainingConfig
 from rdo.scorers import ComparisonTemplate, Reading, add_difference, add_reward, check_form, read_all
-from rdo.stages.scorer import ScorerKind, scorer
+from rdo.stages.scorer import scorer
 
 SCORES = "scores.parquet"
 
@@ -69,7 +69,7 @@ def pairs_to_score(record: Record, both_orders: bool) -> list[tuple[int, int]]:
     return pairs + [(j, i) for i, j in pairs] if both_orders else pairs
 
 
-def scores(run: Run, kind: ScorerKind, split: str, both_orders: bool, selection: TrainingConfig | None) -> Artifact:
+def scores(run: Run, kind: str, split: str, both_orders: bool, selection: TrainingConfig | None) -> Artifact:
     """The scores of a split's records (all, or the ones that a stage selects) by the scorer of a kind."""
     model = scorer(run, kind)
     both_orders = both_orders and kind == "diff"
@@ -100,7 +100,8 @@ def write_scores(
     if not chosen:
         raise UserError("no record to score: see align.min_responses")
     template = ComparisonTemplate(run.config.model.difference_template, tokenizer)
-    readings, rows = [], []
+    readings: list[Reading] = []
+    rows: list[tuple[str | int, ...]] = []
     for n in chosen:
         reading = Reading()
         if form == "pointwise":
@@ -113,9 +114,11 @@ def write_scores(
                 rows.append((records[n].id, first, second))
         readings.append(reading)
     outputs = read_all(model, layout, readings, run.config.engine.tokens_per_micro_batch, f"score {form} {split}")
-    names = ["record_id", "response", "reward"] if form == "pointwise" else ["record_id", "first", "second", "difference"]
+    columns = ["response", "reward"] if form == "pointwise" else ["first", "second", "difference"]
     numbers = [number for output in outputs for number in output]
-    write_table(folder / SCORES, names, [(*row, number) for row, number in zip(rows, numbers, strict=True)])
+    write_table(
+        folder / SCORES, ["record_id", *columns], [(*row, number) for row, number in zip(rows, numbers, strict=True)]
+    )
     return {"form": form, "records": len(chosen), "values": len(numbers)}
 
 

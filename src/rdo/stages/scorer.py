@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rdo.artifacts import Artifact, given, produce
 from rdo.errors import UserError
@@ -16,11 +16,11 @@ from rdo.stages.training import finish
 from rdo.tasks import ScorerTask
 from rdo.training import train
 
-ScorerKind = Literal["reward", "diff"]
-STAGE_OF: dict[ScorerKind, str] = {"reward": "rm", "diff": "diffmodel"}
+# The two kinds of scorer, by the name that rc and eval.subject call them, and the stage that makes each.
+STAGE_OF: dict[str, str] = {"reward": "rm", "diff": "diffmodel"}
 
 
-def scorer(run: Run, kind: ScorerKind) -> Artifact:
+def scorer(run: Run, kind: str) -> Artifact:
     """The finished scorer of a kind: the one that rm.path or diffmodel.path names, or the one that we train."""
     stage = STAGE_OF[kind]
     section = getattr(run.config, stage)
@@ -28,7 +28,7 @@ def scorer(run: Run, kind: ScorerKind) -> Artifact:
         return given(section.path)
     if section.form not in FORMS:
         raise UserError(f"{stage}.form={section.form}: must be one of {', '.join(FORMS)}")
-    base = base_policy(run)
+    base = given(section.backbone) if section.backbone else base_policy(run)
     settings: dict[str, Any] = {
         "training": asdict(section),
         "data": run.data_settings("train"),
@@ -44,7 +44,7 @@ def scorer(run: Run, kind: ScorerKind) -> Artifact:
     return produce(run.provenance, stage, section.form, settings, {"base": base}, make, run.requested == stage)
 
 
-def train_scorer(run: Run, kind: ScorerKind, base: Artifact, folder: Path) -> dict[str, Any]:
+def train_scorer(run: Run, kind: str, base: Artifact, folder: Path) -> dict[str, Any]:
     """Puts a scalar head on the base policy, trains it on the labelled pairs, and saves it."""
     config, stage = run.config, STAGE_OF[kind]
     section = getattr(config, stage)
@@ -58,6 +58,6 @@ def train_scorer(run: Run, kind: ScorerKind, base: Artifact, folder: Path) -> di
     template = ComparisonTemplate(config.model.difference_template, tokenizer) if section.form != "pointwise" else None
     task = ScorerTask(pairs, section.form, template, section.beta0, section.beta1, config.seed)
     with run.tracker(folder, stage) as tracker:
-        train(task, model.to(run.device()), section, config.engine, config.seed, folder, tracker, stage)
+        train(task, run.on_device(model), section, config.engine, config.seed, folder, tracker, stage)
     save_model(model, tokenizer, folder / "model")
     return finish(folder, model)

@@ -54,7 +54,7 @@ def train_base(run: Run, split: str, folder: Path) -> dict[str, Any]:
     chosen = [(encoded[n], imitated(records[n], config.sft.responses)) for n in select(records, config.sft)]
     task = SftTask([Demonstration(record, responses) for record, responses in chosen])
     with run.tracker(folder, "sft") as tracker:
-        train(task, model.to(run.device()), config.sft, config.engine, config.seed, folder, tracker, "sft")
+        train(task, run.on_device(model), config.sft, config.engine, config.seed, folder, tracker, "sft")
     save_model(model, tokenizer, folder / "model")
     return finish(folder, model)
 
