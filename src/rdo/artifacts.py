@@ -136,7 +136,9 @@ def given(path: str, revision: str | None = None) -> Artifact:
     if not folder.is_dir():
         return Artifact(folder, fingerprint(["hub", path, revision]))
     digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(folder.iterdir()):
+    # A finished folder of ours has its model in a subfolder, which alone counts.
+    own = folder / "model"
+    for file in sorted((own if own.is_dir() else folder).iterdir()):
         if file.is_file() and not file.name.startswith("."):
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
             with file.open("rb") as handle:

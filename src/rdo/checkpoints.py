@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -55,8 +56,5 @@ class Checkpoints:
         return sorted(self.folder.glob("step_*.pt"))
 
     def clear(self) -> None:
-        """Removes all checkpoints, once the finished model is saved."""
-        for file in self.files():
-            file.unlink()
-        if self.folder.is_dir():
-            self.folder.rmdir()
+        """Removes all checkpoints, and what a killed process left half-written, once the finished model is saved."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -35,6 +35,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        shutil.rmtree(old, ignore_errors=True)  # a killed process of the same number may have left one
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)

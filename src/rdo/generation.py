@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rdo.models import set_layout
 from rdo.progress import progress_bar
@@ -39,7 +40,7 @@ def generate(
         sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}  # type: ignore[dict-item]
     set_layout(model, "flat")
     results: list[Generation] = []
-    with torch.no_grad(), progress_bar(len(prompts), title) as bar:
+    with torch.no_grad(), no_generation_defaults(model), progress_bar(len(prompts), title) as bar:
         for start in range(0, len(prompts), config.batch_size):
             batch = prompts[start : start + config.batch_size]
             width = max(map(len, batch))
@@ -57,6 +58,16 @@ def generate(
             results.extend(cut(row, tokenizer) for row in output[:, width:].tolist())
             bar.update(len(batch))
     return results
+
+
+@contextmanager
+def no_generation_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """Sets aside what a model's generation_config.json would add unasked, such as repetition penalties."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def cut(row: list[int], tokenizer: PreTrainedTokenizerBase) -> Generation:

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from rdo.artifacts import Artifact, Provenance
-from rdo.configuration import compose_config, plain, typed
+from rdo.configuration import compose_config, plain, sweep_points, typed
 from rdo.errors import UserError
 from rdo.run import Cache, Run
 from rdo.stages.align import RC_SCORER, aligned_policy
@@ -88,11 +88,13 @@ def prepare_process(threads: int | None) -> None:
 
 
 def check_command_line(arguments: list[str]) -> None:
-    """Composes a plain command line once before hydra does, so that a mistake in it is one clear line."""
-    if any(argument.startswith("-") for argument in arguments):
-        return  # --help, -m and the like are hydra's own
+    """Composes a command line before hydra does, so that a mistake in it, or in any value of a sweep, is one line."""
+    overrides = [argument for argument in arguments if argument not in ("-m", "--multirun")]
+    if any(argument.startswith("-") for argument in overrides):
+        return  # --help, --cfg and the like are hydra's own
     try:
-        compose_config(arguments)
+        for point in [overrides] if overrides == arguments else sweep_points(overrides):
+            compose_config(point)
     except UserError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -20,12 +24,25 @@ from transformers import (
 from rdo.attention import ATTENTION_NAME, AttentionPlan
 from rdo.errors import UserError
 from rdo.files import replace_folder
-from rdo.forest import Forest, Layout, LayoutName
+from rdo.forest import Flat, Forest, Layout, LayoutName
 from rdo.readout import Scalar, Span, combine, in_full_precision, scalar_values, span_log_probabilities
 from rdo.schema import ModelConfig
 
 # Settings by which some decoders change logits after the head; we read the head itself, so they would be lost.
 LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+# Three sequences of one length, so that no padding is needed: two share four tokens, two share eight.
+TRIAL = [(*range(1, 17),), (*range(1, 5), *range(17, 29)), (*range(1, 5), *range(17, 21), *range(29, 37))]
+# What the libraries raise on a folder that holds no model that they can load.
+UNLOADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    ImportError,
+    pickle.UnpicklingError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 
 def new_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -53,14 +70,18 @@ def load_policy(path: str | Path, config: ModelConfig) -> PreTrainedModel:
     for name, neutral in LOGIT_CHANGES.items():
         if getattr(model.config, name, neutral) not in (neutral, None):
             raise UserError(f"model.path={path}: its {name} changes the logits after the head: not supported")
-    return without_dropout(model)
+    without_dropout(model)
+    check_logits(model, path)
+    return model
 
 
 def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub name; UserError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(
+            path, trust_remote_code=config.trust_remote_code, revision=revision(path, config)
+        )
+    except UNLOADABLE as error:
         raise UserError(f"no tokenizer can be loaded from {path}: {first_line(error)}") from error
 
 
@@ -71,7 +92,7 @@ def new_scorer(policy: str | Path, form: str, config: ModelConfig, seed: int) ->
     """
     torch.manual_seed(seed)
     model = from_pretrained(
-        AutoModelForSequenceClassification, policy, config, num_labels=2 if form == "residual" else 1
+        AutoModelForSequenceClassification, policy, config, new_head=True, num_labels=2 if form == "residual" else 1
     )
     with torch.no_grad():
         for parameter in head_parameters(model):
@@ -90,8 +111,13 @@ def load_scorer(path: str | Path, config: ModelConfig) -> PreTrainedModel:
     return without_dropout(model)
 
 
-def from_pretrained(factory: Any, path: str | Path, config: ModelConfig, **others: Any) -> PreTrainedModel:
-    """Loads weights, reporting what is missing; no code from the hub or from a pickle runs unless the user says so."""
+def from_pretrained(
+    factory: Any, path: str | Path, config: ModelConfig, new_head: bool = False, **others: Any
+) -> PreTrainedModel:
+    """Loads weights, which must all be there (new_head: but for the head and what pools for it).
+
+    No code from the hub runs unless the user says so, and none from a pickle ever does.
+    """
     local = os.path.isdir(path)
     if not local and (str(path).startswith((".", "/", "~")) or str(path).count("/") > 1):
         raise UserError(f"there is no model folder {path}")
@@ -100,17 +126,27 @@ def from_pretrained(factory: Any, path: str | Path, config: ModelConfig, **other
             path,
             dtype=torch_dtype(config.dtype),
             trust_remote_code=config.trust_remote_code,
-            revision=None if local else config.revision,
+            revision=revision(path, config),
             weights_only=True,
             output_loading_info=True,
             **others,
         )
-    except (OSError, ValueError) as error:
+    except UNLOADABLE as error:
         raise UserError(f"no model can be loaded from {path}: {first_line(error)}") from error
-    missing = [name for name in loading["missing_keys"] if name not in head_names(model)]
+    backbone = f"{model.base_model_prefix}."
+    missing = [
+        name
+        for name in sorted(loading["missing_keys"])
+        if not new_head or (name.startswith(backbone) and ".pooler." not in name)
+    ]
     if missing:
-        raise UserError(f"{path} lacks weights of {type(model).__name__}: {', '.join(sorted(missing)[:5])}")
+        raise UserError(f"{path} lacks weights of {type(model).__name__}: {', '.join(missing[:5])}")
     return model
+
+
+def revision(path: str | Path, config: ModelConfig) -> str:
+    """model.revision belongs to model.path; any other folder or hub name is taken as it is."""
+    return config.revision or "main" if str(path) == config.path and not os.path.isdir(path) else "main"
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -155,10 +191,32 @@ def head_names(model: PreTrainedModel) -> set[str]:
     return set()
 
 
-def can_run_forest(model: PreTrainedModel) -> bool:
-    """Whether the model's attention goes through transformers' AttentionInterface and is causal."""
-    causal = is_decoder_scorer(model) or model.can_generate()
-    return bool(getattr(model, "_supports_attention_backend", False)) and causal
+def why_not_forest(model: PreTrainedModel) -> str | None:
+    """What keeps a model out of a forest, or None; leaves the model prepared for the layout that it can run.
+
+    Declaring transformers' attention interface is not enough: models that do also mix tokens elsewhere (convolutions,
+    linear attention), look both ways, or ask for soft caps and sinks. So the model itself is asked, on a tiny forest.
+    """
+    usual = model.get_correct_attn_implementation(None)
+    model.set_attn_implementation(usual)
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} does not use transformers' attention interface"
+    ids = [[token % len(input_embeddings(model)) for token in sequence] for sequence in TRIAL]
+    forest, flat = Forest(ids), Flat(ids)
+    try:
+        with torch.no_grad():
+            alone = in_full_precision(hidden_states(model, flat))
+            model.set_attn_implementation(ATTENTION_NAME)
+            together = in_full_precision(hidden_states(model, forest))[np.concatenate(forest.rows)]
+    except Exception as error:  # whatever the code of an architecture that we do not know may raise
+        model.set_attn_implementation(usual)
+        return str(error) if isinstance(error, UserError) else f"{type(model).__name__} fails: {first_line(error)}"
+    # A wrong path shows in tens of per cent; half precision rounds by a few.
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
+    if not float((together - alone).norm()) <= tolerance * float(alone.norm()):
+        model.set_attn_implementation(usual)
+        return f"{type(model).__name__} lets tokens see more than their own path"
+    return None
 
 
 def set_layout(model: PreTrainedModel, wanted: str) -> LayoutName:
@@ -166,18 +224,15 @@ def set_layout(model: PreTrainedModel, wanted: str) -> LayoutName:
 
     auto: forest wherever the model can, else flat. Raises UserError where `forest` is demanded in vain.
     """
-    able = can_run_forest(model)
-    if wanted == "forest" and not able:
-        raise UserError(
-            f"{type(model).__name__} is not a decoder on transformers' attention interface, so engine.layout=forest "
-            "cannot run it; use engine.layout=flat (or auto)"
-        )
-    layout: LayoutName = "forest" if able and wanted != "flat" else "flat"
-    if layout == "forest":
-        model.set_attn_implementation(ATTENTION_NAME)
-    elif getattr(model.config, "_attn_implementation", None) == ATTENTION_NAME:
-        model.set_attn_implementation("sdpa")
-    return layout
+    if wanted == "flat":
+        model.set_attn_implementation(model.get_correct_attn_implementation(None))
+        return "flat"
+    reason = why_not_forest(model)
+    if reason is None:
+        return "forest"
+    if wanted == "forest":
+        raise UserError(f"engine.layout=forest cannot run this model; use engine.layout=flat (or auto): {reason}")
+    return "flat"
 
 
 def hidden_states(model: PreTrainedModel, layout: Layout) -> torch.Tensor:
@@ -217,9 +272,25 @@ def read_scalars(model: PreTrainedModel, layout: Layout, values: Sequence[Sequen
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
     """Raises UserError where the tokenizer knows ids that the model has no embedding for."""
-    rows = len(model.get_input_embeddings().get_parameter("weight"))
+    rows = len(input_embeddings(model))
     if len(tokenizer) > rows:
         raise UserError(f"{path}: the tokenizer has {len(tokenizer)} ids, the model only {rows} embeddings")
+
+
+def check_logits(model: PreTrainedModel, path: str | Path) -> None:
+    """Raises UserError where the model's logits are not what its output embeddings make of its last hidden states."""
+    head = model.get_output_embeddings()
+    ids = torch.tensor([[token % len(input_embeddings(model)) for token in TRIAL[0]]], device=model.device)
+    with torch.no_grad():
+        wanted = model(input_ids=ids, use_cache=False).logits
+        ours = None if head is None else head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    if ours is None or not float((ours - wanted).float().norm()) <= 1e-4 * float(wanted.float().norm()):
+        raise UserError(f"model.path={path}: {type(model).__name__} changes its logits around the head: not supported")
+
+
+def input_embeddings(model: PreTrainedModel) -> torch.Tensor:
+    """The matrix [ids, width] that token ids are looked up in."""
+    return model.get_input_embeddings().get_parameter("weight")
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -46,7 +46,9 @@ def start_wandb(config: TrackerConfig, folder: Path, name: str, settings: dict[s
     """A wandb run: online when logged in, else offline, never asking; the same folder gives the same run id."""
     import wandb
 
-    logged_in = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    mode = os.environ.get("WANDB_MODE")
+    if not mode:
+        mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
     run = wandb.init(
         project=config.project,
         group=config.group,
@@ -54,7 +56,7 @@ def start_wandb(config: TrackerConfig, folder: Path, name: str, settings: dict[s
         id=folder.name,
         resume="allow",
         dir=str(folder),
-        mode=os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline"),  # type: ignore[arg-type]
+        mode=mode,  # type: ignore[arg-type]
         config=settings,
     )
     run.define_metric("*", step_metric="global_step")

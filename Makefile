@@ -1,0 +1,30 @@
+# make demo: the whole pipeline on the toy world, then where the report lies. make test: the tests. Both make .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(BIN)/python train.py
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch first and by itself: what follows is then satisfied by it, whichever build (CPU or CUDA) it is.
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check --progress-bar off $$(grep '^torch==' requirements.txt)
+	$(BIN)/pip install --disable-pip-version-check --progress-bar off -r requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/pip install --disable-pip-version-check --progress-bar off -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv runs

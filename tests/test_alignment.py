@@ -1,0 +1,155 @@
+"""From scores to weighted pairs: rankings, coefficients in their place, KTO's partners, the choice of records."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from rdo.alignment import choose_loss
+from rdo.data.records import Preference, Record
+from rdo.errors import UserError
+from rdo.losses import dpo
+from rdo.run import select
+from rdo.schema import RcConfig, TrainingConfig
+from rdo.stages.align import ordered_pairs, reward_difference, weigh
+from rdo.stages.reference import partners
+from rdo.stages.score import Scores, pairs_to_score
+
+
+def pair_record(identifier: str, chosen: int = 0, **others: object) -> Record:
+    return Record(identifier, f"query {identifier}", ("a", "b"), (Preference(chosen, 1 - chosen),), **others)  # type: ignore[arg-type]
+
+
+RECORDS = [pair_record("one"), pair_record("two")]
+PAIRS = [((0, 1),), ((0, 1),)]
+
+
+def scored(*differences: float) -> dict[str, Scores]:
+    """A difference model's outputs for RECORDS."""
+    return {"diff": Scores({}, {(r.id, 0, 1): d for r, d in zip(RECORDS, differences, strict=True)})}
+
+
+def weights(rc: RcConfig, *differences: float) -> list[float]:
+    weighted, _ = weigh(RECORDS, PAIRS, rc, scored(*differences), seed=0)
+    return [pair.weight for group in weighted for pair in group]
+
+
+def test_weights_are_r_to_the_alpha() -> None:
+    assert weights(RcConfig("diff", alpha=0.5), 0.25, 4.0) == [0.5, 2.0]
+    assert weights(RcConfig("diff", alpha=1.0), 0.25, 4.0) == [0.25, 4.0]
+    assert weights(RcConfig("diff", alpha=1.0, scale="mean"), 0.25, 4.0) == pytest.approx([0.25 / 2.125, 4 / 2.125])
+
+
+@pytest.mark.parametrize("negative", ["clip", "abs", "flip", "floor", "error"])
+@pytest.mark.parametrize("scale", ["none", "mean"])
+def test_alpha_zero_is_no_coefficient_to_the_bit(negative: str, scale: str) -> None:
+    none, _ = weigh(RECORDS, PAIRS, RcConfig("none"), {}, seed=0)
+    zero, _ = weigh(RECORDS, PAIRS, RcConfig("diff", alpha=0.0, negative=negative, scale=scale), scored(3.0, -1.0), 0)
+    assert zero == none
+
+
+def test_flip_swaps_the_pair_that_the_scorer_contradicts() -> None:
+    """The golden number 0.544135: R = [2, -0.5], alpha 0.5, beta 0.2, mean over both pairs."""
+    weighted, statistics = weigh(RECORDS, PAIRS, RcConfig("diff", alpha=0.5, negative="flip"), scored(2.0, -0.5), 0)
+    assert statistics is not None
+    assert statistics["negative_share"] == 0.5
+    policy, reference = [(-10.0, -12.0), (-20.0, -18.0)], [(-11.0, -11.0), (-19.0, -19.0)]
+    total = 0.0
+    for n, group in enumerate(weighted):
+        for pair in group:
+            values = [policy[n][pair.chosen], policy[n][pair.rejected]]
+            against = [reference[n][pair.chosen], reference[n][pair.rejected]]
+            loss = dpo(*(torch.tensor([v]) for v in (*values, *against)), beta=0.2)
+            total += pair.weight * float(loss) / 2
+    assert total == pytest.approx(0.544135, abs=5e-7)
+
+
+def test_controls() -> None:
+    assert weights(RcConfig("diff", control="filter"), 3.0, -1.0) == [1.0, 0.0]
+    shuffled = {tuple(weights(RcConfig("diff", alpha=1.0, control="shuffle"), 3.0, 7.0)) for _ in range(3)}
+    assert shuffled in ({(3.0, 7.0)}, {(7.0, 3.0)})  # the same permutation every time
+
+
+def test_order_forward_and_antisymmetric() -> None:
+    read = Scores({}, {("x", 0, 1): 3.0, ("x", 1, 0): 1.0})
+    assert read.difference("x", 0, 1) == 3.0
+    assert read.difference("x", 1, 0) == 1.0
+    assert read.difference("x", 0, 1, "antisymmetric") == 1.0
+    assert Scores({}, {("x", 0, 1): 3.0}).difference("x", 1, 0) == -3.0
+    rewards = Scores({("x", 0): 2.0, ("x", 1): 0.5}, {})
+    assert rewards.difference("x", 0, 1) == 1.5
+
+
+def test_oracle_needs_scores_in_the_data() -> None:
+    record = pair_record("one", scores=(1.0, 0.25))
+    assert reward_difference(RcConfig("oracle"), {}, record, 0, 1) == 0.75
+    with pytest.raises(UserError, match="rc=oracle: record one"):
+        reward_difference(RcConfig("oracle"), {}, RECORDS[0], 0, 1)
+
+
+def test_pairs_to_score() -> None:
+    """15 unordered or 30 ordered pairs of six responses; the labelled pair of two, chosen first."""
+    six = Record("six", "q", tuple("abcdef"), (Preference(4, 5),))
+    assert len(pairs_to_score(six, False)) == 15
+    assert len(set(pairs_to_score(six, True))) == 30
+    assert pairs_to_score(pair_record("one", chosen=1), False) == [(1, 0)]
+    assert pairs_to_score(Record("bare", "q", ("a", "b")), False) == [(0, 1)]
+
+
+def rrhf(ranking: str) -> object:
+    return choose_loss({"name": "rrhf", "pairs": "ranking", "ranking": ranking, "mean_over": "queries"})
+
+
+def test_rankings() -> None:
+    record = Record("x", "q", ("a", "b", "c"), (Preference(1, 0),), scores=(0.1, 0.9, 0.5))
+    by_scores = ordered_pairs(record, rrhf("scores"), {})  # type: ignore[arg-type]
+    assert set(by_scores.pairs) == {(1, 2), (1, 0), (2, 0)}
+    assert by_scores.best == 1
+    by_labels = ordered_pairs(record, rrhf("labels"), {})  # type: ignore[arg-type]
+    assert by_labels.pairs == ((1, 0),)
+    assert by_labels.best == 1
+    # g(i, j) = i - j + 5: a pure order bias of 5 that the antisymmetric mean removes.
+    outputs = {("x", i, j): i - j + 5.0 for i in range(3) for j in range(3) if i != j}
+    read = {"diff": Scores({}, outputs)}
+    assert ordered_pairs(record, rrhf("diff"), read).best == 2  # type: ignore[arg-type]
+    assert read["diff"].ranking(record) == [-1.5, 0.0, 1.5]
+    assert read["diff"].ranking(record, baseline=True) == [0.0, 1.0, 2.0]
+    with pytest.raises(UserError, match=r"loss\.ranking=scores: record one"):
+        ordered_pairs(RECORDS[0], rrhf("scores"), {})  # type: ignore[arg-type]
+
+
+def test_ties_are_no_pairs() -> None:
+    tied = Record("x", "q", ("a", "b"), (Preference(0, 1, tie=True),))
+    assert ordered_pairs(tied, choose_loss({"name": "dpo", "beta": 0.1}), {}).pairs == ()
+
+
+def test_selection_and_partners_do_not_depend_on_the_order_of_records() -> None:
+    records = [pair_record(f"r{n}") for n in range(20)]
+    shuffled = list(records)
+    random.Random(2).shuffle(shuffled)
+    config = TrainingConfig(max_records=7)
+    first, second = select(records, config), select(shuffled, config)
+    assert [records[n].id for n in first] == [shuffled[n].id for n in second]
+    assert len(first) == 7
+    by_id = [{rs[n].id: rs[m].id for n, m in partners(rs, chosen).items()} for rs, chosen in
+             ((records, first), (shuffled, second))]  # fmt: skip
+    assert by_id[0] == by_id[1]
+    assert all(n != m for n, m in by_id[0].items())
+
+
+def test_partner_has_another_query() -> None:
+    """A response to the same query would be no mismatch; one query alone is an error, not a silent zero."""
+    same = [Record(f"s{n}", "the same", ("a", "b"), (Preference(0, 1),)) for n in range(3)]
+    other = Record("o", "another", ("a", "b"), (Preference(0, 1),))
+    records = [*same, other]
+    found = partners(records, list(range(4)))
+    assert all(records[n].query != records[m].query for n, m in found.items())
+    with pytest.raises(UserError, match="only one query"):
+        partners(same, [0, 1, 2])
+
+
+def test_min_responses() -> None:
+    records = [pair_record("two"), Record("six", "q", tuple("abcdef"))]
+    assert select(records, TrainingConfig(min_responses=6)) == [1]

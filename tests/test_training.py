@@ -1,0 +1,269 @@
+"""The training step: the same loss, gradient and weights for any micro-batch budget, layout and order of records."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+from rdo.alignment import AlignmentRecord, AlignmentTask, Pair, choose_loss
+from rdo.data.encoding import EncodedRecord
+from rdo.data.records import Preference
+from rdo.forest import make_layout
+from rdo.losses import rrhf_pairs
+from rdo.models import read_log_probabilities, set_layout
+from rdo.readout import Span
+from rdo.schema import EngineConfig, TrackerConfig, TrainingConfig
+from rdo.scorers import ComparisonTemplate
+from rdo.tasks import Demonstration, ScorerTask, SftTask
+from rdo.tracking import Tracker
+from rdo.training import learning_rate_factor, make_plan, train, training_step
+
+torch.set_num_threads(1)
+
+SETTINGS = {
+    "dpo": {"name": "dpo", "beta": 0.2},
+    "kto": {"name": "kto", "beta": 0.1, "mean_over": "samples"},
+    "rrhf": {"name": "rrhf", "pairs": "ranking", "ranking": "scores", "mean_over": "queries", "sft_weight": 1.0},
+}
+
+
+def llama(scorer_labels: int | None = None) -> torch.nn.Module:
+    """A small Llama with grouped queries; with labels, a scorer whose head is not zero."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        num_labels=scorer_labels or 1,
+    )
+    factory = AutoModelForCausalLM if scorer_labels is None else AutoModelForSequenceClassification
+    return factory.from_config(config).eval()
+
+
+def encoded(count: int, responses: int, seed: int = 0) -> list[EncodedRecord]:
+    """Random records of uneven length; some responses share their beginning."""
+    draw = random.Random(seed)
+    made = []
+    for n in range(count):
+        prompt = tuple(draw.randrange(2, 50) for _ in range(draw.randrange(3, 12)))
+        start = tuple(draw.randrange(2, 50) for _ in range(2))
+        tails = [tuple(draw.randrange(2, 50) for _ in range(draw.randrange(1, 9))) for _ in range(responses)]
+        made.append(EncodedRecord(f"r{n:02d}", prompt, tuple((*start, *tail, 1) for tail in tails)))
+    return made
+
+
+def alignment_task(name: str, records: list[EncodedRecord]) -> AlignmentTask:
+    """The task of a loss, with made-up references, coefficients and (for KTO) mismatched responses."""
+    loss = choose_loss(SETTINGS[name])
+    draw = random.Random(1)
+    ranks = {record.id: [draw.random() for _ in record.responses] for record in sorted(records, key=lambda r: r.id)}
+    reference = {
+        record.id: tuple(-4.0 * len(ids) + draw.random() for ids in record.responses)
+        for record in sorted(records, key=lambda r: r.id)
+    }
+    by_id = {record.id: record for record in records}
+    names = sorted(by_id)
+    items = []
+    for record in records:
+        order = rrhf_pairs(ranks[record.id]) if name == "rrhf" else [(0, 1)]
+        partner = by_id[names[(names.index(record.id) + 1) % len(names)]]
+        items.append(
+            AlignmentRecord(
+                record,
+                tuple(Pair(i, j, 0.5 + ranks[record.id][i]) for i, j in order),
+                reference[record.id],
+                best=ranks[record.id].index(max(ranks[record.id])) if loss.sft_weight else None,
+                mismatched=tuple((ids, -4.1 * len(ids)) for ids in partner.responses) if loss.needs_kl else (),
+            )
+        )
+    return AlignmentTask(items, loss)
+
+
+class Words:
+    """Stands in for a tokenizer where only the comparison template is needed."""
+
+    bos_token_id = cls_token_id = None
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> object:
+        return type("Ids", (), {"input_ids": [2 + ord(letter) % 40 for letter in text]})()
+
+
+def make_task(name: str, records: list[EncodedRecord]) -> object:
+    if name in SETTINGS:
+        return alignment_task(name, records)
+    if name == "sft":
+        return SftTask([Demonstration(record, (0, 1)) for record in records])
+    pairs = [(record, Preference(0, 1, tie=record.id == "r03")) for record in records]
+    template = ComparisonTemplate(["q", "a", "b"], Words())  # type: ignore[arg-type]
+    beta = 0.1 if name == "paper" else 0.0
+    return ScorerTask(pairs, name, template, beta, beta, seed=3)
+
+
+TASKS = ["dpo", "kto", "rrhf", "sft", "pointwise", "paper", "antisymmetric", "residual"]
+
+
+def model_of(name: str) -> torch.nn.Module:
+    if name in SETTINGS or name == "sft":
+        return llama()
+    return llama(scorer_labels=2 if name == "residual" else 1)
+
+
+def step(name: str, records: list[EncodedRecord], layout: str, budget: int) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Measures and gradients of one step over all records."""
+    model = model_of(name)
+    task = make_task(name, records)
+    chosen = set_layout(model, layout)
+    items = [task.item(index, 0) for index in range(len(task.record_ids))]
+    measures = training_step(task, model, chosen, items, budget)
+    return measures, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradient(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    """Equal to float32 rounding, relative to the whole gradient's norm."""
+    assert first.keys() == second.keys()
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in first.values()))
+    distance = math.sqrt(sum(float((first[n] - second[n]).double().square().sum()) for n in first))
+    assert norm > 1e-3
+    assert distance <= 2e-6 * norm + 1e-9
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_any_budget_and_layout_gives_the_same_step(name: str) -> None:
+    """One record a micro-batch, all at once, forest or flat: accumulation 8x1 = 1x8, KTO's KL included."""
+    records = encoded(8, 6 if name == "rrhf" else 2)
+    expected, gradient = step(name, records, "flat", 10**9)
+    for layout in ("flat", "forest"):
+        for budget in (1, 60, 10**9):
+            measures, other = step(name, records, layout, budget)
+            assert measures == pytest.approx(expected, rel=2e-5, abs=2e-6)
+            assert_same_gradient(gradient, other)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_order_of_records_changes_nothing(name: str) -> None:
+    records = encoded(8, 2)
+    expected, gradient = step(name, records, "forest", 60)
+    shuffled = list(records)
+    random.Random(5).shuffle(shuffled)
+    measures, other = step(name, shuffled, "forest", 60)
+    assert measures == expected  # records are sorted by id, so not one bit differs
+    assert all(torch.equal(gradient[n], other[n]) for n in gradient)
+
+
+@pytest.mark.parametrize("name", ["kto", "rrhf", "paper"])
+def test_weights_after_training_do_not_depend_on_the_budget(name: str, tmp_path) -> None:
+    weights = []
+    for budget, layout in ((1, "forest"), (10**9, "forest"), (10**9, "flat")):
+        model = model_of(name)
+        folder = tmp_path / f"{budget}-{layout}"
+        folder.mkdir()
+        config = TrainingConfig(learning_rate=1e-3, batch_size=4, epochs=3, schedule="cosine")
+        engine = EngineConfig(tokens_per_micro_batch=budget, layout=layout)
+        with Tracker(TrackerConfig(), folder, "test", {}) as tracker:
+            train(
+                make_task(name, encoded(10, 6 if name == "rrhf" else 2)),
+                model,
+                config,
+                engine,
+                0,
+                folder,
+                tracker,
+                "test",
+            )
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    start = torch.cat([p.detach().flatten() for p in model_of(name).parameters()])
+    moved = float((weights[0] - start).norm())
+    assert moved > 1e-2
+    # Adam divides by the gradient's own size, so rounding in tiny gradients is magnified: compare with the distance.
+    for other in weights[1:]:
+        assert float((weights[0] - other).norm()) < 1e-3 * moved
+
+
+def test_loss_is_ln2_where_policy_is_the_reference() -> None:
+    """At step 0 every pair's DPO loss is ln 2, its implicit reward margin 0, and accuracy counts ties as half."""
+    records = encoded(6, 2)
+    model = llama()
+    layout = set_layout(model, "forest")
+    items = []
+    for record in records:
+        sequences = [(*record.prompt, *ids) for ids in record.responses]
+        spans = [Span(n, len(record.prompt)) for n in range(2)]
+        with torch.no_grad():
+            reference, _ = read_log_probabilities(model, make_layout(layout, sequences), spans)
+        items.append(AlignmentRecord(record, (Pair(0, 1),), tuple(reference.tolist())))
+    task = AlignmentTask(items, choose_loss(SETTINGS["dpo"]))
+    for budget in (1, 10**9):
+        measures = training_step(task, model, layout, task.records, budget)
+        assert measures["loss"] == pytest.approx(math.log(2), abs=2e-6)
+        assert measures["implicit_reward_margin"] == pytest.approx(0, abs=2e-5)
+
+
+def test_kto_estimates_its_kl_over_the_whole_step() -> None:
+    """z0 = max(0, mean over ALL mismatched responses), not a mean of each micro-batch's maximum."""
+    model = llama()
+    layout = set_layout(model, "flat")
+    task = alignment_task("kto", encoded(6, 2))
+    whole = task.prepare(model, layout, [task.records])["kl"]
+    parts = task.prepare(model, layout, [[record] for record in task.records])["kl"]
+    assert float(parts) == pytest.approx(float(whole), rel=1e-5)
+    assert float(whole) > 0.0
+    ratios = []
+    for record in task.records:
+        for ids, reference in record.mismatched:
+            row = torch.tensor([[*record.encoded.prompt, *ids]])
+            with torch.no_grad():
+                logits = model(row).logits[0, :-1].log_softmax(-1)
+            tokens = logits.gather(-1, row[0, 1:, None])[len(record.encoded.prompt) - 1 :, 0]
+            ratios.append(float(tokens.sum()) - reference)
+    assert float(whole) == pytest.approx(max(0.0, sum(ratios) / len(ratios)), abs=1e-4)
+
+
+def test_dpo_step_equals_the_naive_formula() -> None:
+    """The whole path (packing, forest, read-outs, weights, means) against a loop over plain forward passes."""
+    model = llama()
+    task = alignment_task("dpo", encoded(5, 2))
+    expected = 0.0
+    for item in task.records:
+        sums = []
+        for ids in item.encoded.responses:
+            row = torch.tensor([[*item.encoded.prompt, *ids]])
+            with torch.no_grad():
+                logits = model(row).logits[0, :-1].log_softmax(-1)
+            sums.append(float(logits.gather(-1, row[0, 1:, None])[len(item.encoded.prompt) - 1 :].sum()))
+        margin = (sums[0] - item.reference[0]) - (sums[1] - item.reference[1])
+        expected += item.pairs[0].weight * math.log1p(math.exp(-0.2 * margin)) / 5
+    layout = set_layout(model, "forest")
+    assert training_step(task, model, layout, task.records, 50)["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_difference_pairs_are_shown_in_random_order_reseeded_every_epoch() -> None:
+    records = encoded(200, 2)
+    task = make_task("paper", records)
+    targets = [[task.item(n, epoch).target for n in range(len(records))] for epoch in (0, 1)]
+    for drawn in targets:
+        assert 70 < sum(target == 1.0 for target in drawn) < 130
+    assert targets[0] != targets[1]
+    assert targets[0] == [task.item(n, 0).target for n in range(len(records))]
+
+
+def test_schedule_and_plan() -> None:
+    config = TrainingConfig(warmup_share=0.1, schedule="linear", batch_size=4, epochs=2)
+    factors = [learning_rate_factor(step, 20, config) for step in range(20)]
+    assert factors[:2] == [0.5, 1.0]
+    assert factors[2] == 1.0
+    assert factors[-1] == pytest.approx(1 / 18)
+    plan = make_plan(config, 10, seed=1)
+    assert plan.steps == 6
+    seen = [n for step in range(3) for n in plan.batch(step)[1]]
+    assert sorted(seen) == list(range(10))
+    assert len(plan.batch(2)[1]) == 2
+    assert plan.batch(3)[0] == 1
+    assert [plan.batch(step)[1] for step in range(3)] != [plan.batch(step)[1] for step in range(3, 6)]
