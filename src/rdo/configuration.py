@@ -49,6 +49,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.tokenizer": ("toy", "byte_pair", "path"),
     "tracker.name": ("none", "wandb"),
     "eval.subject": ("policy", "base", "reward", "diff"),
+    "eval.split": ("test", "validation"),
     "eval.decoding": ("greedy", "sample"),
     "eval.judges": ("oracle", "reward", "diff"),
     "sft.responses": ("chosen", "all"),
@@ -234,7 +235,9 @@ def check_loss(config: Config, loss: LossChoice) -> None:
     by_sample = bool(loss.inputs & {"log_ratio", "desirable"})
     if by_sample != (loss.mean_over == "samples"):
         kind, wanted = ("response", "samples") if by_sample else ("pair", "pairs or queries")
-        raise UserError(f"loss.mean_over={loss.mean_over}: loss={loss.name} has a value a {kind}, so it must be {wanted}")
+        raise UserError(
+            f"loss.mean_over={loss.mean_over}: loss={loss.name} has a value a {kind}, so it must be {wanted}"
+        )
     if loss.pairs == "ranking" and loss.ranking == "labels" and config.align.min_responses > 2:
         raise UserError(
             "loss.ranking=labels ranks by the labelled pairs alone: use loss.ranking=reward, diff or scores"

@@ -14,7 +14,7 @@ import transformers
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from rdo.artifacts import Artifact, Provenance
+from rdo.artifacts import MANIFEST, Artifact, Provenance
 from rdo.configuration import compose_config, plain, sweep_points, typed
 from rdo.errors import UserError
 from rdo.run import Cache, Run
@@ -56,7 +56,11 @@ STAGES: dict[str, Callable[[Run], Artifact]] = {
 
 
 def run_stage(composed: DictConfig) -> float | None:
-    """Runs the stage that the config names; prints a UserError as one line and exits with 1."""
+    """Runs the stage that the config names; prints a UserError as one line and exits with 1.
+
+    Returns what a sweep compares, from stage=eval: a scorer's label accuracy, or a policy's mean reward by the first
+    of eval.judges.
+    """
     try:
         config = typed(composed)
         prepare_process(config.engine.threads)
@@ -68,6 +72,7 @@ def run_stage(composed: DictConfig) -> float | None:
         if config.stage.name in STAGES:
             artifact = STAGES[config.stage.name](run)
             print(f"{config.stage.name}: {artifact.folder} ({time.perf_counter() - started:.1f} s)", flush=True)
+            return artifact.manifest()["results"].get("metric") if (artifact.folder / MANIFEST).exists() else None
         else:
             make_report(run, overrides, build=config.stage.name == "pipeline")
     except UserError as error:

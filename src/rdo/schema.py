@@ -110,7 +110,8 @@ class RcConfig:
 @dataclass
 class EvalConfig:
     subject: str = "policy"  # policy | base, or a scorer: reward | diff
-    prompts: int = 256  # of the test split; 300 in the paper
+    split: str = "test"  # test | validation (to choose settings by, such as beta0 and beta1)
+    prompts: int = 256  # of the split; 300 in the paper
     decoding: str = "sample"  # greedy | sample
     temperature: float = 1.0
     max_new_tokens: int = 128

@@ -39,7 +39,8 @@ def token_counts(
             work["reward model: both responses"].append([rows[a], rows[b]])
             three = comparisons(template, ids, [(a, b), (b, a), (a, a)])
             work["difference training: f(a, b), f(b, a), f(a, a)"].append(three)
-    return [{"work": name, **count(items)} for name, items in work.items() if items]
+    size = f"{len(records):,} records"
+    return [{"work": f"{name} ({size})", **count(items)} for name, items in work.items() if items]
 
 
 def comparisons(

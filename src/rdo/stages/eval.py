@@ -37,15 +37,15 @@ GENERATIONS = "generations.jsonl"
 
 
 def evaluate_scorers(run: Run, kind: str) -> Artifact:
-    """Accuracy of a scorer on the labelled test pairs, shown in random order."""
-    scored = scores(run, kind, "test", both_orders=True, selection=None)
+    """Accuracy of a scorer on the labelled pairs of eval.split, shown in random order."""
+    scored = scores(run, kind, run.config.eval.split, both_orders=True, selection=None)
     model = scorer(run, kind)
-    settings = {"data": run.data_settings("test"), "seed": run.config.seed}
+    settings = {"data": run.data_settings(run.config.eval.split), "seed": run.config.seed}
 
     def make(folder: Path) -> dict[str, Any]:
         read = read_scores(scored)
         forward, backward, labels, oracle = [], [], [], []
-        for record in run.records("test"):
+        for record in run.records(run.config.eval.split):
             for preference in record.preferences:
                 chosen, rejected = preference.chosen, preference.rejected
                 forward.append(read.difference(record.id, chosen, rejected))
@@ -53,19 +53,19 @@ def evaluate_scorers(run: Run, kind: str) -> Artifact:
                 labels.append(0.5 if preference.tie else 1.0)
                 oracle.append(record.scores[chosen] - record.scores[rejected] if record.scores else None)
         if not labels:
-            raise UserError(f"dataset={run.config.dataset.name}: no labelled pair in the test split")
+            raise UserError(f"dataset={run.config.dataset.name}: no labelled pair in the split {run.config.eval.split}")
         # Only the toy world's scores are the truth; a data set's own scores are another model's opinion.
         truth = oracle if run.config.dataset.source == "toy" else None
         evaluation = evaluate_scorer(forward, backward, labels, truth, seed=stable_seed(run.config.seed, "order"))
         write_json(folder / EVALUATION, evaluation)
-        return {"label_accuracy": evaluation["label_accuracy"], "oracle_accuracy": evaluation["oracle_accuracy"]}
+        return {"metric": evaluation["label_accuracy"]["value"]}
 
     inputs = {"scores": scored, "scorer": model}
     return produce(run.provenance, "eval", f"scorer-{kind}", settings, inputs, make, run.requested == "eval")
 
 
 def evaluate_policy(run: Run, subject: str) -> Artifact:
-    """Responses of the base or the aligned policy to the test prompts, judged, and compared with the base policy's."""
+    """Responses of the base or the aligned policy to eval.split's prompts, judged and compared with the base's."""
     base = base_policy(run)
     policy = base if subject == "base" else aligned_policy(run)
     judges = list(run.config.eval.judges)
@@ -79,7 +79,7 @@ def evaluate_policy(run: Run, subject: str) -> Artifact:
     settings = {
         "eval": {key: value for key, value in evaluated.items() if key not in ("subject", "batch_size", "judges")},
         "judges": judges,
-        "data": run.data_settings("test"),
+        "data": run.data_settings(run.config.eval.split),
         "dtype": run.config.model.dtype,
         "seed": run.config.seed,
     }
@@ -93,7 +93,7 @@ def evaluate_policy(run: Run, subject: str) -> Artifact:
 
 def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: list[str], folder: Path) -> dict[str, Any]:
     """Generates, judges, compares, and writes the two files."""
-    records = run.records("test")
+    records = run.records(run.config.eval.split)
     chosen = [records[n] for n in select(records, TrainingConfig(max_records=run.config.eval.prompts))]
     model, tokenizer = run.policy(inputs["policy"])
     encoded = encoded_by_id(run, tokenizer)
@@ -134,11 +134,12 @@ def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: list[str], f
     with replace_file(folder / GENERATIONS) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_json(folder / EVALUATION, evaluation)
-    return {"rewards": evaluation["rewards"], "kl": evaluation["kl"]}
+    first = next(iter(judged), None)
+    return {"metric": mean_interval(judged[first])["value"] if first else None}
 
 
 def encoded_by_id(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, EncodedRecord]:
-    return {record.id: record for record in run.encoded("test", tokenizer)}
+    return {record.id: record for record in run.encoded(run.config.eval.split, tokenizer)}
 
 
 def rewards(run: Run, judge: Artifact | None, records: list[Record], responses: list[Generation]) -> list[float]:

@@ -19,13 +19,19 @@ from rdo.artifacts import Artifact, MissingInput, code_revision
 from rdo.configuration import compose_config, plain
 from rdo.errors import UserError
 from rdo.files import read_json, read_json_lines
+from rdo.models import load_tokenizer
 from rdo.report.page import write_report
-from rdo.run import Run
-from rdo.schema import Config
+from rdo.run import Run, model_path, select
+from rdo.schema import Config, TrainingConfig
+from rdo.scorers import ComparisonTemplate
 from rdo.stages.eval import EVALUATION, evaluate_policy, evaluate_scorers
+from rdo.stages.sft import base_policy
+from rdo.tokens import token_counts
 from rdo.tracking import METRICS
 
-# The settings of a curve are thinned to this many points.
+# Tokens are counted on so many training records at most.
+COUNTED_RECORDS = 4000
+# A training curve is thinned to this many points.
 CURVE_POINTS = 200
 
 
@@ -84,8 +90,6 @@ def make_report(run: Run, overrides: list[str], build: bool) -> Path:
                 policies.append(policy_entry(row, evaluation))
         except MissingInput:
             missing.append(title(row))
-    splits = run.splits()
-    counts = {name: len(records) for name, records in splits.splits.items()} | splits.counts
     data = {
         "title": run.config.report.title,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -93,15 +97,28 @@ def make_report(run: Run, overrides: list[str], build: bool) -> Path:
         "seconds": time.perf_counter() - started if build else None,
         "missing": missing,
         "commands": {title(row): row.command for row in entries},
-        "dataset": {"name": run.config.dataset.name, "counts": counts, "truncation": run.truncation()},
+        "dataset": {"name": run.config.dataset.name, "counts": run.splits().counts, "truncation": run.truncation()},
         "scorers": scorers,
         "policies": policies,
-        "tokens": [],
+        "tokens": tokens(run),
     }
     folder = run.provenance.run_dir / "report"
     written = write_report(data, folder)
     print(f"\n{written['markdown'].read_text()}\nreport: {written['html']}", flush=True)
     return written["html"]
+
+
+def tokens(run: Run) -> list[dict[str, Any]]:
+    """Tokens of an epoch of each kind of work on the training split, if the base policy (its tokenizer) is there."""
+    try:
+        base = base_policy(replace(run, provenance=replace(run.provenance, build_inputs=False)))
+    except MissingInput:
+        return []
+    tokenizer = load_tokenizer(model_path(base), run.config.model)
+    records, encoded = run.records("train"), run.encoded("train", tokenizer)
+    counted = select(records, TrainingConfig(max_records=COUNTED_RECORDS))
+    template = ComparisonTemplate(run.config.model.difference_template, tokenizer)
+    return token_counts([records[n] for n in counted], [encoded[n] for n in counted], template)
 
 
 def title(row: Row) -> str:

@@ -1,0 +1,135 @@
+"""Tiny models, tokenizers and token sequences that several tests share; nothing here touches the network."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DebertaV2Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+)
+
+from rdo.models import without_dropout
+from rdo.vocabulary import train_byte_pair
+
+torch.set_num_threads(1)
+
+VOCABULARY = 61
+COMMON = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+GPT2_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+SHORT_WINDOW = 5
+
+TEXTS = [
+    "\n\nHuman: Which bread keeps for a week?\n\nAssistant:",
+    " Rye does. Bake it dark, and wrap it in linen.",
+    " I do not know; ask a baker.",
+]
+
+
+def configuration(name: str) -> PreTrainedConfig:
+    """A small configuration of every architecture that the tests run."""
+    made: dict[str, Any] = {
+        "llama": lambda: LlamaConfig(**COMMON, **SIZES),
+        "llama-grouped": lambda: LlamaConfig(**COMMON, **GROUPED),
+        "mistral-window": lambda: MistralConfig(**COMMON, **GROUPED, sliding_window=SHORT_WINDOW),
+        "qwen2": lambda: Qwen2Config(**COMMON, **GROUPED),
+        "gpt2": lambda: GPT2Config(**COMMON, **GPT2_SIZES),
+        "gpt2-by-layer": lambda: GPT2Config(**COMMON, **GPT2_SIZES, scale_attn_by_inverse_layer_idx=True),
+        "gpt-neox": lambda: GPTNeoXConfig(**COMMON, **SIZES),
+        "gemma": lambda: GemmaConfig(**COMMON, **GROUPED, head_dim=8),
+        # Layers that see everything and layers that see a window take turns.
+        "gemma3": lambda: Gemma3TextConfig(
+            **COMMON,
+            **GROUPED,
+            head_dim=8,
+            sliding_window=SHORT_WINDOW,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        "gemma2": lambda: Gemma2Config(**COMMON, **GROUPED, head_dim=8),
+        "bert": lambda: BertConfig(**COMMON, **SIZES),
+        "deberta": lambda: DebertaV2Config(**COMMON, **SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"]),
+    }
+    return made[name]()
+
+
+def randomise(model: PreTrainedModel, seed: int = 0, scale: float = 0.2) -> PreTrainedModel:
+    """Weights large enough that attention, positions and heads all show in the outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
+            # Norms keep their scale of about one, only not exactly one.
+            parameter.copy_(scale * noise if parameter.dim() > 1 else parameter + 0.1 * noise)
+    return model
+
+
+def policy(name: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A causal language model with random weights and no dropout."""
+    return from_configuration(configuration(name), AutoModelForCausalLM, dtype, seed)
+
+
+def scorer(name: str = "llama", form: str = "pointwise", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A scorer with random weights, its head included."""
+    config = configuration(name)
+    config.num_labels = 2 if form == "residual" else 1
+    model = from_configuration(config, AutoModelForSequenceClassification, dtype)
+    model.config.rdo_form = form
+    return model
+
+
+def from_configuration(
+    config: PreTrainedConfig, factory: Any, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> PreTrainedModel:
+    return randomise(without_dropout(factory.from_config(config, dtype=dtype)), seed)
+
+
+def tokenizer(vocabulary_size: int = 300) -> PreTrainedTokenizerBase:
+    """A byte-pair tokenizer as a run from scratch would train it."""
+    return train_byte_pair(TEXTS, vocabulary_size)
+
+
+def tree(seed: int, count: int = 8, longest: int = 20) -> list[tuple[int, ...]]:
+    """Random sequences, most of which go on from some prefix of an earlier one; some are prefixes or duplicates."""
+    coin = random.Random(seed)
+    sequences: list[tuple[int, ...]] = []
+    for _ in range(count):
+        parent = coin.choice(sequences) if sequences and coin.random() < 0.8 else ()
+        kept = parent[: coin.randint(0, len(parent))]
+        tail = words(coin, coin.randint(0 if kept else 1, longest - len(kept)) if len(kept) < longest else 0)
+        sequences.append(kept + tail)
+    return sequences
+
+
+def words(coin: random.Random, count: int) -> tuple[int, ...]:
+    """Random ids, none of them special."""
+    return tuple(coin.randrange(3, VOCABULARY) for _ in range(count))
+
+
+def relative_error(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
+    """Norm of the difference over the norm of what is wanted, all tensors taken as one vector."""
+    difference = torch.stack([(a.double() - b.double()).norm() for a, b in zip(found, wanted, strict=True)]).norm()
+    return float(difference / torch.stack([b.double().norm() for b in wanted]).norm())

@@ -1,0 +1,43 @@
+"""Runs on a toy world so small that a whole pipeline takes seconds."""
+
+from pathlib import Path
+from typing import Any
+
+from rdo.artifacts import Artifact, Provenance
+from rdo.configuration import compose_config, plain
+from rdo.files import read_json_lines
+from rdo.main import prepare_process
+from rdo.run import Cache, Run
+
+TINY = (
+    "dataset.toy.pairs=64",
+    "dataset.toy.test_pairs=64",
+    "dataset.toy.demonstrations=256",
+    "dataset.toy.candidate_queries=32",
+    "sft.max_steps=5",
+    "eval.prompts=8",
+    "eval.max_new_tokens=8",
+    "align.max_records=32",
+    "engine.threads=1",
+    "engine.device=cpu",
+)
+CACHE = Cache()
+
+
+def tiny_run(run_dir: Path, *overrides: str, requested: str = "") -> Run:
+    """A run of these overrides on top of the tiny ones; data is shared by all of a process."""
+    config = compose_config([*TINY, f"run_dir={run_dir}", *overrides])
+    prepare_process(config.engine.threads)
+    provenance = Provenance(run_dir, "python train.py", plain(config), config.build_inputs)
+    return Run(config, provenance, requested, CACHE)
+
+
+def weights(artifact: Artifact) -> bytes:
+    """The saved weights, byte for byte."""
+    return (artifact.folder / "model" / "model.safetensors").read_bytes()
+
+
+def metrics(artifact: Artifact) -> list[dict[str, Any]]:
+    """What was logged, without what a clock says."""
+    lines = read_json_lines(artifact.folder / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
