@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def configuration(name: str) -> PreTrainedConfig:
             sliding_window=SHORT_WINDOW,
             layer_types=["sliding_attention", "full_attention"],
         ),
-        "gemma2": lambda: Gemma2Config(**COMMON, **GROUPED, head_dim=8),
+        "gemma2": lambda: Gemma2Config(**COMMON, **GROUPED, head_dim=8, final_logit_softcapping=None),
         "bert": lambda: BertConfig(**COMMON, **SIZES),
         "deberta": lambda: DebertaV2Config(**COMMON, **SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"]),
     }
@@ -104,7 +105,23 @@ def scorer(name: str = "llama", form: str = "pointwise", dtype: torch.dtype = to
 def from_configuration(
     config: PreTrainedConfig, factory: Any, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> PreTrainedModel:
-    return randomise(without_dropout(factory.from_config(config, dtype=dtype)), seed)
+    model = without_dropout(factory.from_config(config, dtype=dtype))
+    if dtype == torch.float64:
+        keep_double(model)
+    return randomise(model, seed)
+
+
+def keep_double(model: PreTrainedModel) -> None:
+    """transformers' RMSNorm rounds to float32 in passing, whatever the dtype; this keeps a float64 model exact."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(root_mean_square_norm, module)
+
+
+def root_mean_square_norm(norm: Any, states: torch.Tensor) -> torch.Tensor:
+    epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    scale = 1.0 + norm.weight if type(norm).__name__.startswith("Gemma") else norm.weight
+    return scale * states * torch.rsqrt(states.square().mean(-1, keepdim=True) + epsilon)
 
 
 def tokenizer(vocabulary_size: int = 300) -> PreTrainedTokenizerBase:

@@ -21,6 +21,7 @@ from rdo.errors import UserError
 from rdo.files import read_json, read_json_lines
 from rdo.models import load_tokenizer
 from rdo.report.page import write_report
+from rdo.report.plots import make_hero
 from rdo.run import Run, model_path, select
 from rdo.schema import Config, TrainingConfig
 from rdo.scorers import ComparisonTemplate
@@ -104,6 +105,8 @@ def make_report(run: Run, overrides: list[str], build: bool) -> Path:
     }
     folder = run.provenance.run_dir / "report"
     written = write_report(data, folder)
+    if policies and scorers:
+        make_hero(data, folder / "overview.png")
     print(f"\n{written['markdown'].read_text()}\nreport: {written['html']}", flush=True)
     return written["html"]
 
