@@ -7,10 +7,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers import tree, words
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers import tree, words
 from rdo.forest import Flat, Forest, common_prefix_length, count_unique, make_layout
 
 Sequences = list[tuple[int, ...]]

@@ -1,8 +1,8 @@
 """Forest = flat = every sequence alone through the plain model: hidden states, log-probabilities and gradients.
 
 The reference (`alone`) knows no layout: one unpadded sequence at a time, transformers' own attention, log_softmax of
-full logits. Errors are relative: norm of the difference over the norm of what is wanted. Float32 rounds at 6e-8; the
-worst of what follows is about 1e-6, so that 1e-5 leaves room and still finds any token that sees what it should not.
+full logits. Errors are relative: norm of the difference over the norm of what is wanted. The worst of what follows is
+8e-7 in float32 and 2e-15 in float64, so that the tolerances leave room and still find any token that sees too much.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import random
 
 import pytest
 import torch
-from helpers import configuration, policy, relative_error, scorer, tree, words
-from transformers import AutoModelForCausalLM, LlamaConfig, MiniMaxConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, MiniMaxConfig, PreTrainedModel
 
 import rdo.attention
+from helpers import COMMON, GROUPED, configuration, policy, relative_error, scorer, tree, words
 from rdo.errors import UserError
 from rdo.forest import Forest, make_layout
 from rdo.models import hidden_states, read_log_probabilities, read_scalars, set_layout
 from rdo.readout import Scalar, Span, span_log_probabilities
 
-FLOAT32, FLOAT64 = 1e-5, 1e-10
+FLOAT32, FLOAT64 = 1e-5, 1e-12
 DECODERS = ["llama", "llama-grouped", "mistral-window", "qwen2", "gpt2", "gpt2-by-layer", "gpt-neox", "gemma", "gemma3"]
 ENCODERS = ["bert", "deberta"]
 
@@ -92,10 +92,10 @@ def check(model: PreTrainedModel, sequences: Sequences, tolerance: float, budget
         found = gradients(model, sums)
         assert relative_error(found, wanted_gradients) < tolerance, name
         if tolerance == FLOAT64:
-            # Tensor by tensor, small ones too, against the whole gradient's norm: none is lost in another's size.
+            # Tensor by tensor too, so that no small one is lost in the whole (whose rounding some are nothing but).
             whole = torch.stack([gradient.norm() for gradient in wanted_gradients]).norm()
             for one, other in zip(found, wanted_gradients, strict=True):
-                assert (one - other).norm() <= tolerance * (other.norm() + 1e-6 * whole), name
+                assert (one - other).norm() <= tolerance * (other.norm() + 1e-3 * whole), name
 
 
 @pytest.mark.parametrize("name", LISTS)
@@ -200,17 +200,10 @@ def test_encoders_run_flat_and_padding_changes_no_score(model: str):
 def unsupported(name: str) -> PreTrainedModel:
     if name == "gemma2":
         return policy("gemma2")
-    common = configuration("llama-grouped").to_dict()
-    sizes = {key: common[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
-    config = MiniMaxConfig(
-        **sizes,
-        num_key_value_heads=2,
-        num_hidden_layers=2,
-        num_local_experts=2,
-        head_dim=8,
-        layer_types=["linear_attention", "full_attention"],
+    kinds = ["linear_attention", "full_attention"]
+    return AutoModelForCausalLM.from_config(
+        MiniMaxConfig(**COMMON, **GROUPED, num_local_experts=2, head_dim=8, layer_types=kinds)
     )
-    return AutoModelForCausalLM.from_config(config)
 
 
 @pytest.mark.parametrize(("name", "reason"), [("gemma2", "softcap"), ("minimax", "more than their own path")])
@@ -230,7 +223,7 @@ def test_decoders_that_a_forest_would_falsify_are_refused_by_name(name: str, rea
 
 
 def test_a_forest_under_another_attention_is_never_reached():
-    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48))
+    model = AutoModelForCausalLM.from_config(configuration("llama"))
     assert set_layout(model, "forest") == "forest"
     with pytest.raises(UserError, match=r"engine\.layout=flat"), torch.no_grad():
         model(input_ids=torch.tensor([QUERY]))

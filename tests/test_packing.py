@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from helpers import tree
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers import tree
 from rdo.forest import Flat, Forest, LayoutName
 from rdo.packing import cost, pack
 

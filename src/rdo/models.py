@@ -303,5 +303,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def first_line(error: Exception) -> str:
-    """The gist of a library's error message."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """The gist of a library's error message, and our name for the one setting that such messages ask for."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    hint = "; model.trust_remote_code=true runs it" if "trust_remote_code" in str(error) else ""
+    return lines[0].rstrip(" .") + hint

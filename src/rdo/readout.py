@@ -98,14 +98,19 @@ def scalar_values(
 
 
 def combine(outputs: torch.Tensor, values: Sequence[Sequence[Scalar]]) -> torch.Tensor:
-    """Sums the reads [reads, labels], given in order, into their values [values]."""
+    """Sums the reads [reads, labels], given in order, into their values [values].
+
+    What is added and what is taken away are summed apart: so f(y, y) is 0 and f(a, b) is -f(b, a) without rounding.
+    """
     device = outputs.device
     reads = [read for value in values for read in value]
     label = torch.tensor([read.label for read in reads], device=device)
     factor = torch.tensor([read.factor for read in reads], dtype=outputs.dtype, device=device)
     owner = torch.tensor([number for number, value in enumerate(values) for _ in value], device=device)
     picked = outputs.gather(-1, label[:, None])[:, 0] * factor
-    return torch.zeros(len(values), dtype=outputs.dtype, device=device).index_add(0, owner, picked)
+    sums = torch.zeros(2 * len(values), dtype=outputs.dtype, device=device)
+    gains, losses = sums.index_add(0, 2 * owner + (factor < 0), picked).view(-1, 2).unbind(1)
+    return gains + losses
 
 
 def in_full_precision(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rdo.files import append_json_line, read_json_lines, replace_file
+from rdo.files import append_json_line, replace_file
 from rdo.schema import TrackerConfig
 
 METRICS = "metrics.jsonl"
@@ -24,9 +24,10 @@ class Tracker:
         """Drops what was logged after the checkpoint that the run goes on from, so that each step stands once."""
         if not self.file.exists():
             return
-        kept = [line for line in read_json_lines(self.file) if line["step"] <= steps]
+        # A crash may have cut the last line short: it is behind the checkpoint in any case.
+        whole = [line for line in self.file.read_text().splitlines(keepends=True) if line.endswith("\n")]
         with replace_file(self.file) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= steps))
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Logs the values of a step, counted from 1."""

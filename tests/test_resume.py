@@ -1,0 +1,178 @@
+"""A run that is stopped goes on from its last checkpoint and ends exactly as if it had not been stopped."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rdo.artifacts import Artifact, is_finished
+from rdo.files import read_json_lines
+from rdo.run import Run
+from rdo.schema import EngineConfig
+from rdo.stages.align import aligned_policy
+from rdo.stages.scorer import scorer
+from rdo.stages.sft import base_policy
+from rdo.tracking import Tracker
+from rdo.training import Checkpoints
+from tiny import TINY, metrics, tiny_run, weights
+
+ROOT = Path(__file__).parents[1]
+OFTEN = "engine.checkpoint_every_steps=2"
+ALIGN = ["align.batch_size=8", "align.epochs=2", "align.max_steps=7", "align.learning_rate=1e-3"]
+SCORER = ["batch_size=16", "epochs=2", "max_steps=7", "schedule=linear"]
+
+RUNS: dict[str, tuple[Callable[[Run], Artifact], list[str]]] = {
+    "sft": (base_policy, ["sft.max_steps=7", "sft.batch_size=48"]),  # the last batch of an epoch is smaller
+    "rm": (lambda run: scorer(run, "reward"), [f"rm.{setting}" for setting in SCORER]),
+    "diffmodel": (lambda run: scorer(run, "diff"), [f"diffmodel.{setting}" for setting in SCORER]),
+    "dpo": (aligned_policy, ["loss=dpo", "rc=oracle", *ALIGN]),
+    "kto": (aligned_policy, ["loss=kto", "rc=none", *ALIGN]),
+    "rrhf": (aligned_policy, ["loss=rrhf", "loss.ranking=scores", "rc=none", "align.min_responses=6", *ALIGN]),
+}
+
+
+class Stopped(Exception):
+    """Stands in for whatever ends a process."""
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> list[int]:
+    """Ends a run once it has logged a step; lists the steps that are logged from now on."""
+    logged: list[int] = []
+    log = Tracker.log
+
+    def stopping(tracker: Tracker, number: int, values: dict[str, Any]) -> None:
+        log(tracker, number, values)
+        logged.append(number)
+        if number == step and len(logged) == step:
+            raise Stopped
+
+    monkeypatch.setattr(Tracker, "log", stopping)
+    return logged
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all runs, so that inputs are made once."""
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_stopped_run_ends_as_an_uninterrupted_one(name, run_dir, monkeypatch):
+    stage, overrides = RUNS[name]
+    run = tiny_run(run_dir, OFTEN, *overrides)
+    whole = stage(run)
+    wanted, wanted_metrics = weights(whole), metrics(whole)
+    assert [line["step"] for line in wanted_metrics] == list(range(1, 8))
+    # The last measures follow from everything before them, so the losses must have moved.
+    assert wanted_metrics[0]["loss"] != wanted_metrics[6]["loss"]
+    shutil.rmtree(whole.folder)
+
+    logged = stop_after(monkeypatch, 5)
+    with pytest.raises(Stopped):
+        stage(run)
+    assert not is_finished(whole.folder)
+    assert [line["step"] for line in metrics(whole)] == [1, 2, 3, 4, 5]
+    saved = [file.name for file in (whole.folder / "checkpoints").iterdir()]
+    assert sorted(saved) == ["step_00000002.pt", "step_00000004.pt"]
+
+    torch.manual_seed(99)  # another process has other random numbers
+    again = stage(run)
+    assert logged == [1, 2, 3, 4, 5, 5, 6, 7]
+    assert again == whole
+    assert weights(again) == wanted
+    assert metrics(again) == wanted_metrics
+    assert not (whole.folder / "checkpoints").exists()
+
+
+def test_a_run_that_is_stopped_twice_and_before_any_checkpoint(run_dir, monkeypatch):
+    run = tiny_run(run_dir, OFTEN, "sft.max_steps=6")
+    whole = base_policy(run)
+    wanted, wanted_metrics = weights(whole), metrics(whole)
+    shutil.rmtree(whole.folder)
+    for step in (1, 3):
+        with monkeypatch.context() as patched:
+            stop_after(patched, step)
+            with pytest.raises(Stopped):
+                base_policy(run)
+    assert weights(base_policy(run)) == wanted
+    assert metrics(whole) == wanted_metrics
+
+
+def test_a_run_that_is_stopped_after_training_does_not_train_again(run_dir, monkeypatch):
+    """Between the last step and the manifest: the last checkpoint serves, and the result is the same."""
+    run = tiny_run(run_dir, OFTEN, "sft.max_steps=4")
+    whole = base_policy(run)
+    wanted = weights(whole)
+    shutil.rmtree(whole.folder)
+    with monkeypatch.context() as patched:
+        patched.setattr("rdo.stages.sft.save_model", lambda *_: (_ for _ in ()).throw(Stopped))
+        with pytest.raises(Stopped):
+            base_policy(run)
+    logged = stop_after(monkeypatch, -1)
+    assert weights(base_policy(run)) == wanted
+    assert logged == [3, 4]
+
+
+def test_a_killed_process_leaves_a_state_to_go_on_from(tmp_path):
+    overrides = ["sft.max_steps=150", "sft.batch_size=16", "sft.epochs=20", "engine.checkpoint_every_steps=1"]
+    whole = base_policy(tiny_run(tmp_path / "whole", *overrides))
+    command = [sys.executable, str(ROOT / "train.py"), "stage=sft", *TINY, *overrides, f"run_dir={tmp_path / 'killed'}"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    folder = tmp_path / "killed" / "sft" / whole.folder.name
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if (folder / "metrics.jsonl").exists() and len(read_json_lines(folder / "metrics.jsonl")) >= 5:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not is_finished(folder)
+    assert list((folder / "checkpoints").glob("step_*.pt"))
+    # What a kill in the middle of saving leaves behind is in nobody's way.
+    (folder / "checkpoints" / ".step_00000003.pt.1.part").write_bytes(b"half a checkpo")
+    resumed = base_policy(tiny_run(tmp_path / "killed", *overrides))
+    assert resumed.folder == folder
+    assert weights(resumed) == weights(whole)
+    assert metrics(resumed) == metrics(whole)
+    assert not (folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_only_the_last_checkpoints_are_kept(tmp_path, keep):
+    engine = EngineConfig(checkpoint_every_steps=2, keep_checkpoints=keep)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", engine)
+    model, optimizer = parts()
+    for step in range(1, 11):
+        checkpoints.maybe_save(step, 10, model, optimizer)
+    kept = [f"step_{step:08d}.pt" for step in (2, 4, 6, 8)][-keep:]  # none after the last step: the model is saved
+    assert [file.name for file in checkpoints.files()] == kept
+    checkpoints.clear()
+    assert not (tmp_path / "checkpoints").exists()
+    checkpoints.clear()
+
+
+def test_a_checkpoint_is_saved_when_enough_minutes_have_passed(tmp_path):
+    engine = EngineConfig(checkpoint_every_steps=1000, checkpoint_every_minutes=1.0)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", engine)
+    model, optimizer = parts()
+    checkpoints.maybe_save(1, 10, model, optimizer)
+    assert not checkpoints.files()
+    checkpoints.last_saved -= 61
+    checkpoints.maybe_save(2, 10, model, optimizer)
+    checkpoints.maybe_save(3, 10, model, optimizer)
+    assert [file.name for file in checkpoints.files()] == ["step_00000002.pt"]
+
+
+def parts() -> tuple[Any, torch.optim.Optimizer]:
+    model = torch.nn.Linear(2, 2)
+    return model, torch.optim.AdamW(model.parameters())

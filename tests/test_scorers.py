@@ -1,0 +1,193 @@
+"""Forms of scorer: their values against texts put together by hand, and what must not change them."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from helpers import TEXTS, relative_error, scorer, tokenizer
+from rdo.data.encoding import encode
+from rdo.data.records import Record
+from rdo.errors import UserError
+from rdo.forest import LayoutName, make_layout
+from rdo.models import read_scalars, set_layout
+from rdo.readout import Scalar
+from rdo.scorers import FORMS, ComparisonTemplate, Reading, add_difference, add_reward, check_form, merge, read_all
+
+TOLERANCE = 1e-5
+COMPARING = ["paper", "antisymmetric", "residual"]
+LAYOUTS: list[LayoutName] = ["forest", "flat"]
+
+TOKENIZER = tokenizer()
+END = TOKENIZER.eos_token_id
+QUERIES = [TEXTS[0], "Ask.", TEXTS[0] + TEXTS[1] + "\n\nHuman: Why?\n\nAssistant:"]
+RESPONSES = (" Rye.", " Rye does. Bake it dark.", " No.", " Rye. Or not.", "", " Ask a baker, not me.")
+PAIRS = [(0, 1), (1, 0), (2, 2), (3, 0), (4, 5), (5, 4), (1, 3), (4, 4)]
+BEFORE = ("Query: ", "; Response 1: ", "; Response 2: ")
+COMPARISON = ComparisonTemplate(BEFORE, TOKENIZER)
+RECORDS, _ = encode([Record(f"r{n}", query, RESPONSES) for n, query in enumerate(QUERIES)], TOKENIZER, "raw", 500)
+
+
+def differences(form: str, record: int, pairs: list[tuple[int, int]] = PAIRS) -> Reading:
+    reading = Reading()
+    for first, second in pairs:
+        add_difference(reading, form, COMPARISON, RECORDS[record], first, second)
+    return reading
+
+
+def read(model: PreTrainedModel, layout: LayoutName, reading: Reading) -> torch.Tensor:
+    assert set_layout(model, layout) == layout
+    with torch.no_grad():
+        return read_scalars(model, make_layout(layout, reading.sequences), reading.values)
+
+
+def ids(*texts: str) -> list[int]:
+    """Texts tokenized apart and joined; "<end>" stands for the end of a response."""
+    return [token for text in texts for token in ([END] if text == "<end>" else TOKENIZER(text).input_ids)]
+
+
+def last_outputs(model: PreTrainedModel, sequence: list[int]) -> torch.Tensor:
+    """Every output of the head at the last token of one sequence, run alone under transformers' own attention."""
+    set_layout(model, "flat")
+    with torch.no_grad():
+        states = model.base_model(input_ids=torch.tensor([sequence])).last_hidden_state[0]
+        return torch.stack([(states[-1] * row).sum() for row in model.score.weight])
+
+
+def by_hand(model: PreTrainedModel, form: str, query: str, first: str, second: str) -> torch.Tensor:
+    """f(first, second) as the table in rdo.scorers has it."""
+
+    def compared(one: str, other: str) -> torch.Tensor:
+        return last_outputs(model, ids(BEFORE[0], query, BEFORE[1], one, "<end>", BEFORE[2], other, "<end>"))
+
+    def before_the_second(one: str) -> torch.Tensor:
+        return last_outputs(model, ids(BEFORE[0], query, BEFORE[1], one, "<end>"))[0]
+
+    if form == "pointwise":
+        return last_outputs(model, ids(query, first, "<end>"))[0] - last_outputs(model, ids(query, second, "<end>"))[0]
+    if form == "paper":
+        return compared(first, second)[0]
+    if form == "antisymmetric":
+        return (compared(first, second)[0] - compared(second, first)[0]) / 2
+    comparison = (compared(first, second)[1] - compared(second, first)[1]) / 2
+    return before_the_second(first) - before_the_second(second) + comparison
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["llama-grouped", "gpt2"])
+def test_values_are_those_of_texts_put_together_by_hand(name: str, form: str, layout: LayoutName):
+    model = scorer(name, form)
+    for number, query in enumerate(QUERIES):
+        found = read(model, layout, differences(form, number))
+        wanted = [by_hand(model, form, query, RESPONSES[a], RESPONSES[b]) for a, b in PAIRS]
+        assert relative_error([found], [torch.stack(wanted)]) < TOLERANCE
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_reward_is_read_at_the_end_of_the_response(layout: LayoutName):
+    model, reading = scorer("llama"), Reading()
+    for response in range(len(RESPONSES)):
+        add_reward(reading, RECORDS[0], response)
+    found = read(model, layout, reading)
+    wanted = torch.stack([last_outputs(model, ids(QUERIES[0], text, "<end>"))[0] for text in RESPONSES])
+    assert relative_error([found], [wanted]) < TOLERANCE
+    # The pointwise form is their difference.
+    pairs = torch.tensor(PAIRS)
+    differed = read(model, layout, differences("pointwise", 0))
+    torch.testing.assert_close(differed, found[pairs[:, 0]] - found[pairs[:, 1]], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", ["pointwise", "antisymmetric", "residual"])
+def test_a_response_against_itself_is_zero_and_turning_round_negates(form: str, layout: LayoutName):
+    """Exactly, for what is added and what is taken away are summed apart."""
+    model = scorer("llama-grouped", form)
+    every = [(a, b) for a in range(6) for b in range(6)]
+    values = read(model, layout, differences(form, 2, every)).view(6, 6)
+    assert torch.equal(values.diagonal(), torch.zeros(6))
+    assert values.abs().max() > 0.1
+    assert torch.equal(values, -values.T)
+
+
+def test_the_paper_form_has_neither_property():
+    model = scorer("llama-grouped", "paper")
+    forward, backward, same = read(model, "forest", differences("paper", 0, [(0, 1), (1, 0), (2, 2)])).tolist()
+    assert abs(forward + backward) > 0.01
+    assert abs(same) > 0.01
+
+
+def test_residual_without_a_comparison_is_the_difference_of_its_rewards():
+    """The comparison's head starts at zero: f is then r(a) - r(b), and r has not seen the other response."""
+    model = scorer("llama-grouped", "residual")
+    with torch.no_grad():
+        model.score.weight[1].zero_()
+    values = read(model, "forest", differences("residual", 0, [(a, b) for a in range(6) for b in range(6)])).view(6, 6)
+    # Differences of one number a response: every triangle closes.
+    torch.testing.assert_close(values, values[:, :1] - values[:, :1].T, rtol=0, atol=1e-5)
+    assert values.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_order_budget_and_layout_change_no_score(form: str):
+    model = scorer("llama-grouped", form)
+    readings = [differences(form, number, pairs) for number in range(3) for pairs in (PAIRS, PAIRS[:1], PAIRS[2:5])]
+    set_layout(model, "forest")
+    wanted = read_all(model, "forest", readings, budget=100_000, title="scoring")
+    assert [len(values) for values in wanted] == [len(reading.values) for reading in readings]
+    order = list(range(len(readings)))
+    random.Random(5).shuffle(order)
+    for layout in LAYOUTS:
+        set_layout(model, layout)
+        for budget in (1, 700, 100_000):
+            shuffled = read_all(model, layout, [readings[n] for n in order], budget, "scoring")
+            for place, number in enumerate(order):
+                assert shuffled[place] == pytest.approx(wanted[number], rel=TOLERANCE, abs=TOLERANCE)
+
+
+def test_merging_keeps_sequences_with_their_values():
+    one, two = differences("residual", 0, PAIRS[:2]), differences("residual", 1, PAIRS[:1])
+    sequences, values = merge([one, two])
+    assert sequences == one.sequences + two.sequences
+    assert values[:2] == one.values
+    shifted = [Scalar(r.sequence - len(one.sequences), r.position, r.label, r.factor) for r in values[2]]
+    assert shifted == two.values[0]
+
+
+@pytest.mark.parametrize("form", ["pointwise", "paper", "antisymmetric"])
+@pytest.mark.parametrize("name", ["bert", "deberta"])
+def test_encoders_score_flat(name: str, form: str):
+    model = scorer(name, form)
+    assert check_form(model) == form
+    reading = differences(form, 1)
+    found = read(model, "flat", reading)
+    wanted = []
+    with torch.no_grad():
+        for value in reading.values:
+            reads = [(model(input_ids=torch.tensor([reading.sequences[r.sequence]])).logits[0, 0], r) for r in value]
+            wanted.append(sum(output * r.factor for output, r in reads))
+    assert relative_error([found], [torch.stack(wanted)]) < TOLERANCE
+
+
+def test_forms_that_an_architecture_cannot_have_are_refused():
+    with pytest.raises(UserError, match="needs a decoder"):
+        check_form(scorer("bert", "residual"))
+    with pytest.raises(UserError, match="nonsense"):
+        check_form(scorer("llama", "nonsense"))
+    assert check_form(scorer("llama", "residual")) == "residual"
+
+
+def test_the_template_takes_three_texts_and_keeps_the_beginning_in_front():
+    with pytest.raises(UserError, match="three texts"):
+        ComparisonTemplate(BEFORE[:2], TOKENIZER)
+    begun = tokenizer()
+    begun.add_special_tokens({"bos_token": "<begin>"})
+    begin = begun.bos_token_id
+    template = ComparisonTemplate(BEFORE, begun)
+    query, first = ids(BEFORE[0]), ids(BEFORE[1])
+    assert list(template.head((begin, 7, 8))) == [begin, *query, 7, 8, *first]
+    assert list(template.head((7, 8))) == [*query, 7, 8, *first]
+    assert list(COMPARISON.head((begin, 7))) == [*query, begin, 7, *first]
