@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from rdo.errors import UserError
 from rdo.losses import dpo
 from rdo.run import select
 from rdo.schema import RcConfig, TrainingConfig
-from rdo.stages.align import ordered_pairs, reward_difference, weigh
+from rdo.stages.align import check_data, ordered_pairs, rc_settings, reward_difference, weigh
 from rdo.stages.reference import partners
 from rdo.stages.score import Scores, pairs_to_score
 
@@ -82,11 +83,19 @@ def test_order_forward_and_antisymmetric() -> None:
     assert rewards.difference("x", 0, 1) == 1.5
 
 
-def test_oracle_needs_scores_in_the_data() -> None:
+def test_oracle_reads_the_scores_of_the_data() -> None:
     record = pair_record("one", scores=(1.0, 0.25))
     assert reward_difference(RcConfig("oracle"), {}, record, 0, 1) == 0.75
-    with pytest.raises(UserError, match="rc=oracle: record one"):
-        reward_difference(RcConfig("oracle"), {}, RECORDS[0], 0, 1)
+
+
+def test_settings_without_effect_do_not_make_another_run() -> None:
+    assert rc_settings(RcConfig("none", alpha=0.1)) is None
+    assert rc_settings(RcConfig("reward", order="antisymmetric")) == rc_settings(RcConfig("reward"))
+    assert rc_settings(RcConfig("diff", order="antisymmetric")) != rc_settings(RcConfig("diff"))
+    assert rc_settings(RcConfig("reward", alpha=1.0)) != rc_settings(RcConfig("reward"))
+    assert rc_settings(RcConfig("reward", alpha=1.0, control="filter")) == rc_settings(
+        RcConfig("reward", control="filter")
+    )
 
 
 def test_pairs_to_score() -> None:
@@ -116,8 +125,25 @@ def test_rankings() -> None:
     assert ordered_pairs(record, rrhf("diff"), read).best == 2  # type: ignore[arg-type]
     assert read["diff"].ranking(record) == [-1.5, 0.0, 1.5]
     assert read["diff"].ranking(record, baseline=True) == [0.0, 1.0, 2.0]
+
+
+def data_run(records: list[Record], rc: str = "none") -> SimpleNamespace:
+    """What check_data reads of a run."""
+    config = SimpleNamespace(rc=RcConfig(rc), dataset=SimpleNamespace(name="made-up"))
+    return SimpleNamespace(config=config, records=lambda split: records)
+
+
+def test_data_that_cannot_serve_the_loss_is_refused_before_any_work() -> None:
+    scored_record = pair_record("scored", scores=(1.0, 0.25))
     with pytest.raises(UserError, match=r"loss\.ranking=scores: record one"):
-        ordered_pairs(RECORDS[0], rrhf("scores"), {})  # type: ignore[arg-type]
+        check_data(data_run([scored_record, RECORDS[0]]), rrhf("scores"))  # type: ignore[arg-type]
+    check_data(data_run([scored_record]), rrhf("scores"))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="rc=oracle: record one"):
+        check_data(data_run(RECORDS, rc="oracle"), rrhf("reward"))  # type: ignore[arg-type]
+    bare = Record("bare", "q", ("a", "b"), scores=(1.0, 0.0))
+    with pytest.raises(UserError, match="loss=dpo compares labelled pairs"):
+        check_data(data_run([bare]), choose_loss({"name": "dpo", "beta": 0.1}))  # type: ignore[arg-type]
+    check_data(data_run([bare]), rrhf("scores"))  # type: ignore[arg-type]
 
 
 def test_ties_are_no_pairs() -> None:

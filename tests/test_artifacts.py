@@ -88,7 +88,7 @@ def test_a_manifest_says_where_the_artifact_comes_from(tmp_path):
     artifact = made(tmp_path, Maker(), inputs={"base": base})
     manifest = artifact.manifest()
     assert manifest["settings"] == SETTINGS
-    assert manifest["inputs"] == {"base": {"folder": str(base.folder), "key": base.key}}
+    assert manifest["inputs"] == {"base": {"folder": f"sft/{base.folder.name}", "key": base.key}}
     assert manifest["command"] == "python train.py stage=rm"
     assert manifest["config"] == {"seed": 0}
     assert manifest["results"] == {"accuracy": 0.5}

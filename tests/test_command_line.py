@@ -112,7 +112,7 @@ def test_manifests_name_the_command_of_their_row(pipeline):
     assert manifest["command"].startswith("python train.py stage=eval ")
     assert manifest["command"].endswith("loss=dpo rc=diff")
     for entry in manifest["inputs"].values():
-        assert json.loads((Path(entry["folder"]) / "manifest.json").read_text())["key"] == entry["key"]
+        assert json.loads((pipeline / entry["folder"] / "manifest.json").read_text())["key"] == entry["key"]
 
 
 def test_a_second_pipeline_makes_nothing_again(copied, monkeypatch):
@@ -130,7 +130,7 @@ def test_a_changed_setting_remakes_what_depends_on_it_and_nothing_else(copied):
     assert {folder: after[folder] for folder in before} == before
     # The difference model judges every policy, so their evaluations depend on it; neither the reward model nor the
     # policies that know nothing of it do.
-    policies = {"base", "dpo-none", "dpo-oracle-0.5", "dpo-diff-0.5", "dpo-reward-0.5", "dpo-reward-0.5-filter"}
+    policies = {"base", "dpo-none", "dpo-oracle-0.5", "dpo-diff-0.5", "dpo-reward-0.5", "dpo-reward-filter"}
     policies |= {"dpo-reward-0.5-shuffle", "rrhf-none", "rrhf-oracle-0.5", "rrhf-diff-0.5", "rrhf-reward-0.5"}
     assert names(after.keys() - before.keys()) == sorted(
         ["diffmodel/paper", "score/diff-test", "score/diff-train", "score/diff-train"]
@@ -226,7 +226,7 @@ def test_a_ranking_by_scores_that_the_data_has_not_is_refused(tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     small = ["model=small", "model.vocabulary_size=300", "model.hidden_size=24", "model.layers=1", "sft.epochs=1"]
     given = ["dataset=file", f"dataset.path={data}", *small, "loss=rrhf", "loss.ranking=scores"]
-    with pytest.raises(UserError, match=r"loss.ranking=scores: record .* has no scores"):
+    with pytest.raises(UserError, match=r"loss.ranking=scores: record .* brings no scores"):
         aligned_policy(tiny_run(tmp_path / "run", *given))
 
 

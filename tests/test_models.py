@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,10 @@ def test_a_pickle_runs_no_code(folder: Path, tmp_path: Path, save: str, load: Ca
     with pytest.raises(UserError, match="no model can be loaded"):
         load(folder, CONFIG)
     assert not touched.exists()
+    # The trap is a live one.
+    with suppress(RuntimeError):
+        torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert touched.exists()
 
 
 @pytest.mark.parametrize("model_type", ["llama", "made_up"])

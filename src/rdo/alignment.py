@@ -82,7 +82,7 @@ def choose_loss(config: Mapping[str, Any]) -> LossChoice:
     general = {"pairs", "ranking", "mean_over", "sft_weight", "sft_reduction"}
     name = str(config.get("name"))
     function = getattr(losses, name, None)
-    if function is None or not inputs_of(function) <= INPUTS:
+    if not inspect.isfunction(function) or not inputs_of(function) <= INPUTS:
         raise UserError(f"loss.name={name}: there is no such alignment loss in rdo/losses.py")
     parameters = {
         p.name: p for p in inspect.signature(function).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY
@@ -92,24 +92,29 @@ def choose_loss(config: Mapping[str, Any]) -> LossChoice:
         if key not in parameters:
             known = ", ".join(sorted(general | set(parameters)))
             raise UserError(f"loss.{key}: loss={name} has no such setting; it has {known}")
-        check_setting(f"loss.{key}", value, parameters[key].annotation)
+        settings[key] = checked_setting(key, value, parameters[key].annotation)
     missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in settings]
     if missing:
         raise UserError(f"loss.{missing[0]}: loss={name} needs a value for it")
     for key, allowed in CHOICES.items():
         if config.get(key, allowed[0]) not in allowed:
             raise UserError(f"loss.{key}={config[key]}: must be one of {', '.join(allowed)}")
-    check_setting("loss.sft_weight", config.get("sft_weight", 0.0), "float")
-    return LossChoice(name, function, settings, **{key: config[key] for key in general if key in config})
+    chosen = {key: config[key] for key in general if key in config}
+    if "sft_weight" in chosen:
+        chosen["sft_weight"] = checked_setting("sft_weight", chosen["sft_weight"], "float")
+    return LossChoice(name, function, settings, **chosen)
 
 
-def check_setting(key: str, value: Any, annotation: Any) -> None:
-    """A loss's setting must be of its parameter's type."""
+def checked_setting(key: str, value: Any, annotation: Any) -> Any:
+    """A loss's setting, which must be of its parameter's type; 1 and 1.0 are the same number."""
     kinds: dict[str, tuple[type, ...]] = {"float": (int, float), "int": (int,), "bool": (bool,), "str": (str,)}
     wanted = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "float")
     allowed = kinds.get(wanted, (int, float, str, bool))
+    if wanted == "float" and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        raise UserError(f"loss.{key.removeprefix('loss.')}={value!r}: must be of type {wanted}")
+        raise UserError(f"loss.{key}={value!r}: must be of type {wanted}")
+    return value
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def produce(
             **described,
             "label": label,
             "key": key,
-            "inputs": {name: {"folder": str(a.folder), "key": a.key} for name, a in inputs.items()},
+            "inputs": {name: {"folder": shown(a.folder, provenance), "key": a.key} for name, a in inputs.items()},
             "results": results,
             "seconds": round(time.perf_counter() - started, 3),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -108,6 +108,12 @@ def produce(
         }
         write_json(folder / MANIFEST, manifest)
     return artifact
+
+
+def shown(folder: Path, provenance: Provenance) -> str:
+    """A folder as manifests name it: from the run folder on where it lies in there, so that the whole may move."""
+    inside = folder.is_relative_to(provenance.run_dir)
+    return str(folder.relative_to(provenance.run_dir)) if inside else str(folder.absolute())
 
 
 def is_finished(folder: Path) -> bool:

@@ -25,7 +25,7 @@ from rdo.data.formats import READERS
 from rdo.data.templates import TEMPLATES
 from rdo.errors import UserError
 from rdo.schema import Config
-from rdo.scorers import FORMS
+from rdo.scorers import DIFFERENCE_FORMS
 
 CONF = Path(__file__).parents[2] / "conf"
 TRAINING = ("sft", "rm", "diffmodel", "align")
@@ -53,8 +53,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.decoding": ("greedy", "sample"),
     "eval.judges": ("oracle", "reward", "diff"),
     "sft.responses": ("chosen", "all"),
-    "rm.form": FORMS,
-    "diffmodel.form": FORMS,
+    "diffmodel.form": DIFFERENCE_FORMS,
     **{f"{section}.schedule": ("constant", "linear", "cosine") for section in TRAINING},
 }
 
@@ -88,7 +87,8 @@ AT_LEAST_1 = (
 ABOVE_0 = (
     "rc.epsilon", "dataset.toy.temperature", "eval.temperature", "engine.checkpoint_every_minutes",
     *(f"{section}.{key}" for section in TRAINING
-      for key in ("learning_rate", "head_learning_rate", "max_gradient_norm")),
+      for key in ("learning_rate", "max_gradient_norm")),
+    "rm.head_learning_rate", "diffmodel.head_learning_rate",
 )  # fmt: skip
 
 
@@ -295,14 +295,8 @@ def check_rc(config: Config) -> None:
 
 
 def check_scorers(config: Config) -> None:
-    """Forms of scorer, and the regularisers that only one of them has a use for."""
-    if config.rm.form != "pointwise":
-        raise UserError(f"rm.form={config.rm.form}: the reward model is pointwise; see diffmodel.form")
-    if config.rm.beta0 or config.rm.beta1:
-        raise UserError("rm.beta0 and rm.beta1 must be 0: a difference of rewards is antisymmetric by construction")
+    """The regularisers, which only one form of difference model has a use for."""
     form = config.diffmodel.form
-    if form == "pointwise":
-        raise UserError("diffmodel.form=pointwise is the reward model: use stage=rm and rc=reward")
     if form != "paper" and (config.diffmodel.beta0 or config.diffmodel.beta1):
         raise UserError(
             f"diffmodel.form={form} is antisymmetric by construction: set diffmodel.beta0=0 diffmodel.beta1=0"

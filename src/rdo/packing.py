@@ -26,15 +26,15 @@ def pack(
     if by_length or layout == "flat":
         order.sort(key=lambda number: costs[number][1])
     batches: list[list[int]] = []
-    tokens = rows = width = 0
+    tokens = rows = 0
     for number in order:
+        # Flat items come in order of their width, so that the newest is the widest.
         rows_after = rows + len(items[number])
-        width_after = max(width, costs[number][1])
-        after = tokens + costs[number][0] if layout == "forest" else rows_after * width_after
+        after = tokens + costs[number][0] if layout == "forest" else rows_after * costs[number][1]
         if batches and after <= budget:
             batches[-1].append(number)
-            tokens, rows, width = after, rows_after, width_after
+            tokens, rows = after, rows_after
         else:
             batches.append([number])
-            tokens, rows, width = costs[number][0], len(items[number]), costs[number][1]
+            tokens, rows = costs[number][0], len(items[number])
     return batches

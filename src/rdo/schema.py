@@ -65,7 +65,6 @@ class TrainingConfig:
     """One training run. Learning rates are those at the top of the schedule."""
 
     learning_rate: float = 1e-5
-    head_learning_rate: float | None = None  # of a scorer's head; null: as the backbone
     batch_size: int = 64  # records an optimizer step, over all processes and accumulation steps
     epochs: int = 1
     max_steps: int | None = None  # stop early; the schedule ends there
@@ -85,11 +84,18 @@ class SftConfig(TrainingConfig):
 
 @dataclass
 class ScorerConfig(TrainingConfig):
-    """The pointwise reward model (section rm) and the difference model (section diffmodel)."""
+    """The pointwise reward model, section rm."""
 
+    head_learning_rate: float | None = None  # null: as the backbone
     path: str | None = None  # use this finished scorer instead of training one
     backbone: str | None = None  # put the head on this model (decoder or encoder) instead of the base policy
-    form: str = "pointwise"  # pointwise | paper | antisymmetric | residual
+
+
+@dataclass
+class DifferenceConfig(ScorerConfig):
+    """The difference model, section diffmodel."""
+
+    form: str = "paper"  # paper | antisymmetric | residual
     beta0: float = 0.0  # weight of the duplication regulariser f(y, y)^2
     beta1: float = 0.0  # weight of the reverse regulariser (f(a, b) + f(b, a))^2
 
@@ -117,7 +123,7 @@ class EvalConfig:
     max_new_tokens: int = 128
     batch_size: int = 64
     judges: list[str] = field(default_factory=lambda: ["oracle", "reward", "diff"])
-    samples: int = 8  # shown side by side in the report
+    samples: int = 8  # of a policy, handed to the report
 
 
 @dataclass
@@ -165,7 +171,7 @@ class Config:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     rm: ScorerConfig = field(default_factory=ScorerConfig)
-    diffmodel: ScorerConfig = field(default_factory=ScorerConfig)
+    diffmodel: DifferenceConfig = field(default_factory=DifferenceConfig)
     align: TrainingConfig = field(default_factory=TrainingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     report: ReportConfig = field(default_factory=ReportConfig)

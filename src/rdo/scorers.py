@@ -29,7 +29,8 @@ from rdo.packing import pack
 from rdo.progress import progress_bar
 from rdo.readout import Scalar
 
-FORMS = ("pointwise", "paper", "antisymmetric", "residual")
+DIFFERENCE_FORMS = ("paper", "antisymmetric", "residual")
+FORMS = ("pointwise", *DIFFERENCE_FORMS)
 Value = list[Scalar]
 
 

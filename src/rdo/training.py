@@ -25,7 +25,7 @@ from rdo.forest import LayoutName, TokenIds
 from rdo.models import head_parameters, set_layout
 from rdo.packing import pack
 from rdo.progress import progress_bar
-from rdo.schema import EngineConfig, TrainingConfig
+from rdo.schema import EngineConfig, ScorerConfig, TrainingConfig
 from rdo.tracking import Tracker
 
 Counts = dict[str, float]
@@ -115,7 +115,7 @@ def make_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.opti
     """AdamW with two learning rates: a scorer's head has its own."""
     head = {id(parameter) for parameter in head_parameters(model)}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    head_rate = config.learning_rate if config.head_learning_rate is None else config.head_learning_rate
+    head_rate = (config.head_learning_rate if isinstance(config, ScorerConfig) else None) or config.learning_rate
     groups = [
         {"params": [p for p in trained if id(p) not in head], "top_rate": config.learning_rate},
         {"params": [p for p in trained if id(p) in head], "top_rate": head_rate},

@@ -34,6 +34,7 @@ def aligned_policy(run: Run) -> Artifact:
     """The policy that the config's loss and coefficients make of the base policy."""
     config = run.config
     loss = choose_loss(config.loss)
+    check_data(run, loss)
     inputs = {"base": base_policy(run)}
     kinds: set[str] = set()
     if config.rc.name in RC_SCORER:
@@ -41,14 +42,14 @@ def aligned_policy(run: Run) -> Artifact:
     if loss.pairs == "ranking" and loss.ranking in RANKING_SCORER:
         kinds.add(RANKING_SCORER[loss.ranking])
     # Ranking by the difference model, and order=antisymmetric, need f in both orders.
-    both_orders = loss.ranking.startswith("diff") or config.rc.order == "antisymmetric"
+    both_orders = loss.ranking.startswith("diff") or (config.rc.name == "diff" and config.rc.order == "antisymmetric")
     for kind in sorted(kinds):
         inputs[kind] = scores(run, kind, "train", both_orders, config.align)
     if loss.needs_reference:
         inputs["reference"] = reference(run, mismatched=loss.needs_kl)
     settings = {
-        "loss": dict(config.loss),
-        "rc": asdict(config.rc) if config.rc.name != "none" else None,
+        "loss": {key: value for key, value in asdict(loss).items() if key != "function"},
+        "rc": rc_settings(config.rc),
         "training": asdict(config.align),
         "data": run.data_settings("train"),
         "dtype": config.model.dtype,
@@ -61,12 +62,38 @@ def aligned_policy(run: Run) -> Artifact:
     return produce(run.provenance, "align", label(loss, config.rc), settings, inputs, make, run.requested == "align")
 
 
+def check_data(run: Run, loss: LossChoice) -> None:
+    """What the data must bring for this loss, said before anything is trained for it."""
+    needed = "loss.ranking=scores" if loss.pairs == "ranking" and loss.ranking == "scores" else None
+    if run.config.rc.name == "oracle":
+        needed = "rc=oracle"
+    lacking = next((record for record in run.records("train") if record.scores is None), None)
+    if needed and lacking:
+        way_out = "use loss.ranking=reward, diff or labels" if needed.startswith("loss") else "use rc=reward or rc=diff"
+        raise UserError(f"{needed}: record {lacking.id} brings no scores; {way_out}")
+    labelled = loss.pairs == "preferences" or loss.ranking == "labels"
+    if labelled and not any(record.preferences for record in run.records("train")):
+        raise UserError(f"loss={loss.name} compares labelled pairs, and dataset={run.config.dataset.name} has none")
+
+
+def rc_settings(rc: RcConfig) -> dict[str, Any] | None:
+    """The settings of the coefficients that have an effect, so that the others make no second run of the same."""
+    if rc.name == "none":
+        return None
+    ignored = {"order"} if rc.name != "diff" else set()
+    if rc.negative != "floor":
+        ignored.add("epsilon")
+    if rc.control == "filter":
+        ignored |= {"alpha", "negative", "scale"}
+    return {key: value for key, value in asdict(rc).items() if key not in ignored}
+
+
 def label(loss: LossChoice, rc: RcConfig) -> str:
     """What a person recognises the run by: loss, coefficients, alpha, control."""
     parts = [loss.name, rc.name]
-    if rc.name != "none":
-        parts += [f"{rc.alpha:g}", rc.control] if rc.control != "none" else [f"{rc.alpha:g}"]
-    return "-".join(parts)
+    if rc.name != "none" and rc.control != "filter":
+        parts.append(f"{rc.alpha:g}")
+    return "-".join(parts if rc.control == "none" else [*parts, rc.control])
 
 
 def train_policy(run: Run, loss: LossChoice, inputs: dict[str, Artifact], folder: Path) -> dict[str, Any]:
@@ -128,10 +155,7 @@ def ordered_pairs(record: Record, loss: LossChoice, read: Mapping[str, Scores]) 
         wins = [sum(i == response for i, _ in labelled) for response in range(len(record.responses))]
         return OrderedPairs(labelled, wins.index(max(wins)) if labelled else None)
     if loss.ranking == "scores":
-        if record.scores is None:
-            raise UserError(
-                f"loss.ranking=scores: record {record.id} has no scores; use loss.ranking=reward, diff or labels"
-            )
+        assert record.scores is not None  # see check_data
         ranks = list(record.scores)
     else:
         kind = RANKING_SCORER[loss.ranking]
@@ -177,7 +201,6 @@ def weigh(
 def reward_difference(rc: RcConfig, read: Mapping[str, Scores], record: Record, chosen: int, rejected: int) -> float:
     """R(chosen, rejected) of a record: the true one in the toy world, else what the scorer says."""
     if rc.name == "oracle":
-        if record.scores is None:
-            raise UserError(f"rc=oracle: record {record.id} brings no scores of its own")
+        assert record.scores is not None  # see check_data
         return record.scores[chosen] - record.scores[rejected]
     return read[rc.name].difference(record.id, chosen, rejected, rc.order)

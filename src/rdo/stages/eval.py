@@ -77,7 +77,7 @@ def evaluate_policy(run: Run, subject: str) -> Artifact:
     inputs |= {judge: scorer(run, judge) for judge in judges if judge != "oracle"}
     evaluated = asdict(run.config.eval)
     settings = {
-        "eval": {key: value for key, value in evaluated.items() if key not in ("subject", "batch_size", "judges")},
+        "eval": {key: value for key, value in evaluated.items() if key not in ("subject", "judges", "samples")},
         "judges": judges,
         "data": run.data_settings(run.config.eval.split),
         "dtype": run.config.model.dtype,
@@ -130,7 +130,6 @@ def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: list[str], f
         }
         for n, (record, response) in enumerate(zip(chosen, responses, strict=True))
     ]
-    evaluation["samples"] = lines[: run.config.eval.samples]
     with replace_file(folder / GENERATIONS) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_json(folder / EVALUATION, evaluation)

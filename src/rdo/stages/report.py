@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rdo.alignment import choose_loss
-from rdo.artifacts import Artifact, MissingInput, code_revision
+from rdo.artifacts import MANIFEST, Artifact, MissingInput, code_revision, is_finished
 from rdo.configuration import compose_config, plain
 from rdo.errors import UserError
 from rdo.files import read_json, read_json_lines
@@ -25,7 +25,8 @@ from rdo.report.plots import make_hero
 from rdo.run import Run, model_path, select
 from rdo.schema import Config, TrainingConfig
 from rdo.scorers import ComparisonTemplate
-from rdo.stages.eval import EVALUATION, evaluate_policy, evaluate_scorers
+from rdo.stages.eval import EVALUATION, GENERATIONS, evaluate_policy, evaluate_scorers
+from rdo.stages.scorer import STAGE_OF
 from rdo.stages.sft import base_policy
 from rdo.tokens import token_counts
 from rdo.tracking import METRICS
@@ -54,6 +55,9 @@ class Row:
 def rows(config: Config, overrides: list[str]) -> Iterator[Row]:
     """The rows of config.report, composed on top of the user's own overrides."""
     given = [text for text in overrides if not text.startswith(("stage=", "report.", "~"))]
+    if any(text.startswith("seed=") for text in given) and any(text.startswith("report.seeds=") for text in overrides):
+        raise UserError("seed and report.seeds both say which seeds to run: give one of them")
+    given = [text for text in given if not text.startswith("seed=")]
     keys = {text.split("=")[0].lstrip("+") for text in given}
     for world, world_overrides in (config.report.worlds or {"": []}).items():
         for seed in config.report.seeds:
@@ -66,7 +70,11 @@ def rows(config: Config, overrides: list[str]) -> Iterator[Row]:
                         "or run one row alone with stage=align or stage=eval"
                     )
                 everything = [*given, f"seed={seed}", *own]
-                yield Row(name, world, seed, everything, compose_config(everything))
+                try:
+                    row_config = compose_config(everything)
+                except UserError as error:
+                    raise UserError(f"row {name!r}: {error}") from error
+                yield Row(name, world, seed, everything, row_config)
 
 
 def make_report(run: Run, overrides: list[str], build: bool) -> Path:
@@ -85,10 +93,10 @@ def make_report(run: Run, overrides: list[str], build: bool) -> Path:
         row_run = Run(row.config, provenance, requested="", cache=run.cache)
         try:
             if row.config.eval.subject in ("reward", "diff"):
-                scorers.append(scorer_entry(row, evaluate_scorers(row_run, row.config.eval.subject)))
+                scorers.append(scorer_entry(row_run, row, evaluate_scorers(row_run, row.config.eval.subject)))
             else:
                 evaluation = evaluate_policy(row_run, row.config.eval.subject)
-                policies.append(policy_entry(row, evaluation))
+                policies.append(policy_entry(row_run, row, evaluation))
         except MissingInput:
             missing.append(title(row))
     data = {
@@ -129,34 +137,37 @@ def title(row: Row) -> str:
     return ", ".join([row.name, *([row.world] if row.world else []), f"seed {row.seed}"])
 
 
-def input_manifest(artifact: Artifact, name: str) -> tuple[Path, dict[str, Any]] | None:
+def input_manifest(run: Run, artifact: Artifact, name: str) -> tuple[Path, dict[str, Any]] | None:
     """Folder and manifest of one of an artifact's inputs, if a stage of ours made it."""
     entry = artifact.manifest()["inputs"].get(name)
-    if entry is None or not (Path(entry["folder"]) / "manifest.json").exists():
+    if entry is None:
         return None
-    folder = Path(entry["folder"])
-    return folder, read_json(folder / "manifest.json")
+    folder = run.provenance.run_dir / entry["folder"]
+    return (folder, read_json(folder / MANIFEST)) if is_finished(folder) else None
 
 
-def scorer_entry(row: Row, artifact: Artifact) -> dict[str, Any]:
+def scorer_entry(run: Run, row: Row, artifact: Artifact) -> dict[str, Any]:
     """A line of the report's table of scorers."""
     kind = row.config.eval.subject
-    section = row.config.rm if kind == "reward" else row.config.diffmodel
-    trained = input_manifest(artifact, "scorer")
+    trained, scored = input_manifest(run, artifact, "scorer"), input_manifest(run, artifact, "scores")
+    section = getattr(row.config, STAGE_OF[kind])
+    shown = ("epochs", "max_steps", "beta0", "beta1") if trained else ("path",)
     return {
         "world": row.world,
         "seed": row.seed,
         "name": row.name,
-        "form": section.form,
+        "form": scored[1]["results"]["form"] if scored else None,
         "evaluation": read_json(artifact.folder / EVALUATION),
-        "settings": {"beta0": section.beta0, "beta1": section.beta1, "epochs": section.epochs},
+        "settings": {name: value for name in shown if (value := getattr(section, name, None)) is not None},
         "curve": curve(trained[0], ("loss", "accuracy")) if trained else None,
     }
 
 
-def policy_entry(row: Row, artifact: Artifact) -> dict[str, Any]:
+def policy_entry(run: Run, row: Row, artifact: Artifact) -> dict[str, Any]:
     """A line of the report's table of policies."""
-    trained = input_manifest(artifact, "policy")
+    trained = input_manifest(run, artifact, "policy")
+    evaluation = read_json(artifact.folder / EVALUATION)
+    evaluation["samples"] = read_json_lines(artifact.folder / GENERATIONS)[: row.config.eval.samples]
     base = row.config.eval.subject == "base"
     rc = row.config.rc
     names = ("loss",) if base else ("loss", "implicit_reward_accuracy", "gradient_norm")
@@ -168,7 +179,7 @@ def policy_entry(row: Row, artifact: Artifact) -> dict[str, Any]:
         "rc": "none" if base else rc.name,
         "alpha": None if base or rc.name == "none" else rc.alpha,
         "control": "none" if base else {"shuffle": "shuffled"}.get(rc.control, rc.control),
-        "evaluation": read_json(artifact.folder / EVALUATION),
+        "evaluation": evaluation,
         "coefficients": None if base or trained is None else trained[1]["results"].get("coefficients"),
         "curve": curve(trained[0], names) if trained else None,
     }

@@ -10,7 +10,8 @@ from rdo.artifacts import Artifact, given, produce
 from rdo.errors import UserError
 from rdo.models import load_tokenizer, new_scorer, save_model
 from rdo.run import Run, model_path, select
-from rdo.scorers import FORMS, ComparisonTemplate, check_form
+from rdo.schema import DifferenceConfig, ScorerConfig
+from rdo.scorers import ComparisonTemplate, check_form
 from rdo.stages.sft import base_policy
 from rdo.stages.training import finish
 from rdo.tasks import ScorerTask
@@ -26,8 +27,7 @@ def scorer(run: Run, kind: str) -> Artifact:
     section = getattr(run.config, stage)
     if section.path:
         return given(section.path)
-    if section.form not in FORMS:
-        raise UserError(f"{stage}.form={section.form}: must be one of {', '.join(FORMS)}")
+    form = form_of(section)
     base = given(section.backbone) if section.backbone else base_policy(run)
     settings: dict[str, Any] = {
         "training": asdict(section),
@@ -35,28 +35,37 @@ def scorer(run: Run, kind: str) -> Artifact:
         "dtype": run.config.model.dtype,
         "seed": run.config.seed,
     }
-    if section.form != "pointwise":
+    if form != "pointwise":
         settings["difference_template"] = list(run.config.model.difference_template)
 
     def make(folder: Path) -> dict[str, Any]:
         return train_scorer(run, kind, base, folder)
 
-    return produce(run.provenance, stage, section.form, settings, {"base": base}, make, run.requested == stage)
+    return produce(run.provenance, stage, form, settings, {"base": base}, make, run.requested == stage)
+
+
+def form_of(section: ScorerConfig) -> str:
+    """The form of scorer that a section of the config trains."""
+    return section.form if isinstance(section, DifferenceConfig) else "pointwise"
 
 
 def train_scorer(run: Run, kind: str, base: Artifact, folder: Path) -> dict[str, Any]:
     """Puts a scalar head on the base policy, trains it on the labelled pairs, and saves it."""
     config, stage = run.config, STAGE_OF[kind]
     section = getattr(config, stage)
+    form = form_of(section)
     tokenizer = load_tokenizer(model_path(base), config.model)
-    model = new_scorer(model_path(base), section.form, config.model, config.seed)
+    model = new_scorer(model_path(base), form, config.model, config.seed)
     check_form(model)
     records, encoded = run.records("train"), run.encoded("train", tokenizer)
     pairs = [(encoded[n], preference) for n in select(records, section) for preference in records[n].preferences]
     if not pairs:
         raise UserError(f"dataset={config.dataset.name} has no labelled pair: stage={stage} has nothing to learn from")
-    template = ComparisonTemplate(config.model.difference_template, tokenizer) if section.form != "pointwise" else None
-    task = ScorerTask(pairs, section.form, template, section.beta0, section.beta1, config.seed)
+    template, betas = None, (0.0, 0.0)
+    if isinstance(section, DifferenceConfig):
+        template = ComparisonTemplate(config.model.difference_template, tokenizer)
+        betas = (section.beta0, section.beta1)
+    task = ScorerTask(pairs, form, template, *betas, config.seed)
     with run.tracker(folder, stage) as tracker:
         train(task, run.on_device(model), section, config.engine, config.seed, folder, tracker, stage)
     save_model(model, tokenizer, folder / "model")
