@@ -232,6 +232,7 @@ def set_layout(model: PreTrainedModel, wanted: str) -> LayoutName:
         return "forest"
     if wanted == "forest":
         raise UserError(f"engine.layout=forest cannot run this model; use engine.layout=flat (or auto): {reason}")
+    print(f"[layout] flat, because {reason}", flush=True)
     return "flat"
 
 
