@@ -18,12 +18,12 @@ lint: .venv/installed-dev
 # torch first and by itself: what follows is then satisfied by it, whichever build (CPU or CUDA) it is.
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check --progress-bar off $$(grep '^torch==' requirements.txt)
-	$(BIN)/pip install --disable-pip-version-check --progress-bar off -r requirements.txt
+	$(BIN)/pip install --disable-pip-version-check $$(grep '^torch==' requirements.txt)
+	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
 	touch $@
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
-	$(BIN)/pip install --disable-pip-version-check --progress-bar off -r requirements-dev.txt
+	$(BIN)/pip install --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
 clean:

@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# Every stage on real preference data with a small model from scratch: HH helpful-base and TL;DR comparisons.
-# Usage: launch/real_data.sh FOLDER [OVERRIDE ...], FOLDER holding the two files named below.
+# Every stage on real preference data with a small model from scratch.
+# Usage: launch/real_data.sh HH_FILE TLDR_FILE [OVERRIDE ...]
+#   HH_FILE    Anthropic's HH, JSON lines of chosen and rejected dialogues (for example helpful-base/test.jsonl.gz)
+#   TLDR_FILE  OpenAI's TL;DR comparisons, JSON lines of info, summaries and choice (any of its batches)
 set -euo pipefail
-data=${1:?the folder that holds the data files}
-shift
+hh=$(realpath "${1:?the file of HH dialogues}")
+tldr=$(realpath "${2:?the file of TL;DR comparisons}")
+shift 2
+cd "$(dirname "$0")/.."
 run() { # name file template
-  python train.py dataset=file dataset.name="$1" dataset.path="$data/$2" dataset.template="$3" model=small "${@:4}"
+  "${PYTHON:-.venv/bin/python}" train.py dataset=file dataset.name="$1" dataset.path="$2" dataset.template="$3" model=small "${@:4}"
 }
-run hh-helpful-base hh_helpful-base_test.jsonl.gz hh "$@"
-run tldr tldr_openai_comparisons_b13_b18_edit.jsonl.gz tldr "$@"
+run hh-helpful-base "$hh" hh "$@"
+run tldr "$tldr" tldr "$@"

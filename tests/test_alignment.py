@@ -29,7 +29,8 @@ PAIRS = [((0, 1),), ((0, 1),)]
 
 def scored(*differences: float) -> dict[str, Scores]:
     """A difference model's outputs for RECORDS."""
-    return {"diff": Scores({}, {(r.id, 0, 1): d for r, d in zip(RECORDS, differences, strict=True)})}
+    outputs = {(r.id, 0, 1): d for r, d in zip(RECORDS, differences, strict=True)}
+    return {"diff": Scores({}, outputs, frozenset(outputs))}
 
 
 def weights(rc: RcConfig, *differences: float) -> list[float]:
@@ -74,11 +75,16 @@ def test_controls() -> None:
 
 
 def test_order_forward_and_antisymmetric() -> None:
-    read = Scores({}, {("x", 0, 1): 3.0, ("x", 1, 0): 1.0})
-    assert read.difference("x", 0, 1) == 3.0
-    assert read.difference("x", 1, 0) == 1.0
+    """R(j, i) = -R(i, j) from the forward order, whether or not the other order was scored as well."""
+    forward = frozenset({("x", 0, 1)})
+    for outputs in ({("x", 0, 1): 3.0, ("x", 1, 0): 1.0}, {("x", 0, 1): 3.0}):
+        read = Scores({}, outputs, forward)
+        assert read.difference("x", 0, 1) == 3.0
+        assert read.difference("x", 1, 0) == -3.0
+    read = Scores({}, {("x", 0, 1): 3.0, ("x", 1, 0): 1.0}, forward)
     assert read.difference("x", 0, 1, "antisymmetric") == 1.0
-    assert Scores({}, {("x", 0, 1): 3.0}).difference("x", 1, 0) == -3.0
+    assert read.difference("x", 1, 0, "antisymmetric") == -1.0
+    assert read.output("x", 1, 0) == 1.0
     rewards = Scores({("x", 0): 2.0, ("x", 1): 0.5}, {})
     assert rewards.difference("x", 0, 1) == 1.5
 
@@ -99,10 +105,12 @@ def test_settings_without_effect_do_not_make_another_run() -> None:
 
 
 def test_pairs_to_score() -> None:
-    """15 unordered or 30 ordered pairs of six responses; the labelled pair of two, chosen first."""
-    six = Record("six", "q", tuple("abcdef"), (Preference(4, 5),))
-    assert len(pairs_to_score(six, False)) == 15
-    assert len(set(pairs_to_score(six, True))) == 30
+    """15 unordered or 30 ordered pairs of six responses; a labelled pair chosen first, for R is f(y_w, y_l)."""
+    for labelled in (Preference(4, 5), Preference(5, 4)):
+        six = Record("six", "q", tuple("abcdef"), (labelled,))
+        assert len(pairs_to_score(six, False)) == 15
+        assert (labelled.chosen, labelled.rejected) in pairs_to_score(six, False)
+        assert len(set(pairs_to_score(six, True))) == 30
     assert pairs_to_score(pair_record("one", chosen=1), False) == [(1, 0)]
     assert pairs_to_score(Record("bare", "q", ("a", "b")), False) == [(0, 1)]
 

@@ -98,10 +98,10 @@ def test_a_manifest_says_where_the_artifact_comes_from(tmp_path):
     assert {"python", "torch", "transformers"} <= manifest["versions"].keys()
 
 
-def test_build_inputs_false_refuses_to_make_an_input_and_names_the_stage(tmp_path):
+def test_build_inputs_false_refuses_to_make_an_input_and_names_the_command(tmp_path):
     without = provenance(tmp_path, build_inputs=False)
     maker = Maker()
-    with pytest.raises(MissingInput, match="stage=rm"):
+    with pytest.raises(MissingInput, match=r"the input rm \(pointwise\) is not there; make it: python train\.py"):
         produce(without, "rm", "pointwise", SETTINGS, {}, maker, requested=False)
     assert not maker.calls
     assert not (tmp_path / "rm").exists()

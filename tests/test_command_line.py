@@ -128,10 +128,11 @@ def test_a_changed_setting_remakes_what_depends_on_it_and_nothing_else(copied):
     report(copied, "diffmodel.beta0=0.2", build=True)
     after = artifacts(copied)
     assert {folder: after[folder] for folder in before} == before
-    # The difference model judges every policy, so their evaluations depend on it; neither the reward model nor the
-    # policies that know nothing of it do.
-    policies = {"base", "dpo-none", "dpo-oracle-0.5", "dpo-diff-0.5", "dpo-reward-0.5", "dpo-reward-filter"}
+    # The difference model judges every policy against the base policy, so these evaluations depend on it; neither the
+    # base policy's own nor the reward model nor the policies that know nothing of it do.
+    policies = {"dpo-none", "dpo-oracle-0.5", "dpo-diff-0.5", "dpo-reward-0.5", "dpo-reward-filter"}
     policies |= {"dpo-reward-0.5-shuffle", "rrhf-none", "rrhf-oracle-0.5", "rrhf-diff-0.5", "rrhf-reward-0.5"}
+    policies |= {"rrhf-reward-0.5-shuffle"}
     assert names(after.keys() - before.keys()) == sorted(
         ["diffmodel/paper", "score/diff-test", "score/diff-train", "score/diff-train"]
         + ["align/dpo-diff-0.5", "align/rrhf-diff-0.5", "eval/scorer-diff"]

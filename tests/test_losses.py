@@ -381,3 +381,14 @@ def test_precision_inside(given_dtype: torch.dtype, expected: torch.dtype) -> No
         assert loss.dtype == expected, name
         assert loss.shape == first.shape, name
         assert torch.allclose(loss.double(), wide[name], rtol=1e-6, atol=1e-7), name
+
+
+def test_rrhf_as_its_published_code_computes_it() -> None:
+    """The discriminating golden row: 0 by the response's own length, 0.8 by a row of 5 predicted tokens."""
+    sums, lengths, rewards = [-6.0, -2.0, -2.0], [3.0, 2.0, 1.0], [0.2, 1.0, -0.5]
+    pairs = losses.rrhf_pairs(rewards)
+    better, worse = [i for i, _ in pairs], [j for _, j in pairs]
+    policy, length, row = torch.tensor(sums), torch.tensor(lengths), torch.full((len(pairs),), 5.0)
+    inputs = (policy[better], policy[worse], length[better], length[worse], row)
+    assert float(losses.rrhf(*inputs).sum()) == 0.0
+    assert float(losses.rrhf(*inputs, normalise_by="row").sum()) == pytest.approx(0.8, abs=5e-7)

@@ -15,7 +15,7 @@ from rdo.evaluation.statistics import Estimate
 from rdo.report.aggregate import aggregate, compare, summarise
 from rdo.report.curves import finite, over_seeds, thin
 from rdo.report.page import duration, write_report
-from rdo.report.plots import make_hero
+from rdo.report.plots import draw_overview
 from rdo.report.tables import number
 
 EVIL = "<script>alert('x')</script> a|b $x$ `c` &amp;"
@@ -50,7 +50,7 @@ def policy(name: str, reward: float, seed: int = 0, rc: str = "none", **more: An
 def full() -> dict[str, Any]:
     policies = [policy("dpo none", 2.0, seed) for seed in range(2)]
     policies += [policy(f"dpo {EVIL}", 2.5, seed, rc="reward", alpha=0.5) for seed in range(2)]
-    policies += [policy("dpo shuffled", 1.9, seed, rc="reward", control="shuffled") for seed in range(2)]
+    policies += [policy("dpo shuffled", 1.9, seed, rc="reward", control="shuffle") for seed in range(2)]
     return {
         "title": f"Title {EVIL}",
         "created": "2025-01-01T00:00:00Z",
@@ -256,14 +256,14 @@ def test_a_section_for_every_world(tmp_path: Path) -> None:
 
 
 def test_hero_picture(tmp_path: Path) -> None:
-    make_hero(full(), tmp_path / "hero.png")
+    draw_overview(full(), tmp_path / "hero.png")
     content = (tmp_path / "hero.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert int.from_bytes(content[16:20], "big") == 1200
     assert int.from_bytes(content[20:24], "big") == 500
     assert [path.name for path in tmp_path.iterdir()] == ["hero.png"]
     with pytest.raises(ValueError, match="nothing to draw"):
-        make_hero({"scorers": [scorer("reward", 0)]}, tmp_path / "none.png")
+        draw_overview({"scorers": [scorer("reward", 0)]}, tmp_path / "none.png")
 
 
 def test_numbers_and_durations_are_written_for_people() -> None:

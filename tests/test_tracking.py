@@ -80,7 +80,7 @@ def test_wandb_runs_offline_without_a_login_and_without_asking(tmp_path):
     assert time.monotonic() - started < 30  # nothing waited for a network
     assert "(1)" not in done.stdout + done.stderr  # the menu of `wandb login`
     assert read_json_lines(folder / METRICS) == [{"step": 1, "loss": 0.125}, {"step": 2, "loss": 0.25}]
-    (file,) = folder.glob("wandb/offline-run-*/run-align-123.wandb")
+    (file,) = folder.glob("wandb/offline-run-*/run-align-123-*.wandb")
     logged, run = read_wandb(file)
     assert [(step["global_step"], step["loss"]) for step in logged] == [(1, 0.125), (2, 0.25)]
     assert (run["project"], run["run_group"], run["display_name"]) == ("own", "group", "a name")

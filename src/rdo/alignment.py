@@ -28,6 +28,8 @@ INPUTS = {
     "policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected", "chosen_length", "rejected_length",
     "row_length", "log_ratio", "desirable", "kl",
 }  # fmt: skip
+# Log-ratios that differ by less than this, in nats, are equal: sums of a few hundred float32 numbers round by as much.
+TIE = 1e-4
 REFERENCE_INPUTS = {"reference_chosen", "reference_rejected", "log_ratio"}
 
 
@@ -253,9 +255,10 @@ class AlignmentTask:
         }
         if self.loss.needs_reference:
             margin = policy - (tensors["reference_chosen"] - tensors["reference_rejected"])
-            # A tie counts as half right: at the first step policy and reference are the same.
-            measures["implicit_reward_accuracy"] = (((margin > 0) + 0.5 * (margin == 0)).sum(), pairs)
-            measures["implicit_reward_margin"] = (margin.sum(), pairs)
+            # A tie counts as half right: at the first step policy and reference are the same, but for rounding.
+            tie = margin.abs() < TIE
+            measures["implicit_reward_accuracy"] = (torch.where(tie, 0.5, (margin > 0).to(margin.dtype)).sum(), pairs)
+            measures["implicit_reward_margin"] = (self.loss.settings.get("beta", 1.0) * margin.sum(), pairs)
         if "kl" in prepared:
             measures["kl_estimate"] = (prepared["kl"] * pairs, pairs)
         return measures

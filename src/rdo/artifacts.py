@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 
 from rdo.errors import UserError
 from rdo.files import read_json, write_json
+from rdo.progress import progress_bar
 
 # Raised whenever a stage's output changes its meaning, so that older folders are not mistaken for it.
 ARTIFACT_VERSION = 1
@@ -83,8 +84,7 @@ def produce(
         return artifact
     if not requested and not provenance.build_inputs:
         raise MissingInput(
-            f"the input {stage} ({label}) is not there; make it with build_inputs=true, or with the same settings and "
-            f"stage={stage}"
+            f"the input {stage} ({label}) is not there; make it: {provenance.command.replace(' build_inputs=false', '')}"
         )
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder):
@@ -113,7 +113,9 @@ def produce(
 def shown(folder: Path, provenance: Provenance) -> str:
     """A folder as manifests name it: from the run folder on where it lies in there, so that the whole may move."""
     inside = folder.is_relative_to(provenance.run_dir)
-    return str(folder.relative_to(provenance.run_dir)) if inside else str(folder.absolute())
+    if inside:
+        return str(folder.relative_to(provenance.run_dir))
+    return str(folder.absolute() if folder.is_dir() else folder)
 
 
 def is_finished(folder: Path) -> bool:
@@ -136,21 +138,34 @@ def held(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def given(path: str, revision: str | None = None) -> Artifact:
-    """A model that the user brings, as an artifact: its key hashes its files, or its hub name and revision."""
+def given(path: str, revision: str | None = None, setting: str = "model.path") -> Artifact:
+    """A model that the user brings, as an artifact: its key hashes its files, or its hub name and revision.
+
+    Raises UserError, naming the setting, where the path reads like a folder and there is none.
+    """
     folder = Path(path)
     if not folder.is_dir():
+        if path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise UserError(f"{setting}={path}: there is no such folder")
         return Artifact(folder, fingerprint(["hub", path, revision]))
-    digest = hashlib.blake2b(digest_size=16)
     # A finished folder of ours has its model in a subfolder, which alone counts.
     own = folder / "model"
-    for file in sorted((own if own.is_dir() else folder).iterdir()):
-        if file.is_file() and not file.name.startswith("."):
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+    files = sorted(f for f in (own if own.is_dir() else folder).iterdir() if f.is_file() and f.name[0] != ".")
+    return Artifact(folder, content_hash(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files)))
+
+
+@cache
+def content_hash(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Hash of names and contents; each file comes with size and time of change, so that it is read again only then."""
+    digest = hashlib.blake2b(digest_size=16)
+    with progress_bar(sum(size for _, size, _ in files), "hashing model files", unit="B") as bar:
+        for file, size, _ in files:
+            digest.update(f"{file.name} {size}\n".encode())
             with file.open("rb") as handle:
                 for block in iter(lambda: handle.read(1 << 24), b""):
                     digest.update(block)
-    return Artifact(folder, digest.hexdigest())
+                    bar.update(len(block))
+    return digest.hexdigest()
 
 
 def fingerprint(data: Any) -> str:

@@ -177,6 +177,8 @@ def unknown_setting(key: str) -> str:
     where = ""
     for part in key.split("."):
         known = [field.name for field in fields(section)] if is_dataclass(section) else []
+        if isinstance(section, dict):
+            return f"{key}: there is no such setting yet; add it with +{key}=VALUE"
         if part not in known:
             has = f"{where or 'the config'} has {', '.join(known)}" if known else f"{where} is a single value"
             return f"{key}: there is no such setting; {has}"
@@ -242,6 +244,11 @@ def check_loss(config: Config, loss: LossChoice) -> None:
         raise UserError(
             "loss.ranking=labels ranks by the labelled pairs alone: use loss.ranking=reward, diff or scores"
         )
+    if loss.sft_weight and (loss.pairs == "preferences" or loss.ranking == "labels") and config.rc.negative == "flip":
+        raise UserError(
+            "rc.negative=flip believes the scorer, but loss.sft_weight imitates the label's best response: use "
+            "loss.ranking=reward or diff, or loss.sft_weight=0"
+        )
     inputs: dict[str, torch.Tensor] = {name: torch.ones(2) for name in loss.inputs - {"kl", "desirable"}}
     if "kl" in loss.inputs:
         inputs["kl"] = torch.zeros(())
@@ -276,7 +283,7 @@ def check_sources(config: Config) -> None:
         raise UserError(f"model.key_value_heads={model.key_value_heads}: must divide model.heads={model.heads}")
     if model.tokenizer == "toy" and dataset.source != "toy":
         raise UserError(
-            f"model={model.name} reads the toy world's 90 words only: with dataset={dataset.name} use "
+            f"model={model.name} reads the toy world's words only: with dataset={dataset.name} use "
             "model=small (from scratch), or model=hub model.path=NAME"
         )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rdo.models import set_layout
+from rdo.models import check_positions, set_layout
 from rdo.progress import progress_bar
 from rdo.schema import EvalConfig
 from rdo.training import stable_seed
@@ -39,6 +39,8 @@ def generate(
     if config.decoding == "sample":
         sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}  # type: ignore[dict-item]
     set_layout(model, "flat")
+    longest = max(map(len, prompts)) + config.max_new_tokens
+    check_positions(model, longest, "lower dataset.max_length or eval.max_new_tokens")
     results: list[Generation] = []
     with torch.no_grad(), no_generation_defaults(model), progress_bar(len(prompts), title) as bar:
         for start in range(0, len(prompts), config.batch_size):

@@ -14,12 +14,15 @@ import transformers
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from rdo.artifacts import MANIFEST, Artifact, Provenance
+from rdo.alignment import choose_loss
+from rdo.artifacts import Artifact, Provenance, is_finished
 from rdo.configuration import compose_config, plain, sweep_points, typed
 from rdo.errors import UserError
+from rdo.files import read_json
+from rdo.report.console import describe_policy, describe_scorer
 from rdo.run import Cache, Run
-from rdo.stages.align import RC_SCORER, aligned_policy
-from rdo.stages.eval import evaluate_policy, evaluate_scorers
+from rdo.stages.align import aligned_policy, needed_scores
+from rdo.stages.eval import EVALUATION, evaluate_policy, evaluate_scorers
 from rdo.stages.report import make_report
 from rdo.stages.score import scores
 from rdo.stages.scorer import STAGE_OF, scorer
@@ -30,11 +33,12 @@ CACHE = Cache()
 
 
 def score(run: Run) -> Artifact:
-    """Stage score: what rc's scorer says of the training split."""
-    if run.config.rc.name not in RC_SCORER:
-        raise UserError(f"stage=score with rc={run.config.rc.name}: choose the scorer by rc=reward or rc=diff")
-    kind = RC_SCORER[run.config.rc.name]
-    return scores(run, kind, "train", run.config.rc.order == "antisymmetric", run.config.align)
+    """Stage score: what the loss and the coefficients read of the training split."""
+    loss = choose_loss(run.config.loss)
+    kinds, both_orders = needed_scores(run, loss)
+    if not kinds:
+        raise UserError(f"loss={loss.name} rc={run.config.rc.name} reads no scores: choose rc=reward or rc=diff")
+    return [scores(run, kind, "train", both_orders, run.config.align) for kind in kinds][-1]
 
 
 def evaluate(run: Run) -> Artifact:
@@ -72,7 +76,7 @@ def run_stage(composed: DictConfig) -> float | None:
         if config.stage.name in STAGES:
             artifact = STAGES[config.stage.name](run)
             print(f"{config.stage.name}: {artifact.folder} ({time.perf_counter() - started:.1f} s)", flush=True)
-            return artifact.manifest()["results"].get("metric") if (artifact.folder / MANIFEST).exists() else None
+            return finished(artifact)
         else:
             make_report(run, overrides, build=config.stage.name == "pipeline")
     except UserError as error:
@@ -81,6 +85,15 @@ def run_stage(composed: DictConfig) -> float | None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     return None
+
+
+def finished(artifact: Artifact) -> float | None:
+    """Shows what an evaluation found; what a sweep compares, if the stage has such a number."""
+    if (artifact.folder / EVALUATION).exists():
+        evaluation = read_json(artifact.folder / EVALUATION)
+        describe = describe_scorer if "label_accuracy" in evaluation else describe_policy
+        print(f"{describe(evaluation)}\n  {artifact.folder / EVALUATION}", flush=True)
+    return artifact.manifest()["results"].get("metric") if is_finished(artifact.folder) else None
 
 
 def prepare_process(threads: int | None) -> None:

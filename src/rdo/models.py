@@ -236,9 +236,20 @@ def set_layout(model: PreTrainedModel, wanted: str) -> LayoutName:
     return "flat"
 
 
+def check_positions(model: PreTrainedModel, longest: int, remedy: str = "lower dataset.max_length") -> None:
+    """Raises UserError where a sequence has more tokens than the model has positions for."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"a sequence of {longest} tokens, but {type(model).__name__} takes {positions}; {remedy} (the difference "
+            "model reads the query and both responses, up to twice dataset.max_length)"
+        )
+
+
 def hidden_states(model: PreTrainedModel, layout: Layout) -> torch.Tensor:
     """Last hidden states of a micro-batch, [rows, width], in the order that `layout.index` speaks of."""
     backbone = model.base_model
+    check_positions(model, max(map(len, layout.sequences)))
     device = model.device
     if isinstance(layout, Forest):
         output = backbone(
@@ -266,6 +277,7 @@ def read_scalars(model: PreTrainedModel, layout: Layout, values: Sequence[Sequen
         return scalar_values(hidden_states(model, layout), head, layout, values)
     if isinstance(layout, Forest):
         raise UserError(f"{type(model).__name__} cannot run in a forest; use engine.layout=flat")
+    check_positions(model, max(map(len, layout.sequences)))
     outputs = model(input_ids=layout.ids.to(model.device), attention_mask=layout.mask.to(model.device)).logits
     rows = torch.tensor([read.sequence for value in values for read in value], device=model.device)
     return combine(in_full_precision(outputs[rows]), values)

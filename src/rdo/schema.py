@@ -155,6 +155,7 @@ class ReportConfig:
     """The rows of the comparison: a name and the overrides that make it, run for every world and seed."""
 
     title: str = "Reward Difference Optimization"
+    folder: str = "report"  # in run_dir
     rows: dict[str, list[str]] = field(default_factory=dict)
     worlds: dict[str, list[str]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0])

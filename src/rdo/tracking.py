@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -54,9 +55,10 @@ def start_wandb(config: TrackerConfig, folder: Path, name: str, settings: dict[s
         project=config.project,
         group=config.group,
         name=name,
-        id=folder.name,
+        id=f"{folder.name}-{hashlib.blake2b(str(folder.resolve()).encode(), digest_size=4).hexdigest()}",
         resume="allow",
         dir=str(folder),
+        settings=wandb.Settings(silent=True),
         mode=mode,  # type: ignore[arg-type]
         config=settings,
     )

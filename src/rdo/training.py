@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from rdo.checkpoints import Checkpoints
 from rdo.errors import UserError
 from rdo.forest import LayoutName, TokenIds
-from rdo.models import head_parameters, set_layout
+from rdo.models import check_positions, head_parameters, set_layout
 from rdo.packing import pack
 from rdo.progress import progress_bar
 from rdo.schema import EngineConfig, ScorerConfig, TrainingConfig
@@ -140,6 +140,7 @@ def train(
         raise UserError(f"weights of {model.dtype} cannot be trained exactly: use model.dtype=float32")
     layout = set_layout(model, engine.layout)
     plan = make_plan(config, len(task.record_ids), seed)
+    check_positions(model, max(len(ids) for n in range(plan.records) for ids in task.item(n, 0).sequences))
     optimizer = make_optimizer(model, config)
     checkpoints = Checkpoints(folder / "checkpoints", engine)
     done = checkpoints.restore(model, optimizer)

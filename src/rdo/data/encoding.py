@@ -6,17 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from rdo.data.records import Record
 from rdo.data.templates import render_prompt
 from rdo.errors import UserError
+from rdo.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RECORDS_PER_CALL = 500
-RECORDS_WORTH_A_BAR = 2000
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,6 @@ def encode(
     template: str,
     max_length: int,
     max_truncated_share: float = 1.0,
-    progress: bool = True,
     parse_special: bool = False,
 ) -> tuple[list[EncodedRecord], TruncationReport]:
     """Token ids of the records, in their order, and what had to be cut to fit `max_length`.
@@ -73,8 +70,8 @@ def encode(
     parse_prompt = parse_special or template == "chat"
     encoded: list[EncodedRecord] = []
     report = TruncationReport()
-    starts = range(0, len(records), RECORDS_PER_CALL)
-    for start in tqdm(starts, desc="tokenizing", disable=not progress or len(records) < RECORDS_WORTH_A_BAR):
+    bar = progress_bar(len(records), "tokenizing")
+    for start in range(0, len(records), RECORDS_PER_CALL):
         part = records[start : start + RECORDS_PER_CALL]
         prompts = _ids([render_prompt(template, record.query, tokenizer) for record in part], tokenizer, parse_prompt)
         texts = [response for record in part for response in record.responses]
@@ -82,6 +79,8 @@ def encode(
         for record, prompt in zip(part, prompts, strict=True):
             responses = [_ended(next(replies), end) for _ in record.responses]
             encoded.append(_fit(record.id, _begun(prompt, tokenizer), responses, tokenizer, max_length, report))
+        bar.update(len(part))
+    bar.close()
     if report.share > max_truncated_share:
         raise UserError(
             f"{report.truncated} of {report.records} records are longer than dataset.max_length={max_length} tokens "

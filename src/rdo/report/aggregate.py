@@ -192,7 +192,7 @@ def _best_scorer(named: Mapping[str, Mapping[int, Row]]) -> dict[str, Any] | Non
 
 def control_of(row: Row) -> str | None:
     """What a row controls for, in words, or None for an ordinary row."""
-    kinds = {"shuffled": "R shuffled over pairs", "filter": "pairs with R < 0 dropped, no coefficient"}
+    kinds = {"shuffle": "R shuffled over pairs", "filter": "pairs with R < 0 dropped, no coefficient"}
     if row.get("control") not in (None, "none"):
         return kinds.get(str(row["control"]), str(row["control"]))
     return "R from the true reward" if row.get("rc") == "oracle" else None

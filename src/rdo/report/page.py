@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from rdo.files import replace_file
 from rdo.report import curves, findings, plots, tables
 from rdo.report.aggregate import aggregate
 from rdo.report.markdown import render_markdown
@@ -40,14 +40,10 @@ def write_report(data: Mapping[str, Any], folder: Path) -> dict[str, Path]:
         "markdown": ("report.md", render_markdown(view)),
         "json": ("report.json", everything + "\n"),
     }
-    return {kind: _write(folder / name, body) for kind, (name, body) in content.items()}
-
-
-def _write(path: Path, text: str) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-    return path
+    for name, body in content.values():
+        with replace_file(folder / name) as temporary:
+            temporary.write_text(body, encoding="utf-8")
+    return {kind: folder / name for kind, (name, _) in content.items()}
 
 
 def _plain(value: Any) -> Any:

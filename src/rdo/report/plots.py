@@ -14,6 +14,7 @@ from markupsafe import escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rdo.files import replace_file
 from rdo.report.aggregate import Summary, aggregate
 from rdo.report.findings import primary_judge
 
@@ -224,7 +225,7 @@ def reward_kl_svg(world: Mapping[str, Any], name: str) -> str | None:
         return to_svg(figure, name, "Reward of each policy against its KL divergence from the base policy")
 
 
-def make_hero(data: Mapping[str, Any], path: Path) -> None:
+def draw_overview(data: Mapping[str, Any], path: Path) -> None:
     """PNG of 1200 x 500 points for the README: accuracy by confidence and reward against KL.
 
     The first world that has both is drawn, and named in the title; the report itself shows every world.
@@ -241,6 +242,5 @@ def make_hero(data: Mapping[str, Any], path: Path) -> None:
         draw_reward_kl(right, world)
         right.set_title("What each policy gains, and how far it moves")
         figure.suptitle(f"World: {world['world']}" if world["world"] else "", x=0.01, ha="left", fontsize=9)
-        temporary = path.with_name(f".{path.name}.tmp")
-        figure.savefig(temporary, format="png", metadata={"Software": None})
-        temporary.replace(path)
+        with replace_file(path) as temporary:
+            figure.savefig(temporary, format="png", metadata={"Software": None})

@@ -21,12 +21,11 @@ from rdo.run import Run, select
 from rdo.schema import RcConfig
 from rdo.stages.reference import Reference, partners, read_reference, reference
 from rdo.stages.score import Scores, read_scores, scores
-from rdo.stages.scorer import STAGE_OF
+from rdo.stages.scorer import STAGE_OF, check_labels
 from rdo.stages.sft import base_policy
 from rdo.stages.training import finish
 from rdo.training import stable_seed, train
 
-RC_SCORER: dict[str, str] = {"reward": "reward", "diff": "diff"}
 RANKING_SCORER: dict[str, str] = {"reward": "reward", "diff": "diff", "diff_baseline": "diff"}
 
 
@@ -36,14 +35,8 @@ def aligned_policy(run: Run) -> Artifact:
     loss = choose_loss(config.loss)
     check_data(run, loss)
     inputs = {"base": base_policy(run)}
-    kinds: set[str] = set()
-    if config.rc.name in RC_SCORER:
-        kinds.add(RC_SCORER[config.rc.name])
-    if loss.pairs == "ranking" and loss.ranking in RANKING_SCORER:
-        kinds.add(RANKING_SCORER[loss.ranking])
-    # Ranking by the difference model, and order=antisymmetric, need f in both orders.
-    both_orders = loss.ranking.startswith("diff") or (config.rc.name == "diff" and config.rc.order == "antisymmetric")
-    for kind in sorted(kinds):
+    kinds, both_orders = needed_scores(run, loss)
+    for kind in kinds:
         inputs[kind] = scores(run, kind, "train", both_orders, config.align)
     if loss.needs_reference:
         inputs["reference"] = reference(run, mismatched=loss.needs_kl)
@@ -62,6 +55,18 @@ def aligned_policy(run: Run) -> Artifact:
     return produce(run.provenance, "align", label(loss, config.rc), settings, inputs, make, run.requested == "align")
 
 
+def needed_scores(run: Run, loss: LossChoice) -> tuple[list[str], bool]:
+    """Which scorers' scores of the training split this loss and these coefficients read, and whether in both orders:
+    for a ranking by the difference model, and for rc.order=antisymmetric."""
+    rc = run.config.rc
+    kinds = {rc.name} & STAGE_OF.keys()
+    ranked = loss.pairs == "ranking" and loss.ranking in RANKING_SCORER
+    if ranked:
+        kinds.add(RANKING_SCORER[loss.ranking])
+    both_orders = (ranked and loss.ranking.startswith("diff")) or (rc.name == "diff" and rc.order == "antisymmetric")
+    return sorted(kinds), both_orders
+
+
 def check_data(run: Run, loss: LossChoice) -> None:
     """What the data must bring for this loss, said before anything is trained for it."""
     needed = "loss.ranking=scores" if loss.pairs == "ranking" and loss.ranking == "scores" else None
@@ -74,6 +79,8 @@ def check_data(run: Run, loss: LossChoice) -> None:
     labelled = loss.pairs == "preferences" or loss.ranking == "labels"
     if labelled and not any(record.preferences for record in run.records("train")):
         raise UserError(f"loss={loss.name} compares labelled pairs, and dataset={run.config.dataset.name} has none")
+    for kind in needed_scores(run, loss)[0]:
+        check_labels(run, kind)
 
 
 def rc_settings(rc: RcConfig) -> dict[str, Any] | None:
@@ -126,7 +133,7 @@ def train_policy(run: Run, loss: LossChoice, inputs: dict[str, Artifact], folder
     with run.tracker(folder, folder.name) as tracker:
         train(task, model, config.align, config.engine, config.seed, folder, tracker, label(loss, config.rc))
     save_model(model, tokenizer, folder / "model")
-    return {**finish(folder, model), "coefficients": statistics}
+    return {**finish(folder, model), "coefficients": statistics, "records": len(items)}
 
 
 def reference_of(record: Record, known: Reference | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -178,7 +185,8 @@ def weigh(
         raise UserError("there is no pair to weigh: the selected records have no preference")
     difference = torch.tensor([reward_difference(rc, read, *entry) for entry in flat], dtype=torch.float64)
     if rc.control == "shuffle":
-        ids = [f"{record.id}/{i}/{j}" for record, i, j in flat]
+        # Several annotators may have labelled one pair: number a record's pairs.
+        ids = [f"{record.id}/{k}" for record, group in zip(records, pairs, strict=True) for k in range(len(group))]
         difference = coefficients.shuffle(difference, ids, stable_seed(seed, "shuffle"))
     if rc.control == "filter":
         weight, flipped = coefficients.filter_only(difference), torch.zeros(len(flat), dtype=torch.bool)
@@ -190,6 +198,15 @@ def weigh(
         if rc.scale == "mean":
             weight, flipped = settled(scale=coefficients.mean_weight(weight))
     statistics = coefficients.statistics(difference, weight)
+    print(
+        f"[align] {len(flat)} pairs, R < 0 in {statistics['negative_share']:.1%}; mean weight "
+        f"{statistics['mean']:.3f}; effective sample size {statistics['effective_sample_size']:.0f}",
+        flush=True,
+    )
+    if not weight.any():
+        raise UserError(
+            "every coefficient is 0, for the scorer contradicts every label: train it longer, or set rc.negative"
+        )
     entries = iter(zip(flat, weight.tolist(), flipped.tolist(), strict=True))
     weighted = []
     for group in pairs:

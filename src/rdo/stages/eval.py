@@ -6,6 +6,8 @@ Leaves evaluation.json, and for a policy generations.jsonl: one line a prompt wi
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,20 +17,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rdo.artifacts import Artifact, produce
 from rdo.data import toy
 from rdo.data.encoding import EncodedRecord, encode
-from rdo.data.records import Record
+from rdo.data.records import Record, query_key
 from rdo.errors import UserError
 from rdo.evaluation.scorers import evaluate_scorer
-from rdo.evaluation.statistics import mean_interval, win_tie_lose
+from rdo.evaluation.statistics import empty_estimate, mean_interval, win_tie_lose
 from rdo.files import read_json_lines, replace_file, write_json
 from rdo.generation import Generation, generate
 from rdo.models import set_layout
 from rdo.run import Run, select
-from rdo.schema import TrainingConfig
+from rdo.schema import EvalConfig, TrainingConfig
 from rdo.scorers import ComparisonTemplate, Reading, add_difference, add_reward, check_form, read_all
 from rdo.stages.align import aligned_policy
 from rdo.stages.reference import log_probabilities
 from rdo.stages.score import read_scores, scores
-from rdo.stages.scorer import scorer
+from rdo.stages.scorer import load_kind, scorer
 from rdo.stages.sft import base_policy
 from rdo.training import stable_seed
 
@@ -45,11 +47,12 @@ def evaluate_scorers(run: Run, kind: str) -> Artifact:
     def make(folder: Path) -> dict[str, Any]:
         read = read_scores(scored)
         forward, backward, labels, oracle = [], [], [], []
-        for record in run.records(run.config.eval.split):
+        # By id, so that the coins which show a pair first or second do not depend on the order of the file.
+        for record in sorted(run.records(run.config.eval.split), key=lambda record: record.id):
             for preference in record.preferences:
                 chosen, rejected = preference.chosen, preference.rejected
-                forward.append(read.difference(record.id, chosen, rejected))
-                backward.append(read.difference(record.id, rejected, chosen))
+                forward.append(read.output(record.id, chosen, rejected))
+                backward.append(read.output(record.id, rejected, chosen))
                 labels.append(0.5 if preference.tie else 1.0)
                 oracle.append(record.scores[chosen] - record.scores[rejected] if record.scores else None)
         if not labels:
@@ -72,12 +75,15 @@ def evaluate_policy(run: Run, subject: str) -> Artifact:
     if run.config.dataset.source != "toy":
         judges = [judge for judge in judges if judge != "oracle"]
     inputs = {"policy": policy}
-    if subject != "base":
+    if subject == "base":
+        judges = [judge for judge in judges if judge != "diff"]  # which compares with the base policy
+    else:
         inputs |= {"base": base, "against": evaluate_policy(run, "base")}
     inputs |= {judge: scorer(run, judge) for judge in judges if judge != "oracle"}
-    evaluated = asdict(run.config.eval)
+    unread = {"subject", "judges", "samples"} | ({"temperature"} if run.config.eval.decoding == "greedy" else set())
     settings = {
-        "eval": {key: value for key, value in evaluated.items() if key not in ("subject", "judges", "samples")},
+        "eval": {key: value for key, value in asdict(run.config.eval).items() if key not in unread},
+        "difference_template": list(run.config.model.difference_template) if "diff" in judges else None,
         "judges": judges,
         "data": run.data_settings(run.config.eval.split),
         "dtype": run.config.model.dtype,
@@ -93,8 +99,7 @@ def evaluate_policy(run: Run, subject: str) -> Artifact:
 
 def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: list[str], folder: Path) -> dict[str, Any]:
     """Generates, judges, compares, and writes the two files."""
-    records = run.records(run.config.eval.split)
-    chosen = [records[n] for n in select(records, TrainingConfig(max_records=run.config.eval.prompts))]
+    chosen = choose_prompts(run.records(run.config.eval.split), run.config.eval)
     model, tokenizer = run.policy(inputs["policy"])
     encoded = encoded_by_id(run, tokenizer)
     prompts = [encoded[record.id].prompt for record in chosen]
@@ -111,12 +116,22 @@ def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: list[str], f
         judged[judge] = rewards(run, inputs.get(judge), chosen, responses)
         if against is not None:
             compared[judge] = [a - b["rewards"][judge] for a, b in zip(judged[judge], against, strict=True)]
+    for values in compared.values():
+        # The same response twice is a tie, which rounding in different micro-batches must not decide.
+        for n, (response, other) in enumerate(zip(responses, against or [], strict=True)):
+            if response.text == other["response"] and response.stopped == other["stopped"]:
+                values[n] = 0.0
+    ratios = mean_interval(log_ratios(run, model, inputs.get("base"), prompts, responses))
+    unbiased = run.config.eval.decoding == "sample" and run.config.eval.temperature == 1.0
     evaluation = {
         "prompts": len(chosen),
+        "queries": len({query_key(record.query) for record in chosen}),
         "rewards": {judge: mean_interval(values) for judge, values in judged.items()},
         "length": mean_interval([len(response.ids) for response in responses]),
         "stopped": mean_interval([float(response.stopped) for response in responses]),
-        "kl": mean_interval(log_ratios(run, model, inputs.get("base"), prompts, responses)),
+        # Only samples of the policy itself estimate its KL; of any other responses this is a mere log-ratio.
+        "kl": ratios if unbiased else empty_estimate(),
+        "log_ratio": ratios,
         "against_base": {judge: win_tie_lose(values) for judge, values in compared.items()} or None,
         "mean_difference_to_base": {judge: mean_interval(values) for judge, values in compared.items()},
     }
@@ -137,6 +152,20 @@ def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: list[str], f
     return {"metric": mean_interval(judged[first])["value"] if first else None}
 
 
+def choose_prompts(records: Sequence[Record], config: EvalConfig) -> list[Record]:
+    """The records whose queries are answered: as many different queries as there are, in the hash order of `select`,
+    and only where sampling gives another response each time further records of the same query."""
+    ordered = [records[n] for n in select(records, TrainingConfig())]
+    seen: Counter[str] = Counter()
+    turns = []
+    for record in ordered:
+        turns.append(seen[query_key(record.query)])
+        seen[query_key(record.query)] += 1
+    by_turn = sorted(range(len(ordered)), key=lambda n: turns[n])
+    usable = [n for n in by_turn if turns[n] == 0 or config.decoding == "sample"]
+    return [ordered[n] for n in usable[: config.prompts]]
+
+
 def encoded_by_id(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, EncodedRecord]:
     return {record.id: record for record in run.encoded(run.config.eval.split, tokenizer)}
 
@@ -146,7 +175,7 @@ def rewards(run: Run, judge: Artifact | None, records: list[Record], responses: 
     if judge is None:
         pairs = zip(records, responses, strict=True)
         return [toy.reward(record.query, response.text, stopped=response.stopped) for record, response in pairs]
-    model, tokenizer = run.scorer(judge)
+    model, tokenizer = load_kind(run, judge, "reward")
     texts = [(record, [response.text]) for record, response in zip(records, responses, strict=True)]
     readings = []
     for encoded in encode_texts(run, tokenizer, texts):
@@ -160,7 +189,7 @@ def compare(
     run: Run, judge: Artifact, records: list[Record], responses: list[Generation], against: list[dict[str, Any]]
 ) -> list[float]:
     """[f(response, other) - f(other, response)] / 2 of each response and the base policy's: no order to gain from."""
-    model, tokenizer = run.scorer(judge)
+    model, tokenizer = load_kind(run, judge, "diff")
     form = check_form(model)
     template = ComparisonTemplate(run.config.model.difference_template, tokenizer)
     texts = [(r, [own.text, other["response"]]) for r, own, other in zip(records, responses, against, strict=True)]

@@ -20,8 +20,9 @@ from rdo.configuration import compose_config, plain
 from rdo.errors import UserError
 from rdo.files import read_json, read_json_lines
 from rdo.models import load_tokenizer
+from rdo.report.console import describe_comparison
 from rdo.report.page import write_report
-from rdo.report.plots import make_hero
+from rdo.report.plots import draw_overview
 from rdo.run import Run, model_path, select
 from rdo.schema import Config, TrainingConfig
 from rdo.scorers import ComparisonTemplate
@@ -96,7 +97,7 @@ def make_report(run: Run, overrides: list[str], build: bool) -> Path:
                 scorers.append(scorer_entry(row_run, row, evaluate_scorers(row_run, row.config.eval.subject)))
             else:
                 evaluation = evaluate_policy(row_run, row.config.eval.subject)
-                policies.append(policy_entry(row_run, row, evaluation))
+                policies.append(policy_entry(row_run, row, evaluation, vanilla_of(row, entries)))
         except MissingInput:
             missing.append(title(row))
     data = {
@@ -111,11 +112,11 @@ def make_report(run: Run, overrides: list[str], build: bool) -> Path:
         "policies": policies,
         "tokens": tokens(run),
     }
-    folder = run.provenance.run_dir / "report"
+    folder = run.provenance.run_dir / run.config.report.folder
     written = write_report(data, folder)
     if policies and scorers:
-        make_hero(data, folder / "overview.png")
-    print(f"\n{written['markdown'].read_text()}\nreport: {written['html']}", flush=True)
+        draw_overview(data, folder / "overview.png")
+    print(f"\n{describe_comparison(data)}\n\nreport: {written['html']}", flush=True)
     return written["html"]
 
 
@@ -163,7 +164,23 @@ def scorer_entry(run: Run, row: Row, artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def policy_entry(run: Run, row: Row, artifact: Artifact) -> dict[str, Any]:
+def policy_settings(config: Config) -> dict[str, Any]:
+    """What the report says of how a policy was made, beside its coefficients."""
+    training = {key: getattr(config.align, key) for key in ("learning_rate", "batch_size", "epochs", "max_records")}
+    return {**{key: value for key, value in config.loss.items() if key != "name"}, **training}
+
+
+def vanilla_of(row: Row, entries: list[Row]) -> str | None:
+    """The row that differs from this one in its coefficients alone, and has none."""
+    for other in entries:
+        alike = policy_settings(other.config) == policy_settings(row.config)
+        same = other.config.loss["name"] == row.config.loss["name"] and other.config.eval.subject == "policy"
+        if alike and same and other.config.rc.name == "none":
+            return other.name
+    return None
+
+
+def policy_entry(run: Run, row: Row, artifact: Artifact, vanilla: str | None) -> dict[str, Any]:
     """A line of the report's table of policies."""
     trained = input_manifest(run, artifact, "policy")
     evaluation = read_json(artifact.folder / EVALUATION)
@@ -178,7 +195,9 @@ def policy_entry(run: Run, row: Row, artifact: Artifact) -> dict[str, Any]:
         "group": "base" if base else choose_loss(row.config.loss).name,
         "rc": "none" if base else rc.name,
         "alpha": None if base or rc.name == "none" else rc.alpha,
-        "control": "none" if base else {"shuffle": "shuffled"}.get(rc.control, rc.control),
+        "control": "none" if base else rc.control,
+        "compare_with": None if base else vanilla,
+        "settings": {} if base else policy_settings(row.config),
         "evaluation": evaluation,
         "coefficients": None if base or trained is None else trained[1]["results"].get("coefficients"),
         "curve": curve(trained[0], names) if trained else None,

@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from rdo.artifacts import Artifact, given, produce
 from rdo.errors import UserError
 from rdo.models import load_tokenizer, new_scorer, save_model
@@ -26,9 +28,10 @@ def scorer(run: Run, kind: str) -> Artifact:
     stage = STAGE_OF[kind]
     section = getattr(run.config, stage)
     if section.path:
-        return given(section.path)
+        return given(section.path, setting=f"{stage}.path")
+    check_labels(run, kind)
     form = form_of(section)
-    base = given(section.backbone) if section.backbone else base_policy(run)
+    base = given(section.backbone, setting=f"{stage}.backbone") if section.backbone else base_policy(run)
     settings: dict[str, Any] = {
         "training": asdict(section),
         "data": run.data_settings("train"),
@@ -42,6 +45,27 @@ def scorer(run: Run, kind: str) -> Artifact:
         return train_scorer(run, kind, base, folder)
 
     return produce(run.provenance, stage, form, settings, {"base": base}, make, run.requested == stage)
+
+
+def check_labels(run: Run, kind: str) -> None:
+    """Raises UserError where a scorer would have to be trained and the data has no pair to train it on."""
+    stage = STAGE_OF[kind]
+    # Bradley-Terry has no place for ties.
+    pairs = (not p.tie or kind == "diff" for record in run.records("train") for p in record.preferences)
+    if not getattr(run.config, stage).path and not any(pairs):
+        raise UserError(
+            f"dataset={run.config.dataset.name} has no labelled pair, so stage={stage} has nothing to learn from; set "
+            f"{stage}.path to a finished scorer, or do without: rc=none loss.ranking=scores eval.judges=[]"
+        )
+
+
+def load_kind(run: Run, artifact: Artifact, kind: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A scorer and its tokenizer; UserError where what rm.path or diffmodel.path names is of the other kind."""
+    model, tokenizer = run.scorer(artifact)
+    if (check_form(model) == "pointwise") != (kind == "reward"):
+        here, there = (STAGE_OF[kind], *(stage for other, stage in STAGE_OF.items() if other != kind))
+        raise UserError(f"{here}.path: {artifact.folder} is a scorer of the form {check_form(model)}: see {there}.path")
+    return model, tokenizer
 
 
 def form_of(section: ScorerConfig) -> str:
@@ -59,8 +83,6 @@ def train_scorer(run: Run, kind: str, base: Artifact, folder: Path) -> dict[str,
     check_form(model)
     records, encoded = run.records("train"), run.encoded("train", tokenizer)
     pairs = [(encoded[n], preference) for n in select(records, section) for preference in records[n].preferences]
-    if not pairs:
-        raise UserError(f"dataset={config.dataset.name} has no labelled pair: stage={stage} has nothing to learn from")
     template, betas = None, (0.0, 0.0)
     if isinstance(section, DifferenceConfig):
         template = ComparisonTemplate(config.model.difference_template, tokenizer)

@@ -11,7 +11,7 @@ from rdo.data.records import Record
 from rdo.errors import UserError
 from rdo.losses import best_response
 from rdo.models import load_policy, load_tokenizer, new_policy, save_model
-from rdo.run import Run, select
+from rdo.run import Run, model_path, select
 from rdo.stages.training import finish
 from rdo.tasks import Demonstration, SftTask
 from rdo.training import train
@@ -45,8 +45,9 @@ def train_base(run: Run, split: str, folder: Path) -> dict[str, Any]:
     config = run.config
     records = run.records(split)
     if config.model.path:
-        model = load_policy(config.model.path, config.model)
-        tokenizer = load_tokenizer(config.model.path, config.model)
+        path = model_path(given(config.model.path, config.model.revision))
+        model = load_policy(path, config.model)
+        tokenizer = load_tokenizer(path, config.model)
     else:
         tokenizer = make_tokenizer(config.model, training_texts(records))
         model = new_policy(config.model, tokenizer, config.seed)
