@@ -83,9 +83,8 @@ def produce(
             print(f"[{stage}] done already: {folder}", flush=True)
         return artifact
     if not requested and not provenance.build_inputs:
-        raise MissingInput(
-            f"the input {stage} ({label}) is not there; make it: {provenance.command.replace(' build_inputs=false', '')}"
-        )
+        command = provenance.command.replace(" build_inputs=false", "")
+        raise MissingInput(f"the input {stage} ({label}) is not there; make it: {command}")
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder):
         if is_finished(folder):

@@ -197,6 +197,7 @@ def check_keys(section: Any, prefix: str = "") -> None:
 
 
 def one_of(key: str, value: str, allowed: Sequence[str]) -> None:
+    """Raises UserError unless the value is one of those allowed."""
     if value not in allowed:
         raise UserError(f"{key}={value}: must be one of {', '.join(allowed)}")
 

@@ -56,6 +56,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
+    """The content of a JSON file."""
     return json.loads(path.read_text())
 
 
@@ -66,4 +67,5 @@ def append_json_line(path: Path, data: dict[str, Any]) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, blank lines skipped."""
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]

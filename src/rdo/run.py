@@ -41,6 +41,7 @@ class Run:
 
     @property
     def dataset_key(self) -> str:
+        """Under which the cache holds this configuration's data."""
         return fingerprint(asdict(self.config.dataset))
 
     def splits(self) -> Splits:
@@ -53,6 +54,7 @@ class Run:
         return self.cache.splits[self.dataset_key]
 
     def records(self, split: str) -> list[Record]:
+        """The records of a split; UserError where it has none."""
         records = self.splits().splits.get(split, [])
         if not records:
             raise UserError(f"dataset={self.config.dataset.name} has no record in its split {split}")
@@ -100,6 +102,7 @@ class Run:
         return reports or None
 
     def device(self) -> torch.device:
+        """The device of engine.device; UserError where CUDA is asked for and there is none."""
         wanted = self.config.engine.device
         if wanted == "auto":
             wanted = "cuda" if torch.cuda.is_available() else "cpu"
@@ -121,9 +124,11 @@ class Run:
         return self.on_device(model), tokenizer
 
     def on_device(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model, moved to the run's device."""
         return model.to(self.device())  # type: ignore[arg-type]
 
     def tracker(self, folder: Path, name: str) -> Tracker:
+        """Where a training run in this folder logs to."""
         return Tracker(self.config.tracker, folder, name, self.provenance.config)
 
 

@@ -167,6 +167,7 @@ def choose_prompts(records: Sequence[Record], config: EvalConfig) -> list[Record
 
 
 def encoded_by_id(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, EncodedRecord]:
+    """The token ids of eval.split's records, by record id."""
     return {record.id: record for record in run.encoded(run.config.eval.split, tokenizer)}
 
 
@@ -212,6 +213,7 @@ def encode_texts(
 
 
 def judge_all(run: Run, model: PreTrainedModel, readings: list[Reading], title: str) -> list[list[float]]:
+    """A judge's values of all readings, in the layout that it can run."""
     layout = set_layout(model, run.config.engine.layout)
     return read_all(model, layout, readings, run.config.engine.tokens_per_micro_batch, title)
 
