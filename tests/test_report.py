@@ -255,15 +255,15 @@ def test_a_section_for_every_world(tmp_path: Path) -> None:
     assert "in 2 worlds (noisy, flipped)" in text
 
 
-def test_hero_picture(tmp_path: Path) -> None:
-    draw_overview(full(), tmp_path / "hero.png")
-    content = (tmp_path / "hero.png").read_bytes()
+def test_overview_picture(tmp_path: Path) -> None:
+    assert draw_overview(full(), tmp_path / "overview.png")
+    content = (tmp_path / "overview.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert int.from_bytes(content[16:20], "big") == 1200
     assert int.from_bytes(content[20:24], "big") == 500
-    assert [path.name for path in tmp_path.iterdir()] == ["hero.png"]
-    with pytest.raises(ValueError, match="nothing to draw"):
-        draw_overview({"scorers": [scorer("reward", 0)]}, tmp_path / "none.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["overview.png"]
+    assert not draw_overview({"scorers": [scorer("reward", 0)]}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_numbers_and_durations_are_written_for_people() -> None:

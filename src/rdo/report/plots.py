@@ -225,14 +225,15 @@ def reward_kl_svg(world: Mapping[str, Any], name: str) -> str | None:
         return to_svg(figure, name, "Reward of each policy against its KL divergence from the base policy")
 
 
-def draw_overview(data: Mapping[str, Any], path: Path) -> None:
+def draw_overview(data: Mapping[str, Any], path: Path) -> bool:
     """PNG of 1200 x 500 points for the README: accuracy by confidence and reward against KL.
 
-    The first world that has both is drawn, and named in the title; the report itself shows every world.
+    The first world that has both is drawn, and named in the title; the report itself shows every world. Returns
+    whether there was one: a KL is known of sampled responses alone.
     """
     worlds = [world for world in aggregate(data) if has_confidence(world) and plotted_policies(world)]
     if not worlds:
-        raise ValueError("no world has both scorers and policies: there is nothing to draw")
+        return False
     world = worlds[0]
     with style():
         figure = Figure(figsize=(12, 5), dpi=100, layout="constrained")
@@ -244,3 +245,4 @@ def draw_overview(data: Mapping[str, Any], path: Path) -> None:
         figure.suptitle(f"World: {world['world']}" if world["world"] else "", x=0.01, ha="left", fontsize=9)
         with replace_file(path) as temporary:
             figure.savefig(temporary, format="png", metadata={"Software": None})
+    return True

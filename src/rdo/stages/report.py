@@ -114,8 +114,7 @@ def make_report(run: Run, overrides: list[str], build: bool) -> Path:
     }
     folder = run.provenance.run_dir / run.config.report.folder
     written = write_report(data, folder)
-    if policies and scorers:
-        draw_overview(data, folder / "overview.png")
+    draw_overview(data, folder / "overview.png")
     print(f"\n{describe_comparison(data)}\n\nreport: {written['html']}", flush=True)
     return written["html"]
 
