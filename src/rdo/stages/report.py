@@ -79,7 +79,10 @@ def rows(config: Config, overrides: list[str]) -> Iterator[Row]:
 
 
 def make_report(run: Run, overrides: list[str], build: bool) -> Path:
-    """Runs (build) or finds the evaluations of all rows, and writes report.html, report.md and report.json."""
+    """Runs (build) or finds the evaluations of all rows, and writes report.html, report.md and report.json.
+
+    Raises UserError, after the report of the others is written, where rows failed.
+    """
     started = time.perf_counter()
     entries = list(rows(run.config, overrides))
     if not entries:
@@ -87,6 +90,7 @@ def make_report(run: Run, overrides: list[str], build: bool) -> Path:
     scorers: list[dict[str, Any]] = []
     policies: list[dict[str, Any]] = []
     missing: list[str] = []
+    failed: dict[str, str] = {}
     for number, row in enumerate(entries):
         if build:
             print(f"\n=== {number + 1}/{len(entries)} {title(row)}\n    {row.command}", flush=True)
@@ -100,12 +104,16 @@ def make_report(run: Run, overrides: list[str], build: bool) -> Path:
                 policies.append(policy_entry(row_run, row, evaluation, vanilla_of(row, entries)))
         except MissingInput:
             missing.append(title(row))
+        except UserError as error:
+            # One row that cannot run must not cost the others.
+            print(f"row failed: {error}", flush=True)
+            failed[title(row)] = str(error)
     data = {
         "title": run.config.report.title,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "code_revision": code_revision(),
         "seconds": time.perf_counter() - started if build else None,
-        "missing": missing,
+        "missing": [*missing, *(f"{name}: {message}" for name, message in failed.items())],
         "commands": {title(row): row.command for row in entries},
         "dataset": {"name": run.config.dataset.name, "counts": run.splits().counts, "truncation": run.truncation()},
         "scorers": scorers,
@@ -116,6 +124,8 @@ def make_report(run: Run, overrides: list[str], build: bool) -> Path:
     written = write_report(data, folder)
     draw_overview(data, folder / "overview.png")
     print(f"\n{describe_comparison(data)}\n\nreport: {written['html']}", flush=True)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(entries)} rows failed: {'; '.join(failed)} (see above)")
     return written["html"]
 
 
