@@ -106,7 +106,9 @@ def test_a_pipeline_reports_every_row(pipeline):
 
 
 def test_manifests_name_the_command_of_their_row(pipeline):
-    (folder,) = (pipeline / "align").glob("dpo-diff-*")
+    folder = min(
+        (pipeline / "align").glob("dpo-diff-*"), key=lambda folder: (folder / "manifest.json").stat().st_mtime_ns
+    )
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["config"]["rc"]["name"] == "diff"
     assert manifest["command"].startswith("python train.py stage=eval ")
@@ -130,13 +132,13 @@ def test_a_changed_setting_remakes_what_depends_on_it_and_nothing_else(copied):
     assert {folder: after[folder] for folder in before} == before
     # The difference model judges every policy against the base policy, so these evaluations depend on it; neither the
     # base policy's own nor the reward model nor the policies that know nothing of it do.
-    policies = {"dpo-none", "dpo-oracle-0.5", "dpo-diff-0.5", "dpo-reward-0.5", "dpo-reward-filter"}
-    policies |= {"dpo-reward-0.5-shuffle", "rrhf-none", "rrhf-oracle-0.5", "rrhf-diff-0.5", "rrhf-reward-0.5"}
-    policies |= {"rrhf-reward-0.5-shuffle"}
+    policies = ["dpo-none", "dpo-oracle-0.5", "dpo-reward-0.5", "dpo-reward-filter", "dpo-reward-0.5-shuffle"]
+    policies += ["rrhf-none", "rrhf-oracle-0.5", "rrhf-diff-0.5", "rrhf-reward-0.5", "rrhf-reward-0.5-shuffle"]
+    dpo_diff = 2 * ["dpo-diff-0.5"]  # forward, and both orders
     assert names(after.keys() - before.keys()) == sorted(
-        ["diffmodel/paper", "score/diff-test", "score/diff-train", "score/diff-train"]
-        + ["align/dpo-diff-0.5", "align/rrhf-diff-0.5", "eval/scorer-diff"]
-        + [f"eval/{policy}" for policy in policies]
+        ["diffmodel/paper", "score/diff-test", *(3 * ["score/diff-train"])]
+        + ["align/rrhf-diff-0.5", "eval/scorer-diff", *(f"align/{policy}" for policy in dpo_diff)]
+        + [f"eval/{policy}" for policy in [*policies, *dpo_diff]]
     )
 
 
@@ -155,6 +157,24 @@ def test_a_report_alone_makes_nothing_and_names_what_is_missing(copied):
     data = report(copied, build=False)
     assert data["missing"] == ["dpo + reward shuffled, seed 0"]
     assert "dpo + reward shuffled, seed 0" in (copied / "report" / "report.md").read_text()
+
+
+def test_a_row_that_fails_costs_no_other_row(tmp_path):
+    """The second row cannot run (a head on no such folder); the others are reported, and the end is an error."""
+    config = compose_config([*PIPELINE, f"run_dir={tmp_path}"])
+    config.report.rows = {
+        "base": ["eval.subject=base", "eval.judges=[oracle]"],
+        "bad": ["eval.subject=reward", "rm.path=./nowhere"],
+    }
+    run = Run(config, Provenance(tmp_path, "python train.py", plain(config)), "pipeline")
+    with pytest.raises(UserError, match="1 of 2 rows failed: bad, seed 0"):
+        make_report(run, [*PIPELINE, f"run_dir={tmp_path}"], build=True)
+    data = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [row["name"] for row in data["policies"]] == ["base"]
+    assert data["missing"] == ["bad, seed 0: rm.path=./nowhere: there is no such folder"]
+    config.report.rows = {"bad": config.report.rows["bad"]}
+    with pytest.raises(UserError, match=r"^rm\.path=\./nowhere: there is no such folder"):
+        make_report(run, [*PIPELINE, f"run_dir={tmp_path}"], build=True)
 
 
 def test_a_report_of_nothing_names_every_row_with_the_seed_that_was_given(tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -78,54 +78,69 @@ def rows(config: Config, overrides: list[str]) -> Iterator[Row]:
                 yield Row(name, world, seed, everything, row_config)
 
 
-def make_report(run: Run, overrides: list[str], build: bool) -> Path:
-    """Runs (build) or finds the evaluations of all rows, and writes report.html, report.md and report.json.
+@dataclass
+class Results:
+    """What rows came to: entries of the report, names of rows not finished, and why rows failed."""
 
-    Raises UserError, after the report of the others is written, where rows failed.
-    """
-    started = time.perf_counter()
-    entries = list(rows(run.config, overrides))
-    if not entries:
-        raise UserError("report.rows is empty: there is nothing to compare")
-    scorers: list[dict[str, Any]] = []
-    policies: list[dict[str, Any]] = []
-    missing: list[str] = []
-    failed: dict[str, str] = {}
+    scorers: list[dict[str, Any]] = field(default_factory=list)
+    policies: list[dict[str, Any]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def evaluate_rows(run: Run, entries: list[Row], build: bool) -> Results:
+    """Runs (build) or finds every row's evaluation; one that cannot run costs no other, unless none can."""
+    found = Results()
     for number, row in enumerate(entries):
         if build:
             print(f"\n=== {number + 1}/{len(entries)} {title(row)}\n    {row.command}", flush=True)
         provenance = replace(run.provenance, command=row.command, config=plain(row.config), build_inputs=build)
         row_run = Run(row.config, provenance, requested="", cache=run.cache)
         try:
-            if row.config.eval.subject in ("reward", "diff"):
-                scorers.append(scorer_entry(row_run, row, evaluate_scorers(row_run, row.config.eval.subject)))
+            if row.config.eval.subject in STAGE_OF:
+                artifact = evaluate_scorers(row_run, row.config.eval.subject)
+                found.scorers.append(scorer_entry(row_run, row, artifact))
             else:
-                evaluation = evaluate_policy(row_run, row.config.eval.subject)
-                policies.append(policy_entry(row_run, row, evaluation, vanilla_of(row, entries)))
+                artifact = evaluate_policy(row_run, row.config.eval.subject)
+                found.policies.append(policy_entry(row_run, row, artifact, vanilla_of(row, entries)))
         except MissingInput:
-            missing.append(title(row))
+            found.missing.append(title(row))
         except UserError as error:
-            # One row that cannot run must not cost the others.
             print(f"row failed: {error}", flush=True)
-            failed[title(row)] = str(error)
+            found.failed[title(row)] = str(error)
+    if found.failed and not (found.scorers or found.policies or found.missing):
+        raise UserError(next(iter(found.failed.values())))
+    return found
+
+
+def make_report(run: Run, overrides: list[str], build: bool) -> Path:
+    """Runs (build) or finds the evaluations of all rows, and writes report.html, report.md and report.json.
+
+    Raises UserError where no row can run, and, after the report of the others is written, where some cannot.
+    """
+    started = time.perf_counter()
+    entries = list(rows(run.config, overrides))
+    if not entries:
+        raise UserError("report.rows is empty: there is nothing to compare")
+    found = evaluate_rows(run, entries, build)
     data = {
         "title": run.config.report.title,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "code_revision": code_revision(),
         "seconds": time.perf_counter() - started if build else None,
-        "missing": [*missing, *(f"{name}: {message}" for name, message in failed.items())],
+        "missing": [*found.missing, *(f"{name}: {message}" for name, message in found.failed.items())],
         "commands": {title(row): row.command for row in entries},
         "dataset": {"name": run.config.dataset.name, "counts": run.splits().counts, "truncation": run.truncation()},
-        "scorers": scorers,
-        "policies": policies,
+        "scorers": found.scorers,
+        "policies": found.policies,
         "tokens": tokens(run),
     }
     folder = run.provenance.run_dir / run.config.report.folder
     written = write_report(data, folder)
     draw_overview(data, folder / "overview.png")
     print(f"\n{describe_comparison(data)}\n\nreport: {written['html']}", flush=True)
-    if failed:
-        raise UserError(f"{len(failed)} of {len(entries)} rows failed: {'; '.join(failed)} (see above)")
+    if found.failed:
+        raise UserError(f"{len(found.failed)} of {len(entries)} rows failed: {'; '.join(found.failed)} (see above)")
     return written["html"]
 
 
