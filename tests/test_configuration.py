@@ -17,6 +17,7 @@ from rdo.alignment import choose_loss
 from rdo.configuration import ABOVE_0, AT_LEAST_1, CHOICES, CONF, RANGES, UNBOUNDED, compose_config, sweep_points
 from rdo.errors import UserError
 from rdo.schema import Config
+from rdo.stages.report import rows
 
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()
@@ -327,3 +328,15 @@ def code(file: Path) -> str:
     if file.name in ("schema.py", "configuration.py"):
         return ""
     return re.sub(r"#.*", "", file.read_text())
+
+
+def test_rows_of_a_comparison_are_added_and_dropped_as_the_readme_says():
+    given = ['+report.rows.mine=["loss=dpo","rc=diff","rc.alpha=1"]', "~report.rows.rrhf", "report.seeds=[0,1]"]
+    entries = list(rows(compose_config(given), given))
+    assert {row.seed for row in entries} == {0, 1}
+    names = {row.name for row in entries}
+    assert "mine" in names
+    assert "rrhf" not in names
+    mine = next(row for row in entries if row.name == "mine")
+    assert mine.config.rc.alpha == 1.0
+    assert mine.command == "python train.py stage=eval seed=0 loss=dpo rc=diff rc.alpha=1"

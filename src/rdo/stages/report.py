@@ -55,7 +55,7 @@ class Row:
 
 def rows(config: Config, overrides: list[str]) -> Iterator[Row]:
     """The rows of config.report, composed on top of the user's own overrides."""
-    given = [text for text in overrides if not text.startswith(("stage=", "report.", "~"))]
+    given = [text for text in overrides if not text.lstrip("+~").startswith(("stage=", "report."))]
     if any(text.startswith("seed=") for text in given) and any(text.startswith("report.seeds=") for text in overrides):
         raise UserError("seed and report.seeds both say which seeds to run: give one of them")
     given = [text for text in given if not text.startswith("seed=")]
