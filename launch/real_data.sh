@@ -11,5 +11,7 @@ cd "$(dirname "$0")/.."
 run() { # name file template
   "${PYTHON:-.venv/bin/python}" train.py dataset=file dataset.name="$1" dataset.path="$2" dataset.template="$3" model=small "${@:4}"
 }
-run hh-helpful-base "$hh" hh "$@"
-run tldr "$tldr" tldr "$@"
+status=0
+run hh-helpful-base "$hh" hh "$@" || status=$?
+run tldr "$tldr" tldr "$@" || status=$?
+exit "$status"
