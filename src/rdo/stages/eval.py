@@ -123,10 +123,11 @@ def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: list[str], f
                 values[n] = 0.0
     ratios = mean_interval(log_ratios(run, model, inputs.get("base"), prompts, responses))
     unbiased = run.config.eval.decoding == "sample" and run.config.eval.temperature == 1.0
+    mean_rewards = {judge: mean_interval(values) for judge, values in judged.items()}
     evaluation = {
         "prompts": len(chosen),
         "queries": len({query_key(record.query) for record in chosen}),
-        "rewards": {judge: mean_interval(values) for judge, values in judged.items()},
+        "rewards": mean_rewards,
         "length": mean_interval([len(response.ids) for response in responses]),
         "stopped": mean_interval([float(response.stopped) for response in responses]),
         # Only samples of the policy itself estimate its KL; of any other responses this is a mere log-ratio.
@@ -148,8 +149,7 @@ def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: list[str], f
     with replace_file(folder / GENERATIONS) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_json(folder / EVALUATION, evaluation)
-    first = next(iter(judged), None)
-    return {"metric": mean_interval(judged[first])["value"] if first else None}
+    return {"metric": next((estimate["value"] for estimate in mean_rewards.values()), None)}
 
 
 def choose_prompts(records: Sequence[Record], config: EvalConfig) -> list[Record]:
