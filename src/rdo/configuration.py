@@ -45,6 +45,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dataset.source": ("toy", "file", "hub"),
     "dataset.format": ("auto", *READERS),
     "dataset.template": tuple(TEMPLATES),
+    "dataset.on_invalid": ("error", "skip"),
     "model.dtype": ("float32", "bfloat16", "float16", "float64"),
     "model.tokenizer": ("toy", "byte_pair", "path"),
     "tracker.name": ("none", "wandb"),
@@ -64,6 +65,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "rc.alpha": (0, 1),
     "dataset.max_length": (3, UNBOUNDED),
     "dataset.max_truncated_share": (0, 1),
+    "dataset.max_invalid_share": (0, 1),
     "dataset.validation_share": (0, 0.9),
     "dataset.test_share": (0, 0.9),
     "dataset.toy.flip_share": (0, 1),
@@ -77,7 +79,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **{f"{section}.weight_decay": (0, UNBOUNDED) for section in TRAINING},
 }
 AT_LEAST_1 = (
-    "dataset.max_records", "dataset.toy.pairs", "dataset.toy.test_pairs", "dataset.toy.demonstrations",
+    "dataset.max_records", "dataset.workers", "dataset.toy.pairs", "dataset.toy.test_pairs", "dataset.toy.demonstrations",
     "model.hidden_size", "model.intermediate_size", "model.layers", "model.heads", "model.key_value_heads",
     "model.max_positions", "eval.prompts", "eval.max_new_tokens", "eval.batch_size", "engine.tokens_per_micro_batch",
     "engine.checkpoint_every_steps", "engine.keep_checkpoints", "engine.threads",

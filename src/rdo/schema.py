@@ -24,11 +24,16 @@ class ToyConfig:
 class DatasetConfig:
     name: str = "toy"
     source: str = "toy"  # toy | file | hub
-    path: str | None = None  # source=file: JSON lines, also .gz
-    format: str = "auto"  # auto | hh | trl | rrhf | openai | records
+    path: Any = None  # source=file: a file, a glob such as 'data/*.parquet', or a list of either
+    format: str = "auto"  # auto, or one of data.formats.READERS
+    on_invalid: str = "error"  # error | skip: leave rows out that cannot be used, count and list them in invalid.jsonl
+    max_invalid_share: float = 0.01  # on_invalid=skip: fail above this share of the rows
     hub_name: str | None = None  # source=hub
     hub_config: str | None = None
     hub_revision: str | None = None
+    hub_split: str | None = None  # the hub's split to read, where it is not called train
+    hub_test_split: str | None = None  # and the one that becomes test
+    workers: int | None = None  # processes that tokenize; null: one a core
     template: str = "raw"  # raw | hh | alpaca | tldr | chat
     max_length: int = 512  # tokens of query + one response, end of sequence included
     max_truncated_share: float = 0.25  # fail above this share of records that had to be cut

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 SPLITS = ("demonstrations", "train", "validation", "test")
+ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -26,14 +29,26 @@ class Preference:
 
 
 @dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; role is one of `ROLES`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
 class Record:
     """One query with its responses.
 
-    id: stable key under which stages exchange scores and log-probabilities.
+    id: stable key under which stages exchange scores and log-probabilities; "" until one is made (readers.py).
     query: the text before template and tokenizer (an HH dialogue keeps its "\\n\\nHuman: ...\\n\\nAssistant:" form).
-    responses: K >= 2 texts for preference data, K >= 1 in the split `demonstrations`.
+    responses: K >= 2 texts for preference data, K >= 1 for demonstrations and unpaired data.
     scores: one reward per response that came with the data (HH+ rows, the toy world's true reward), or None.
     split: the split that the source itself assigned ("train", "test", ...), or None when it is ours to choose.
+    messages: the query as a conversation that ends with a user's message, where the source has it in that form; `query`
+    is then its text (templates.text_of). The template `chat` renders these, every other template renders `query`.
+    desirable: of unpaired data, whether each response is a good one (KTO); None for preference data.
+    place: where the row stands ("FILE, line 12"), for messages; no part of what the record is.
     """
 
     id: str
@@ -42,6 +57,9 @@ class Record:
     preferences: tuple[Preference, ...] = ()
     scores: tuple[float, ...] | None = None
     split: str | None = None
+    messages: tuple[Message, ...] = ()
+    desirable: tuple[bool, ...] | None = None
+    place: str = field(default="", compare=False)
 
 
 def content_id(query: str, responses: Sequence[str]) -> str:
@@ -55,19 +73,29 @@ def query_key(query: str) -> str:
     return " ".join(query.split())
 
 
+def digest(record: Record) -> tuple[int, int]:
+    """Hash of everything that a stage can see of a record, as two numbers below 2^64."""
+    row = json.dumps(
+        [
+            record.id,
+            record.query,
+            record.responses,
+            [(p.chosen, p.rejected, p.tie, p.strength) for p in record.preferences],
+            record.scores,
+            [(message.role, message.content) for message in record.messages],
+            record.desirable,
+        ]
+    )
+    value = hashlib.blake2b(row.encode(), digest_size=16).digest()
+    return int.from_bytes(value[:8], "big"), int.from_bytes(value[8:], "big")
+
+
+def fingerprint_digests(digests: np.ndarray) -> str:
+    """Hash of records, [n, 2] digests of type uint64, independent of their order."""
+    first, second = (int(column.sum(dtype=np.uint64)) for column in digests.T)
+    return f"{first:016x}{second:016x}"
+
+
 def fingerprint_records(records: Iterable[Record]) -> str:
-    """Hash of everything a stage can see of the records; independent of their order."""
-    total = 0
-    for record in records:
-        row = json.dumps(
-            [
-                record.id,
-                record.query,
-                record.responses,
-                [(p.chosen, p.rejected, p.tie, p.strength) for p in record.preferences],
-                record.scores,
-            ]
-        )
-        digest = hashlib.blake2b(row.encode(), digest_size=16).digest()
-        total = (total + int.from_bytes(digest, "big")) % (1 << 128)
-    return f"{total:032x}"
+    """The same from the records themselves."""
+    return fingerprint_digests(np.array([digest(record) for record in records], dtype=np.uint64).reshape(-1, 2))
