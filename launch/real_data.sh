@@ -9,7 +9,7 @@ tldr=$(realpath "${2:?the file of TL;DR comparisons}")
 shift 2
 cd "$(dirname "$0")/.."
 run() { # name file template
-  "${PYTHON:-.venv/bin/python}" train.py dataset=file dataset.name="$1" dataset.path="$2" dataset.template="$3" model=small "${@:4}"
+  "${PYTHON:-.venv/bin/python}" train.py dataset=file dataset.on_invalid=skip dataset.name="$1" dataset.path="$2" dataset.template="$3" model=small "${@:4}"
 }
 status=0
 run hh-helpful-base "$hh" hh "$@" || status=$?

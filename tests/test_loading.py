@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -11,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from rdo.data.loading import PARQUET_BRANCH, load_splits
-from rdo.data.records import SPLITS, query_key
+from rdo.artifacts import Provenance, is_finished
+from rdo.data.loading import INVALID, PARQUET_BRANCH, Splits, load_splits
+from rdo.data.records import SPLITS, content_id, fingerprint_records, query_key
 from rdo.data.templates import TEMPLATES
 from rdo.errors import DataError, UserError
 from rdo.schema import DatasetConfig, ToyConfig
@@ -29,10 +31,14 @@ def own(query: str, split: str | None = None, answer: str = "good", **more: obje
     return {"query": query, "responses": [answer, "bad"], "preferences": [[0, 1]], "split": split, **more}
 
 
-def load_file(folder: Path, rows: list[dict[str, object]], **settings: object):
+def load(folder: Path, **settings: object) -> Splits:
+    return load_splits(DatasetConfig(**settings), Provenance(folder / "runs", "python train.py", {}))
+
+
+def load_file(folder: Path, rows: list[dict[str, object]], **settings: object) -> Splits:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    return load_splits(DatasetConfig(source="file", path=str(path), **settings))
+    return load(folder, source="file", path=str(path), **settings)
 
 
 def queries(loaded, split: str) -> list[str]:
@@ -44,8 +50,9 @@ def where(loaded) -> dict[str, str]:
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch, tmp_path):
     """Serve rows as `datasets.load_dataset` would; returns the calls it got."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
     def serve(**splits: list[dict[str, object]]):
         found = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in splits.items()})
@@ -61,8 +68,10 @@ def hub(monkeypatch):
     return serve
 
 
-def from_hub(**settings: object):
-    return load_splits(DatasetConfig(source="hub", **{"hub_name": "owner/set", **settings}))
+@pytest.fixture
+def from_hub(tmp_path):
+    """Load a hub data set with these settings."""
+    return partial(load, tmp_path / "hub", source="hub", hub_name="owner/set")
 
 
 # Our own splits
@@ -109,7 +118,7 @@ def test_max_records_cuts_every_split_and_changes_no_choice(tmp_path):
     rows = [row(f"query {number}") for number in range(200)]
     whole, some = load_file(tmp_path, rows), load_file(tmp_path, rows, max_records=3)
     for split in ("train", "validation", "test"):
-        assert some.splits[split] == whole.splits[split][:3]
+        assert list(some.splits[split]) == whole.splits[split][:3]
     assert some.counts == whole.counts
 
 
@@ -140,14 +149,77 @@ def test_a_missing_validation_split_comes_out_of_train_by_the_same_hash(tmp_path
 
 
 def test_rows_with_and_without_a_split_are_an_error(tmp_path):
-    with pytest.raises(UserError, match="record x has no 'split' while others have"):
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 2: no 'split' while other rows have one"):
         load_file(tmp_path, [own("a", "train"), own("b", id="x")])
+
+
+# What is read is kept
+
+
+def test_ids_are_unique_and_do_not_depend_on_the_order_of_other_rows(tmp_path):
+    rows = [row("a"), row("b"), row("a"), row("a")]
+    loaded = load_file(tmp_path, rows, test_share=0.0, validation_share=0.0)
+    base, other = (content_id(query, ("good", "bad")) for query in "ab")
+    assert [record.id for record in loaded.splits["train"]] == [base, other, f"{base}-2", f"{base}-3"]
+    assert loaded.splits["train"].ids() == [record.id for record in loaded.splits["train"]]
+    assert loaded.splits["train"].fingerprint() == fingerprint_records(list(loaded.splits["train"]))
+    turned = load_file(tmp_path, rows[::-1], test_share=0.0, validation_share=0.0)
+    assert turned.splits["train"].fingerprint() == loaded.splits["train"].fingerprint()
+
+
+def test_an_id_given_twice_is_an_error_or_an_invalid_row(tmp_path):
+    rows = [own("a", id="x"), own("b", id="y"), own("c", id="x")]
+    with pytest.raises(DataError, match=r"line 3, field 'id': 'x' is taken by .*rows\.jsonl, line 1; make ids unique"):
+        load_file(tmp_path, rows)
+    skipping = {"on_invalid": "skip", "max_invalid_share": 0.5, "test_share": 0.0, "validation_share": 0.0}
+    loaded = load_file(tmp_path, rows, **skipping)
+    assert queries(loaded, "train") == ["a", "b"]
+    assert loaded.counts["invalid_repeated_id"] == 1
+
+
+def test_invalid_rows_are_listed_in_a_file(tmp_path):
+    rows = [row(f"query {number}") for number in range(50)] + [row("x", rejected=" "), {"prompt": 3}]
+    loaded = load_file(tmp_path, rows, on_invalid="skip", max_invalid_share=0.1)
+    entries = [json.loads(line) for line in (loaded.source.folder / INVALID).read_text().splitlines()]
+    assert [(entry["place"][-7:], entry["reason"]) for entry in entries] == [
+        ("line 51", "blank_responses"),
+        ("line 52", "broken"),
+    ]
+    assert "field 'rejected': the response is empty" in entries[0]["message"]
+    with pytest.raises(DataError, match=r"first of 2 invalid rows.*listed in (.*invalid\.jsonl)") as caught:
+        load_file(tmp_path, rows, on_invalid="skip", max_invalid_share=0.01)
+    listed = Path(str(caught.value).rsplit(" ", 1)[1])
+    assert len(listed.read_text().splitlines()) == 2
+    assert not is_finished(listed.parent)
+    assert not (load_file(tmp_path, rows[:50]).source.folder / INVALID).exists()
+
+
+def test_a_file_is_read_once_until_it_or_the_reading_changes(tmp_path, monkeypatch):
+    rows = [row(f"query {number}") for number in range(20)]
+    first = load_file(tmp_path, rows)
+    with monkeypatch.context() as patched:
+        patched.setattr("rdo.data.loading.read_into", None)
+        settings = {"source": "file", "path": str(tmp_path / "rows.jsonl")}
+        again = load(tmp_path, **settings, validation_share=0.2)
+        assert again.source == first.source
+        with pytest.raises(TypeError):
+            load(tmp_path, **settings, on_invalid="skip")
+    assert load_file(tmp_path, rows[:-1]).counts["rows_read"] == 19
+
+
+def test_several_files_make_one_set_and_rows_are_named_by_their_file(tmp_path):
+    for name, numbers in {"a.jsonl": range(5), "b.jsonl": range(5, 9)}.items():
+        (tmp_path / name).write_text("\n".join(json.dumps(row(f"query {number}")) for number in numbers))
+    shares = {"test_share": 0.0, "validation_share": 0.0, "source": "file"}
+    loaded = load(tmp_path, path=str(tmp_path / "*.jsonl"), **shares)
+    assert queries(loaded, "train") == [f"query {number}" for number in range(9)]
+    assert load(tmp_path, path=[str(tmp_path / "b.jsonl")], **shares).splits["train"][3].place.endswith("b.jsonl, line 4")
 
 
 # The hub
 
 
-def test_hub_rm_static(hub):
+def test_hub_rm_static(hub, from_hub):
     ask = "\n\nHuman: number {}\n\nAssistant:"
     rows = [row(ask.format(number), " good", " bad", response=" good") for number in range(60)]
     calls = hub(train=rows, test=rows[:2])
@@ -161,7 +233,7 @@ def test_hub_rm_static(hub):
     assert loaded.counts["dropped_query_in_test"] == 2
 
 
-def test_hub_through_the_real_client(tmp_path, monkeypatch):
+def test_hub_through_the_real_client(tmp_path, monkeypatch, from_hub):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "set"  # the client takes a folder for a data set on the hub
     folder.mkdir()
@@ -175,17 +247,17 @@ def test_hub_through_the_real_client(tmp_path, monkeypatch):
         from_hub(hub_name=str(tmp_path / "gone"))
 
 
-def test_hub_whole_dialogues(hub):
+def test_hub_whole_dialogues(hub, from_hub):
     ask = "\n\nHuman: number {}\n\nAssistant:"
     rows = [{"chosen": ask.format(n) + " good", "rejected": ask.format(n) + " bad"} for n in range(30)]
     rows.append({"chosen": ask.format(9) + " same", "rejected": ask.format(9) + " same"})
     hub(train=rows, test=rows[:1])
-    loaded = from_hub()
+    loaded = from_hub(on_invalid="skip", max_invalid_share=0.1)
     assert queries(loaded, "test") == [ask.format(0)]
-    assert loaded.counts["dropped_identical_responses"] == 1
+    assert loaded.counts["invalid_identical_responses"] == 1
 
 
-def test_hub_tldr_uses_the_official_validation_as_test(hub):
+def test_hub_tldr_uses_the_official_validation_as_test(hub, from_hub):
     def comparison(number: int, confidence: int | None, article: str | None = None) -> dict[str, object]:
         post = None if article else f"post {number}"
         info = {"id": f"t3_{number}", "post": post, "title": post, "subreddit": post, "site": None, "article": article}
@@ -209,31 +281,41 @@ def test_hub_tldr_uses_the_official_validation_as_test(hub):
     assert loaded.counts["validation_used_as_test"] == 1
 
 
-def test_hub_with_train_alone_is_split_as_a_file_is(hub, tmp_path):
+def test_hub_with_train_alone_is_split_as_a_file_is(hub, tmp_path, from_hub):
     rows = [row(f"query {number}") for number in range(100)]
     hub(train=rows)
-    assert from_hub().splits == load_file(tmp_path, rows).splits
+    here, there = from_hub().splits, load_file(tmp_path, rows).splits
+    assert {split: list(here[split]) for split in SPLITS} == {split: list(there[split]) for split in SPLITS}
 
 
-def test_hub_rows_are_named_in_errors(hub):
+def test_hub_rows_are_named_in_errors(hub, from_hub):
     hub(train=[row("a"), row(" ")], test=[row("c")])
     with pytest.raises(DataError, match=r"^owner/set, split train, row 2, field 'prompt': the query is empty"):
         from_hub()
 
 
-def test_hub_splits_that_repeat_an_id_are_an_error(hub):
+def test_hub_splits_that_repeat_an_id_are_an_error(hub, from_hub):
     hub(train=[own("a", id="1"), own("b", id="2")], test=[own("c", id="2")])
-    with pytest.raises(UserError, match="id '2' is in train and in test"):
+    with pytest.raises(DataError, match=r"split test, row 1, field 'id': '2' is taken by owner/set, split train, row 2"):
         from_hub(validation_share=0.0)
 
 
-def test_hub_splits_of_unknown_names_are_an_error(hub):
-    hub(train_prefs=[row("a")], train=[row("b")])
-    with pytest.raises(UserError, match=r"owner/set has the splits train, train_prefs;.*dataset=file"):
+def test_hub_splits_of_other_names_are_named_by_settings(hub, from_hub):
+    rows = [row(f"query {number}") for number in range(60)]
+    hub(train_prefs=rows, test_prefs=rows[:2], train_sft=rows)
+    with pytest.raises(UserError, match=r"owner/set has the splits test_prefs, train_prefs, train_sft: set dataset\."):
         from_hub()
+    with pytest.raises(UserError, match=r"dataset\.hub_test_split=test: owner/set has the splits"):
+        from_hub(hub_split="train_prefs", hub_test_split="test")
+    loaded = from_hub(hub_split="train_prefs", hub_test_split="test_prefs")
+    assert queries(loaded, "test") == ["query 0", "query 1"]
+    assert loaded.counts["rows_read"] == 62
+    alone = from_hub(hub_split="train_prefs")
+    assert alone.counts["rows_read"] == 60
+    assert len(alone.splits["test"]) > 2  # ours to choose
 
 
-def test_hub_out_of_reach_says_the_way_out(monkeypatch):
+def test_hub_out_of_reach_says_the_way_out(monkeypatch, from_hub):
     def unreachable(*_, **__):
         raise ConnectionError("Couldn't reach 'owner/set' on the Hub")
 
@@ -245,7 +327,7 @@ def test_hub_out_of_reach_says_the_way_out(monkeypatch):
     assert isinstance(caught.value.__cause__, ConnectionError)
 
 
-def test_hub_set_published_as_a_script_is_read_from_its_conversion(hub, monkeypatch):
+def test_hub_set_published_as_a_script_is_read_from_its_conversion(hub, monkeypatch, from_hub):
     calls = hub(train=[row(f"query {number}") for number in range(20)])
     serve = datasets.load_dataset
 
@@ -264,30 +346,14 @@ def test_hub_set_published_as_a_script_is_read_from_its_conversion(hub, monkeypa
 # Settings
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"source": "web"}, "dataset.source=web is not known"),
-        ({"source": "file"}, "needs dataset.path"),
-        ({"source": "hub"}, "needs dataset.hub_name"),
-        ({"test_share": 0.6, "validation_share": 0.4}, "must leave something to train on"),
-        ({"test_share": -0.1}, "must not be negative"),
-        ({"max_records": 0}, "dataset.max_records=0 must be at least 1"),
-    ],
-)
-def test_settings_that_do_not_fit_together(settings, message):
-    with pytest.raises(UserError, match=message):
-        load_splits(DatasetConfig(**settings))
-
-
 def test_no_training_data_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="nothing to train on"):
+    with pytest.raises(UserError, match="nothing is left to train on"):
         load_file(tmp_path, [own("a", "test")])
 
 
-def test_toy_world_brings_its_own_splits():
+def test_toy_world_brings_its_own_splits(tmp_path):
     toy = ToyConfig(pairs=48, test_pairs=18, demonstrations=24, candidate_queries=4)
-    loaded = load_splits(DatasetConfig(toy=toy, max_records=20))
+    loaded = load(tmp_path, toy=toy, max_records=20)
     assert loaded.counts["records_train"] == 48
     assert loaded.counts["records_test"] == 18
     assert [len(loaded.splits[split]) for split in SPLITS] == [20, 20, 20, 18]
@@ -303,11 +369,11 @@ def test_configurations_fit_the_schema(name):
     assert (config.source == "hub") == (config.hub_name is not None)
 
 
-def test_real_tldr_file_is_split_by_post():
+def test_real_tldr_file_is_split_by_post(tmp_path):
     path = REAL / "tldr_openai_comparisons_b13_b18_edit.jsonl.gz"
     if not path.exists():
         pytest.skip(f"the real data file {path.name} is not at hand (looked in ../shared/data)")
-    loaded = load_splits(DatasetConfig(source="file", path=str(path)))
+    loaded = load(tmp_path, source="file", path=str(path))
     sizes = {split: len(records) for split, records in loaded.splits.items()}
     assert sum(sizes.values()) == loaded.counts["rows_read"] == 1776
     assert 0.05 < sizes["test"] / 1776 < 0.16

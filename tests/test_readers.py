@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
-import logging
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-from rdo.data.readers import read_file, rows_to_records
-from rdo.data.records import Preference, content_id
+from rdo.data.containers import TextRow, rows
+from rdo.data.readers import HOPELESS, Reading, read_records
+from rdo.data.records import Preference, Record
 from rdo.errors import DataError
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -31,12 +34,29 @@ OPENAI = {
 }
 
 
-def read(*rows: object, format: str = "auto"):
-    return rows_to_records(((f"data.jsonl, line {number}", row) for number, row in enumerate(rows, 1)), format)
+class Result(NamedTuple):
+    records: list[Record]
+    counts: dict[str, int]
+    listed: list[tuple[str, str, str]]
 
 
-def only(row: object, format: str = "auto"):
-    (record,) = read(row, format=format).records
+def read(*rows: object, **settings: object) -> Result:
+    return result([(f"data.jsonl, line {number}", row) for number, row in enumerate(rows, 1)], **settings)
+
+
+def result(rows: Iterable[tuple[str, object]], **settings: object) -> Result:
+    listed: list[tuple[str, str, str]] = []
+    reading = Reading(**{"listed": lambda *entry: listed.append(entry), **settings})
+    records = list(read_records(rows, reading))
+    return Result(records, {name: count for name, count in reading.counts.items() if count}, listed)
+
+
+def read_file(path: Path, **settings: object) -> Result:
+    return result(rows(path), **settings)
+
+
+def only(row: object, **settings: object) -> Record:
+    (record,) = read(row, **settings).records
     return record
 
 
@@ -52,7 +72,7 @@ def test_hh_query_ends_at_the_last_assistant_marker_of_chosen():
     assert record.query == ASK
     assert record.responses == (" It keeps.", " No idea.")
     assert record.preferences == (Preference(0, 1),)
-    assert record.id == content_id(ASK, record.responses)
+    assert (record.id, record.place) == ("", "data.jsonl, line 1")
     assert (record.scores, record.split) == (None, None)
 
 
@@ -145,10 +165,17 @@ def test_openai_single_summary_rows_get_a_clear_error():
         read({"info": OPENAI["info"], "split": "test", "summary": {"text": "s", "axes": {}}, "worker": "w"})
 
 
-def test_rows_of_identical_responses_are_left_out_and_counted():
-    reading = read({**HH, "rejected": HH["chosen"]}, HH, {**HH, "rejected": HH["chosen"]})
-    assert [record.query for record in reading.records] == [ASK]
-    assert reading.counts == {"rows_read": 3, "dropped_identical_responses": 2}
+def test_rows_of_identical_responses_are_an_error_or_are_left_out_and_counted():
+    same = {**HH, "rejected": HH["chosen"]}
+    with pytest.raises(DataError, match=r"line 2: all responses are identical.*dataset\.on_invalid=skip"):
+        read(HH, same)
+    found = read(same, HH, same, on_invalid="skip", max_invalid_share=0.7)
+    assert [record.query for record in found.records] == [ASK]
+    assert found.counts == {"rows_read": 3, "invalid_identical_responses": 2}
+    assert [entry[:2] for entry in found.listed] == [
+        ("data.jsonl, line 1", "identical_responses"),
+        ("data.jsonl, line 3", "identical_responses"),
+    ]
 
 
 def test_a_preference_between_identical_texts_is_left_out_of_a_larger_row():
@@ -159,22 +186,45 @@ def test_a_preference_between_identical_texts_is_left_out_of_a_larger_row():
 
 
 DEFECTS = [
-    ({**TRL, "rejected": " "}, "dropped_blank_responses"),
-    ({**HH, "rejected": "\n\nHuman: Tea?\n\nAssistant: Yes."}, "dropped_different_queries"),
-    ({**OPENAI, "extra": {"confidence": 8}}, "dropped_contradicting_confidences"),
+    ({**TRL, "rejected": " "}, "blank_responses"),
+    ({**HH, "rejected": "\n\nHuman: Tea?\n\nAssistant: Yes."}, "different_queries"),
+    ({**OPENAI, "extra": {"confidence": 8}}, "contradicting_confidences"),
+    ({**TRL, "rejected": 7}, "broken"),
 ]
 
 
 @pytest.mark.parametrize(("row", "reason"), DEFECTS, ids=[reason for _, reason in DEFECTS])
-def test_a_defect_in_a_hundred_rows_is_left_out_counted_and_named_but_two_are_an_error(row, reason, caplog):
+def test_one_invalid_row_in_a_hundred_is_left_out_counted_and_listed_but_two_are_an_error(row, reason):
     good = next(sound for sound in (TRL, HH, OPENAI) if sound.keys() == row.keys())
-    with caplog.at_level(logging.WARNING):
-        reading = read(*[good] * 99, row)
-    assert len(reading.records) == 99
-    assert reading.counts == {"rows_read": 100, reason: 1}
-    assert "line 100" in caplog.text
-    with pytest.raises(DataError, match=r"(?s)line 99, field.*2 of 100 rows cannot be used"):
-        read(*[good] * 98, row, row)
+    found = read(*[good] * 99, row, on_invalid="skip")
+    assert len(found.records) == 99
+    assert found.counts == {"rows_read": 100, f"invalid_{reason}": 1}
+    (place, listed_reason, message), = found.listed
+    assert (place, listed_reason) == ("data.jsonl, line 100", reason)
+    assert message.startswith("data.jsonl, line 100, field")
+    with pytest.raises(DataError, match=r"line 99, field.*first of 2 invalid rows of 100.*max_invalid_share=0\.01"):
+        read(*[good] * 98, row, row, on_invalid="skip")
+    with pytest.raises(DataError, match=r"line 1, field.*; dataset\.on_invalid=skip leaves such rows out"):
+        read(row, good)
+
+
+def test_reading_gives_up_early_on_a_file_that_is_something_else():
+    rows = ((f"line {number}", {**TRL, "chosen": 1}) for number in itertools.count(1))
+    with pytest.raises(DataError, match=f"first of {HOPELESS} invalid rows of {HOPELESS}"):
+        result(rows, on_invalid="skip", max_invalid_share=0.5)
+
+
+def test_no_usable_row_is_an_error_whatever_share_is_allowed():
+    with pytest.raises(DataError, match="line 1, field 'chosen'.*no row of 2 can be used"):
+        read({**TRL, "chosen": 1}, {**TRL, "chosen": 2}, on_invalid="skip", max_invalid_share=1.0)
+
+
+def test_rows_that_a_container_could_not_read_are_invalid_rows():
+    broken = DataError("data.jsonl, line 2: is not JSON")
+    with pytest.raises(DataError, match="line 2: is not JSON; dataset"):
+        read(TRL, broken)
+    found = read(TRL, broken, TRL, on_invalid="skip", max_invalid_share=0.5)
+    assert (len(found.records), found.counts) == (2, {"rows_read": 3, "invalid_broken": 1})
 
 
 def preferring(*preferences: object) -> dict[str, object]:
@@ -184,11 +234,11 @@ def preferring(*preferences: object) -> dict[str, object]:
 BAD_ROWS = {
     "not an object": ([1, 2], "must be an object"),
     "unknown columns": ({"instruction": "x", "output": "y"}, "fit no known format"),
-    "wrong type": ({**TRL, "chosen": 3}, "field 'chosen': must be of type str, found int"),
-    "conversational": ({**TRL, "chosen": [{"role": "assistant"}]}, "field 'chosen': must be of type str, found list"),
+    "wrong type": ({**TRL, "chosen": 3}, "field 'chosen': must be text or a list of messages, found int"),
+    "conversational": ({**TRL, "chosen": [{"role": "assistant"}]}, r"field 'chosen\[0\]\.content': missing"),
     "empty query": ({**TRL, "prompt": " \n"}, "field 'prompt': the query is empty"),
     "empty response": ({**TRL, "chosen": "\n"}, "field 'chosen': the response is empty"),
-    "no dialogue": ({"chosen": "x", "rejected": "y"}, "field 'chosen': no .*Assistant"),
+    "no dialogue": ({"chosen": "x", "rejected": "y"}, "field 'rejected': has no beginning in common"),
     "half a surrogate": ({**TRL, "chosen": "a\ud800"}, "field 'chosen': character 1 is half of a surrogate"),
     "responses no list": ({**SCORED, "responses": "ab"}, "field 'responses': must be of type list, found str"),
     "response no text": ({**SCORED, "responses": ["a", "b", 1]}, r"field 'responses\[2\]': must be of type str"),
@@ -245,13 +295,14 @@ def test_the_format_can_be_forced_and_must_be_known():
         only(TRL, format="csv")
 
 
-def test_ids_are_unique_and_do_not_depend_on_the_order_of_other_rows():
-    other = {**TRL, "chosen": " Other."}
-    ids = [record.id for record in read(TRL, other, TRL, TRL).records]
-    base = only(TRL).id
-    assert ids == [base, only(other).id, f"{base}-2", f"{base}-3"]
-    with pytest.raises(DataError, match=r"line 3, field 'id': 'x' is taken by data\.jsonl, line 1"):
-        read({**SCORED, "id": "x"}, {**SCORED, "id": "y"}, {**SCORED, "id": "x"})
+def test_cells_of_a_text_table_are_parsed_where_the_format_wants_no_text():
+    cells = TextRow(query="q", responses='["a", "b"]', scores="[1, 2.5]", id="", split="")
+    assert only(cells) == Record("", "q", ("a", "b"), (), (1.0, 2.5))
+    assert only(TextRow(prompt="p", chosen="[1, 2]", rejected="b")).responses == ("[1, 2]", "b")
+    for text, wanted in {"True": True, "false": False, "1": True}.items():
+        assert only(TextRow(prompt="p", completion="c", label=text)).desirable == (wanted,)
+    with pytest.raises(DataError, match="line 1, field 'responses': the cell is not JSON"):
+        only(TextRow(query="q", responses="a, b", scores="[1, 2]"))
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
@@ -264,52 +315,23 @@ def test_files_plain_and_compressed(tmp_path, name):
     assert reading.counts == {"rows_read": 2}
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "there are no rows"),
-        (b"\n \n", "there are no rows"),
-        (b'{"prompt": "p"\n', "line 1: is not JSON"),
-        (b'\n{"prompt": "\xff"}\n', "line 2: is not JSON"),
-        (b"[" * 100_000, "line 1: is not JSON"),
-        (b'"text"', "line 1: must be an object of columns, found str"),
-    ],
-)
-def test_files_that_are_no_json_lines(tmp_path, content, message):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=rf"rows\.jsonl\b.*{message}"):
-        read_file(path)
-
-
-def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(DataError, match=r"gone\.jsonl: cannot be read.*dataset\.path"):
-        read_file(tmp_path / "gone.jsonl")
-    whole = gzip.compress(json.dumps(TRL).encode())
-    for name, content in {"cut.gz": whole[:-9], "plain.gz": b"{}", "damaged.gz": whole[:12] + b"\xff" * 20}.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError, match=f"{name}: cannot be read"):
-            read_file(tmp_path / name)
-
-
 def test_real_hh_helpful_base():
-    reading = read_file(need("hh_helpful-base_test.jsonl.gz"))
+    reading = read_file(need("hh_helpful-base_test.jsonl.gz"), on_invalid="skip")
     assert reading.counts == {
         "rows_read": 2354,
-        "dropped_identical_responses": 2,
-        "dropped_blank_responses": 4,
-        "dropped_different_queries": 2,
+        "invalid_identical_responses": 2,
+        "invalid_blank_responses": 4,
+        "invalid_different_queries": 2,
     }
-    assert len(reading.records) == 2354 - 8
-    assert len({record.id for record in reading.records}) == len(reading.records)
+    assert len(reading.records) == 2354 - 8 == 2354 - len(reading.listed)
     assert all(record.query.startswith("\n\nHuman:") for record in reading.records)
     words = [len(response.split()) for record in reading.records for response in record.responses]
     assert sum(words) / len(words) == pytest.approx(39, abs=1)  # as the data's own description says
 
 
 def test_real_hh_harmless_base():
-    reading = read_file(need("hh_harmless-base_test.jsonl.gz"))
-    assert reading.counts == {"rows_read": 2312, "dropped_blank_responses": 4, "dropped_different_queries": 4}
+    reading = read_file(need("hh_harmless-base_test.jsonl.gz"), on_invalid="skip")
+    assert reading.counts == {"rows_read": 2312, "invalid_blank_responses": 4, "invalid_different_queries": 4}
     assert len(reading.records) == 2312 - 8
 
 
@@ -317,7 +339,7 @@ def test_real_tldr_comparisons():
     reading = read_file(need("tldr_openai_comparisons_b13_b18_edit.jsonl.gz"))
     assert reading.counts == {"rows_read": 1776}
     records = reading.records
-    assert len({record.id for record in records}) == len(records) == 1776
+    assert len(records) == 1776
     assert Counter(record.preferences[0].strength for record in records) == {4: 539, 3: 357, 2: 482, 1: 398}
     assert not any(record.preferences[0].tie or "r/r/" in record.query for record in records)
     longer = [len(r.responses[r.preferences[0].chosen]) > len(r.responses[r.preferences[0].rejected]) for r in records]

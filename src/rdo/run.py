@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rdo.artifacts import Artifact, Provenance, fingerprint
+from rdo.artifacts import Artifact, Provenance, fingerprint, produce
 from rdo.data.encoding import EncodedRecord, TruncationReport, encode
 from rdo.data.loading import Splits, load_splits
-from rdo.data.records import Record, fingerprint_records
+from rdo.data.records import Record
+from rdo.data.table import Records
+from rdo.data.tokens import MappedTokens, encode_into, order_fingerprint
 from rdo.errors import UserError
 from rdo.models import check_vocabulary, load_policy, load_scorer, load_tokenizer
 from rdo.schema import Config, TrainingConfig
@@ -23,11 +25,11 @@ from rdo.tracking import Tracker
 
 @dataclass
 class Cache:
-    """Data in memory, shared by the stages and rows of one process."""
+    """Data that is loaded, shared by the stages and rows of one process."""
 
     splits: dict[str, Splits] = field(default_factory=dict)
     fingerprints: dict[tuple[str, str], str] = field(default_factory=dict)
-    encoded: dict[tuple[str, ...], tuple[list[EncodedRecord], TruncationReport]] = field(default_factory=dict)
+    encoded: dict[tuple[str, ...], tuple[Sequence[EncodedRecord], TruncationReport]] = field(default_factory=dict)
 
 
 @dataclass
@@ -47,16 +49,18 @@ class Run:
     def splits(self) -> Splits:
         """The data set's records by split."""
         if self.dataset_key not in self.cache.splits:
-            splits = load_splits(self.config.dataset)
+            splits = load_splits(self.config.dataset, self.provenance)
             self.cache.splits[self.dataset_key] = splits
             counts = ", ".join(f"{len(records)} {name}" for name, records in splits.splits.items())
-            print(f"[data] {self.config.dataset.name}: {counts}", flush=True)
+            lost = {name: n for name, n in splits.counts.items() if n and name.startswith(("dropped_", "invalid_"))}
+            without = f"; left out: {', '.join(f'{n} {name}' for name, n in lost.items())}" if lost else ""
+            print(f"[data] {self.config.dataset.name} (format {splits.format}): {counts}{without}", flush=True)
         return self.cache.splits[self.dataset_key]
 
-    def records(self, split: str) -> list[Record]:
+    def records(self, split: str) -> Records:
         """The records of a split; UserError where it has none."""
-        records = self.splits().splits.get(split, [])
-        if not records:
+        records = self.splits().splits[split]
+        if not len(records):
             raise UserError(f"dataset={self.config.dataset.name} has no record in its split {split}")
         return records
 
@@ -64,7 +68,7 @@ class Run:
         """What of the data and its encoding determines a result."""
         key = (self.dataset_key, split)
         if key not in self.cache.fingerprints:
-            self.cache.fingerprints[key] = fingerprint_records(self.records(split))
+            self.cache.fingerprints[key] = self.records(split).fingerprint()
         dataset = self.config.dataset
         return {
             "split": split,
@@ -73,21 +77,15 @@ class Run:
             "max_length": dataset.max_length,
         }
 
-    def encoded(self, split: str, tokenizer: PreTrainedTokenizerBase) -> list[EncodedRecord]:
-        """Token ids of a split's records, in the order of `records(split)`."""
+    def encoded(self, split: str, tokenizer: PreTrainedTokenizerBase) -> Sequence[EncodedRecord]:
+        """Token ids of a split's records, in the order of `records(split)`: in memory for the toy world, else from a
+        file that is made once."""
         key = (self.dataset_key, split, tokenizer_key(tokenizer))
         if key not in self.cache.encoded:
+            encoded, report = self._encode(split, tokenizer)
             dataset = self.config.dataset
-            self.cache.encoded[key] = encode(
-                self.records(split),
-                tokenizer,
-                dataset.template,
-                dataset.max_length,
-                dataset.max_truncated_share,
-                # The toy world's demonstrations hold an <end> between note and review, which is meant.
-                parse_special=dataset.source == "toy" and split == "demonstrations",
-            )
-            report = self.cache.encoded[key][1]
+            report.check(dataset.max_length, dataset.max_truncated_share)
+            self.cache.encoded[key] = encoded, report
             if report.truncated:
                 print(
                     f"[data] {split}: {report.truncated} of {report.records} records cut to {dataset.max_length} "
@@ -95,6 +93,28 @@ class Run:
                     flush=True,
                 )
         return self.cache.encoded[key][0]
+
+    def _encode(
+        self, split: str, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[Sequence[EncodedRecord], TruncationReport]:
+        dataset, records = self.config.dataset, self.records(split)
+        # The toy world's demonstrations hold an <end> between note and review, which is meant.
+        parse_special = dataset.source == "toy" and split == "demonstrations"
+        if dataset.source == "toy":
+            return encode(records, tokenizer, dataset.template, dataset.max_length, parse_special=parse_special)
+        settings = {
+            "data": self.data_settings(split),
+            "order": order_fingerprint(records),
+            "tokenizer": tokenizer_key(tokenizer),
+        }
+
+        def make(folder: Path) -> dict[str, Any]:
+            template, longest = dataset.template, dataset.max_length
+            return encode_into(folder, records, tokenizer, template, longest, parse_special, dataset.workers)
+
+        always = replace(self.provenance, build_inputs=True)
+        tokens = MappedTokens(produce(always, "tokens", split, settings, {}, make, requested=False).folder)
+        return tokens, tokens.report()
 
     def truncation(self) -> dict[str, Any] | None:
         """What encoding has cut so far, by split."""
@@ -147,6 +167,7 @@ def model_path(artifact: Artifact) -> Path:
 
 def select(records: Sequence[Record], config: TrainingConfig) -> list[int]:
     """Positions of the records that a stage trains on, chosen by a hash of their ids, whatever their order."""
-    enough = [n for n, record in enumerate(records) if len(record.responses) >= config.min_responses]
-    enough.sort(key=lambda n: (hashlib.blake2b(records[n].id.encode()).digest(), records[n].id))
-    return enough[: config.max_records]
+    records = records if isinstance(records, Records) else Records.in_memory(records)
+    enough = np.flatnonzero(records.response_counts() >= config.min_responses)
+    order = np.argsort(records.order_keys()[enough], kind="stable")
+    return [int(n) for n in enough[order][: config.max_records]]

@@ -132,6 +132,13 @@ class EvalConfig:
 
 
 @dataclass
+class InspectConfig:
+    """Stage inspect."""
+
+    records: int = 10000  # of each split, how many are examined, evenly spaced
+
+
+@dataclass
 class EngineConfig:
     name: str = "torch"
     layout: str = "auto"  # auto | forest | flat
@@ -141,6 +148,8 @@ class EngineConfig:
     checkpoint_every_steps: int = 200
     checkpoint_every_minutes: float = 10.0
     keep_checkpoints: int = 2
+    records_per_shard: int = 1024  # of scores and references: at most so many are done again after an interruption
+    disk_full_minutes: float = 60.0  # how long what is finished waits for room on a full disk
 
 
 @dataclass
@@ -181,6 +190,7 @@ class Config:
     align: TrainingConfig = field(default_factory=TrainingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    inspect: InspectConfig = field(default_factory=InspectConfig)
     run_dir: str = "runs/toy"
     seed: int = 0
     build_inputs: bool = True  # false: a missing input is an error that names the command that makes it

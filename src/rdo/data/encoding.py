@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from rdo.data.records import Record
 from rdo.data.templates import render_prompt
@@ -39,6 +41,15 @@ class TruncationReport:
     def share(self) -> float:
         return self.truncated / self.records if self.records else 0.0
 
+    def check(self, max_length: int, max_truncated_share: float) -> None:
+        """Raises UserError where more than `max_truncated_share` of the records had to be cut."""
+        if self.share > max_truncated_share:
+            raise UserError(
+                f"{self.truncated} of {self.records} records are longer than dataset.max_length={max_length} tokens "
+                f"({self.query_tokens_cut} query and {self.response_tokens_cut} response tokens were cut), more than "
+                f"dataset.max_truncated_share={max_truncated_share} allows; raise one of the two"
+            )
+
 
 def encode(
     records: Sequence[Record],
@@ -66,28 +77,46 @@ def encode(
     Raises UserError if the tokenizer has no EOS, a prompt has no token, `max_length` leaves no room for one token of
     each, or more than `max_truncated_share` of the records were cut.
     """
-    end = end_id(tokenizer)
-    parse_prompt = parse_special or template == "chat"
     encoded: list[EncodedRecord] = []
-    report = TruncationReport()
+    cuts: list[tuple[int, int]] = []
     bar = progress_bar(len(records), "tokenizing")
     for start in range(0, len(records), RECORDS_PER_CALL):
-        part = records[start : start + RECORDS_PER_CALL]
-        prompts = _ids([render_prompt(template, record.query, tokenizer) for record in part], tokenizer, parse_prompt)
-        texts = [response for record in part for response in record.responses]
-        replies = iter(_ids(texts, tokenizer, parse_special))
-        for record, prompt in zip(part, prompts, strict=True):
-            responses = [_ended(next(replies), end) for _ in record.responses]
-            encoded.append(_fit(record.id, _begun(prompt, tokenizer), responses, tokenizer, max_length, report))
-        bar.update(len(part))
+        for record, cut in encode_batch(
+            records[start : start + RECORDS_PER_CALL], tokenizer, template, max_length, parse_special
+        ):
+            encoded.append(record)
+            cuts.append(cut)
+            bar.update(1)
     bar.close()
-    if report.share > max_truncated_share:
-        raise UserError(
-            f"{report.truncated} of {report.records} records are longer than dataset.max_length={max_length} tokens "
-            f"({report.query_tokens_cut} query and {report.response_tokens_cut} response tokens were cut), more than "
-            f"dataset.max_truncated_share={max_truncated_share} allows; raise one of the two"
-        )
+    report = report_cuts(np.array(cuts, dtype=np.int64).reshape(-1, 2))
+    report.check(max_length, max_truncated_share)
     return encoded, report
+
+
+def encode_batch(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    max_length: int,
+    parse_special: bool = False,
+) -> Iterator[tuple[EncodedRecord, tuple[int, int]]]:
+    """Token ids of a few records, each with its query and response tokens that were cut; see `encode`."""
+    end = end_id(tokenizer)
+    prompts = _ids(
+        [render_prompt(template, record, tokenizer) for record in records],
+        tokenizer,
+        parse_special or template == "chat",
+    )
+    replies = iter(_ids([response for record in records for response in record.responses], tokenizer, parse_special))
+    for record, prompt in zip(records, prompts, strict=True):
+        responses = [_ended(next(replies), end) for _ in record.responses]
+        yield _fit(record, _begun(prompt, tokenizer), responses, tokenizer, max_length)
+
+
+def report_cuts(cuts: np.ndarray) -> TruncationReport:
+    """The report of [records, 2] counts of query and response tokens that were cut."""
+    query, response = (int(column.sum()) for column in cuts.T)
+    return TruncationReport(len(cuts), int((cuts > 0).any(axis=1).sum()), query, response)
 
 
 def begin_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -122,16 +151,15 @@ def _begun(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _fit(
-    identifier: str,
+    record: Record,
     prompt: list[int],
     responses: list[list[int]],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    report: TruncationReport,
-) -> EncodedRecord:
-    """Cut one record to max_length and enter what was cut into the report."""
+) -> tuple[EncodedRecord, tuple[int, int]]:
+    """One record cut to max_length, and how many query and response tokens that took."""
     if not prompt:
-        raise UserError(f"record {identifier}: the prompt has no token; correct the query or the template")
+        raise UserError(f"{record.place or record.id}: the prompt has no token; correct the query or the template")
     head = int(prompt[0] == begin_id(tokenizer))
     fewest = min(head + 1, len(prompt))
     # Room for the head, one token of the query, one of the response, and end-of-sequence.
@@ -141,12 +169,9 @@ def _fit(
     room = max_length - kept
     query_cut = len(prompt) - kept
     response_cut = sum(max(0, len(ids) - room) for ids in responses)
-    report.records += 1
-    report.truncated += bool(query_cut or response_cut)
-    report.query_tokens_cut += query_cut
-    report.response_tokens_cut += response_cut
-    return EncodedRecord(
-        identifier,
+    encoded = EncodedRecord(
+        record.id,
         (*prompt[:head], *prompt[head + query_cut :]),
         tuple(tuple(ids if len(ids) <= room else [*ids[: room - 1], ids[-1]]) for ids in responses),
     )
+    return encoded, (query_cut, response_cut)

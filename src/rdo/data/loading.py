@@ -2,40 +2,58 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rdo.data.readers import Reading, read_file, rows_to_records
-from rdo.data.records import SPLITS, Record, query_key
-from rdo.errors import UserError
+import numpy as np
+
+from rdo.artifacts import Artifact, Provenance, produce
+from rdo.data.containers import resolve, rows
+from rdo.data.formats import UnusableRow
+from rdo.data.readers import Reading, read_records
+from rdo.data.records import SPLITS, Record, digest
+from rdo.data.table import MappedRecords, Records, id_key, repeated_ids, write_records
+from rdo.errors import DataError, UserError
+from rdo.files import read_json, replace_file, write_json
+from rdo.progress import progress_bar
 from rdo.schema import DatasetConfig
 
 logger = logging.getLogger(__name__)
 
 # The hub's own conversion of data sets published as a script, which `datasets` has stopped running.
 PARQUET_BRANCH = "refs/convert/parquet"
+RECORDS, INVALID, REPEATED = "records.arrow", "invalid.jsonl", "repeated.json"
+# Raised whenever the same rows would be read as other records.
+READING_VERSION = 1
+
+Rows = Iterable[tuple[str, Any]]
 
 
 @dataclass
 class Splits:
     """splits: the records of each of `records.SPLITS`, in the source's order; possibly none.
 
-    counts: of rows, `rows_read` and `dropped_<reason>` (readers.Reading), and `validation_used_as_test`; of records,
-    `dropped_query_in_test` and `dropped_query_in_validation` (their query is in a held-out split too) and
-    `records_<split>`, before `max_records`. The toy world, made to order, has only the last.
+    counts: of rows, `rows_read`, `dropped_<reason>` and `invalid_<reason>` (readers.Reading), and
+    `validation_used_as_test`; of records, `dropped_query_in_test` and `dropped_query_in_validation` (their query is in
+    a held-out split too) and `records_<split>`, before `max_records`. The toy world, made to order, has only the last.
+    source: the artifact that holds the records, None for the toy world. format: what the rows were read as.
     """
 
-    splits: dict[str, list[Record]]
+    splits: dict[str, Records]
     counts: dict[str, int]
+    source: Artifact | None = None
+    format: str = "toy"
 
 
-def load_splits(dataset: DatasetConfig) -> Splits:
+def load_splits(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     """Records of the configured data, split so that no query is in two of train, validation and test.
+
+    What files or the hub hold is read once, into a memory-mapped file under `provenance.run_dir`/data.
 
     Which query goes where: a hash of (split_seed, query) decides, so the choice depends on nothing else and more rows
     move no query. Where the source has splits of its own, they stay: the hash takes out of train only what is missing,
@@ -43,132 +61,215 @@ def load_splits(dataset: DatasetConfig) -> Splits:
     whose query is in validation. A hub data set of train and validation alone (OpenAI's TL;DR) gives its validation
     as test, for that is the set on which others report.
 
-    Raises UserError for settings that do not fit together, a hub that cannot be reached, and an empty train split, and
-    DataError for the data's own faults.
+    Raises UserError for a hub that cannot be reached and an empty train split, and DataError for the data's own faults.
     """
-    if min(dataset.validation_share, dataset.test_share) < 0 or dataset.validation_share + dataset.test_share >= 1:
-        raise UserError(
-            f"dataset.validation_share={dataset.validation_share} and dataset.test_share={dataset.test_share} "
-            "must not be negative and must leave something to train on"
-        )
-    if dataset.max_records is not None and dataset.max_records < 1:
-        raise UserError(f"dataset.max_records={dataset.max_records} must be at least 1, or null for all")
     if dataset.source == "toy":
         from rdo.data import toy
 
-        splits, counts = toy.load(dataset.toy), Counter[str]()
-    elif dataset.source in ("file", "hub"):
-        reading = _read_file(dataset) if dataset.source == "file" else _read_hub(dataset)
-        counts = Counter(reading.counts)
-        splits = _separate(_assign(reading.records, dataset), counts)
+        made = {split: Records.in_memory(records) for split, records in toy.load(dataset.toy).items()}
+        found = Splits({split: made.get(split, Records.in_memory([])) for split in SPLITS}, {})
     else:
-        raise UserError(f"dataset.source={dataset.source} is not known; choose toy, file or hub")
-
-    if not splits["train"]:
-        raise UserError(f"there is nothing to train on: records read {dict(counts)}; check dataset.path and the shares")
-    _check_ids(splits)
-    for split in SPLITS:
-        counts[f"records_{split}"] = len(splits[split])
-    return Splits({split: splits[split][: dataset.max_records] for split in SPLITS}, dict(counts))
-
-
-def _read_file(dataset: DatasetConfig) -> Reading:
-    if dataset.path is None:
-        raise UserError("dataset.source=file needs dataset.path, a file of JSON lines (also .gz)")
-    return read_file(Path(dataset.path), dataset.format)
-
-
-def _read_hub(dataset: DatasetConfig) -> Reading:
-    if dataset.hub_name is None:
-        raise UserError("dataset.source=hub needs dataset.hub_name, for example Dahoas/rm-static")
-    found = _fetch(dataset)
-    unknown = sorted(set(found) - {"train", "validation", "test"})
-    if unknown or "train" not in found:
+        found = _load(dataset, provenance)
+    if not len(found.splits["train"]):
         raise UserError(
-            f"{dataset.hub_name} has the splits {', '.join(sorted(found))}; train, and optionally validation and test, "
-            "can be used: download the right one and set dataset=file dataset.path=FILE"
+            f"dataset={dataset.name}: nothing is left to train on ({_shown(found.counts)}); check dataset.path, "
+            "dataset.validation_share and dataset.test_share"
         )
-    names: dict[str, str | None] = {split: split for split in found}
-    if len(found) == 1:
-        names["train"] = None  # no split of its own: ours to choose
-    records: list[Record] = []
-    counts: Counter[str] = Counter()
-    if "test" not in found and "validation" in found:
-        names["validation"] = "test"
+    for split in SPLITS:
+        found.counts[f"records_{split}"] = len(found.splits[split])
+        found.splits[split] = found.splits[split].only(slice(dataset.max_records))
+    return found
+
+
+def _shown(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+
+
+def _load(dataset: DatasetConfig, provenance: Provenance) -> Splits:
+    """The splits of a file or a hub data set."""
+    hub = _fetch(dataset) if dataset.source == "hub" else {}
+    files = resolve(dataset.path) if dataset.source == "file" else []
+    settings = {
+        "files": [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "hub": [dataset.hub_name, {split: getattr(held, "_fingerprint", None) for split, held in hub.items()}],
+        "format": dataset.format,
+        "on_invalid": [dataset.on_invalid, dataset.max_invalid_share],
+        "split_seed": dataset.split_seed,
+        "version": READING_VERSION,
+    }
+
+    def make(folder: Path) -> dict[str, Any]:
+        if dataset.source == "file":
+            return read_into(folder, [(None, (row for file in files for row in rows(file)))], dataset)
+        return read_into(folder, _hub_parts(dataset, hub), dataset)
+
+    # Whatever the stage, its data is read: there is no command to make it beforehand.
+    always = replace(provenance, build_inputs=True)
+    artifact = produce(always, "data", dataset.name, settings, {}, make, requested=False)
+    results = artifact.manifest()["results"]
+    mapped = MappedRecords(artifact.folder / RECORDS)
+    columns = mapped.columns()
+    repeated = read_json(artifact.folder / REPEATED)
+    renamed = {int(row): name for row, name in repeated["renamed"].items()}
+    for row, name in renamed.items():
+        columns.id_key[row] = id_key(name)
+        columns.digests[row] = digest(replace(mapped[row], id=name))
+    kept = np.ones(len(mapped), dtype=bool)
+    kept[repeated["dropped"]] = False
+    records = Records(mapped, columns, np.flatnonzero(kept), renamed)
+    counts = Counter(results["counts"])
+    if dataset.source == "hub" and not dataset.hub_split and "validation" in hub and "test" not in hub:
         counts["validation_used_as_test"] = 1
-    for split, rows in found.items():
+    if any(name.startswith("invalid_") for name in counts):
+        logger.warning("%d invalid rows left out: %s", _invalid(counts), artifact.folder / INVALID)
+    return Splits(_separate(_assign(records, dataset), counts), dict(counts), artifact, results["format"])
+
+
+def _invalid(counts: Mapping[str, int]) -> int:
+    return sum(count for name, count in counts.items() if name.startswith("invalid_"))
+
+
+def read_into(folder: Path, parts: Iterable[tuple[str | None, Rows]], dataset: DatasetConfig) -> dict[str, Any]:
+    """Reads rows into the folder's files; what was counted, and the format.
+
+    parts: rows, and the split that all of them belong to (None: the one that a row names itself, if it does).
+    Leaves records.arrow; repeated.json, which renames or drops rows whose id is taken; and invalid.jsonl where rows
+    were left out, also when there were too many of them.
+    """
+    with replace_file(folder / RECORDS) as file, (folder / INVALID).open("w") as invalid:
+
+        def listed(place: str, reason: str, message: str) -> None:
+            invalid.write(json.dumps({"place": place, "reason": reason, "message": message}) + "\n")
+
+        reading = Reading(dataset.format, dataset.on_invalid, dataset.max_invalid_share, listed)
+        try:
+            write_records(_records(parts, reading), file, dataset.split_seed)
+            write_json(folder / REPEATED, _settle_repeated(file, reading))
+        except DataError as error:
+            if not reading.invalid:
+                raise
+            invalid.flush()
+            raise DataError(f"{error}; all of them are listed in {invalid.name}") from error
+    if not reading.invalid:
+        (folder / INVALID).unlink()
+    counts = {name: count for name, count in reading.counts.items() if count or name == "rows_read"}
+    return {"counts": counts, "format": reading.format}
+
+
+def _records(parts: Iterable[tuple[str | None, Rows]], reading: Reading) -> Iterator[Record]:
+    with progress_bar(None, "reading rows", unit=" rows") as bar:
+        for split, part in parts:
+            for record in read_records(_counted(part, bar), reading):
+                yield record if split is None else replace(record, split=split)
+
+
+def _counted(part: Rows, bar: Any) -> Rows:
+    for entry in part:
+        yield entry
+        bar.update(1)
+
+
+def _settle_repeated(file: Path, reading: Reading) -> dict[str, Any]:
+    """What becomes of rows whose id an earlier one has: the data's own ids must differ, those that we made get "-2"."""
+    mapped = MappedRecords(file)
+    columns = mapped.columns()
+    renamed: dict[int, str] = {}
+    dropped: list[int] = []
+    for first, later in repeated_ids(mapped, columns).items():
+        name, place = mapped[first].id, mapped[first].place
+        for copy, row in enumerate(later, start=2):
+            if not columns.own_id[row]:
+                renamed[row] = f"{name}-{copy}"
+                continue
+            here = mapped[row].place
+            problem = f"{here}, field 'id': {name!r:.60} is taken by {place}; make ids unique"
+            reading.refuse(here, UnusableRow(problem, "repeated_id"))
+            dropped.append(row)
+    reading.judge(len(mapped) - len(dropped))
+    return {"renamed": renamed, "dropped": dropped}
+
+
+def _hub_parts(dataset: DatasetConfig, found: Mapping[str, Any]) -> Iterator[tuple[str | None, Rows]]:
+    """The hub's splits, and which of ours each becomes."""
+    names = _hub_splits(dataset, set(found))
+    for split, held in found.items():
         place = f"{dataset.hub_name}, split {split}, row"
-        reading = rows_to_records(((f"{place} {number}", row) for number, row in enumerate(rows, 1)), dataset.format)
-        counts.update(reading.counts)
-        records += [replace(record, split=names[split]) for record in reading.records]
-    return Reading(records, dict(counts))
+        yield names[split], ((f"{place} {number}", row) for number, row in enumerate(held, 1))
 
 
-def _fetch(dataset: DatasetConfig) -> Mapping[str, Iterable[dict[str, Any]]]:
-    """The hub's splits, each an iterable of rows."""
-    import datasets  # takes seconds to import, and most runs read no hub
+def _hub_splits(dataset: DatasetConfig, found: set[str]) -> dict[str, str | None]:
+    """Which of our splits each of the hub's becomes; None: ours to choose."""
+    if dataset.hub_split:
+        ours = {dataset.hub_split: "train" if dataset.hub_test_split else None}
+        return ours | ({dataset.hub_test_split: "test"} if dataset.hub_test_split else {})
+    if "train" not in found or not found <= {"train", "validation", "test"}:
+        raise UserError(
+            f"{dataset.hub_name} has the splits {', '.join(sorted(found))}: set dataset.hub_split to the one to train "
+            "on, and dataset.hub_test_split to the one to test on, if there is one"
+        )
+    if len(found) == 1:
+        return {"train": None}
+    names: dict[str, str | None] = {split: split for split in found}
+    if "test" not in found:
+        names["validation"] = "test"
+    return names
+
+
+def _fetch(dataset: DatasetConfig) -> Mapping[str, Any]:
+    """The hub's splits that are read, each an iterable of rows."""
+    import datasets  # takes a second to import, and most runs read no hub
 
     name, config, revision = dataset.hub_name, dataset.hub_config, dataset.hub_revision
     try:
         try:
-            return datasets.load_dataset(name, name=config, revision=revision)
+            found = datasets.load_dataset(name, name=config, revision=revision)
         except RuntimeError as error:
             if "scripts are no longer supported" not in str(error) or revision is not None:
                 raise
             logger.warning("%s is published as a script; reading the hub's conversion of it, %s", name, PARQUET_BRANCH)
-            return datasets.load_dataset(name, data_dir=config, revision=PARQUET_BRANCH)
+            found = datasets.load_dataset(name, data_dir=config, revision=PARQUET_BRANCH)
     except Exception as error:  # whatever the network, the hub and its client may raise: the way out is the same
         raise UserError(
             f"cannot load {name} from the hub ({type(error).__name__}: {error}); check dataset.hub_name, hub_config, "
             "hub_revision and the network, or download its file elsewhere and set dataset=file dataset.path=FILE"
         ) from error
+    wanted = [split for split in (dataset.hub_split, dataset.hub_test_split) if split]
+    for split in wanted:
+        if split not in found:
+            setting = "hub_split" if split == dataset.hub_split else "hub_test_split"
+            raise UserError(f"dataset.{setting}={split}: {name} has the splits {', '.join(sorted(found))}")
+    return {split: found[split] for split in wanted} if wanted else found
 
 
-def _chance(seed: int, key: str) -> float:
-    """A number in [0, 1) that looks random, the same for the same seed and text everywhere."""
-    digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
-
-
-def _assign(records: list[Record], dataset: DatasetConfig) -> dict[str, list[Record]]:
+def _assign(records: Records, dataset: DatasetConfig) -> dict[str, Records]:
     """The records by split: the source's own, and by chance for those of its train split or of none."""
-    official = {record.split for record in records}
-    if None in official and len(official) > 1:
-        named = next(record.id for record in records if record.split is None)
-        raise UserError(f"record {named} has no 'split' while others have; give every row one, or none")
-    splits: dict[str, list[Record]] = {split: [] for split in SPLITS}
-    for record in records:
-        split = record.split or "train"
-        if split == "train":
-            # Test's share of the range stays test's even where it is not needed, so that both cases agree.
-            point = _chance(dataset.split_seed, query_key(record.query)) - dataset.test_share
-            if point < 0 and "test" not in official:
-                split = "test"
-            elif 0 <= point < dataset.validation_share and "validation" not in official:
-                split = "validation"
-        splits[split].append(record)
-    return splits
+    code = records.columns.split[records.rows].astype(np.int64)
+    if (code < 0).any() and (code >= 0).any():
+        without = records[int(np.flatnonzero(code < 0)[0])]
+        raise UserError(f"{without.place}: no 'split' while other rows have one; give every row one, or none")
+    official = {SPLITS[number] for number in np.unique(code[code >= 0])}
+    train, validation, test = (SPLITS.index(split) for split in ("train", "validation", "test"))
+    code[code < 0] = train
+    # Test's share of the range stays test's even where it is not needed, so that both cases agree.
+    point = records.columns.chance[records.rows] - dataset.test_share
+    open_to_choice = code == train
+    if "test" not in official:
+        code[open_to_choice & (point < 0)] = test
+    if "validation" not in official:
+        code[open_to_choice & (point >= 0) & (point < dataset.validation_share)] = validation
+    return {split: records.only(code == number) for number, split in enumerate(SPLITS)}
 
 
-def _separate(splits: dict[str, list[Record]], counts: Counter[str]) -> dict[str, list[Record]]:
+def _separate(splits: dict[str, Records], counts: Counter[str]) -> dict[str, Records]:
     """Without the records whose query is in a split that is held out from theirs; counts how many."""
     splits = dict(splits)
     for held_out, others in (
         ("test", ("validation", "train", "demonstrations")),
         ("validation", ("train", "demonstrations")),
     ):
-        queries = {query_key(record.query) for record in splits[held_out]}
+        queries = splits[held_out].query_keys()
         for split in others:
-            kept = [record for record in splits[split] if query_key(record.query) not in queries]
-            counts[f"dropped_query_in_{held_out}"] += len(splits[split]) - len(kept)
-            splits[split] = kept
+            kept = ~np.isin(splits[split].query_keys(), queries)
+            counts[f"dropped_query_in_{held_out}"] += int((~kept).sum())
+            splits[split] = splits[split].only(kept)
     return splits
-
-
-def _check_ids(splits: dict[str, list[Record]]) -> None:
-    """Stages exchange numbers by record id, whatever the split: the hub's splits may not repeat each other's ids."""
-    splits_of: dict[str, str] = {}
-    for split, records in splits.items():
-        for record in records:
-            if splits_of.setdefault(record.id, split) != split:
-                raise UserError(f"id '{record.id}' is in {splits_of[record.id]} and in {split}; make ids unique")

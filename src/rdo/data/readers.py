@@ -1,143 +1,134 @@
-"""Readers: rows of any format, from files or the hub, become records; a bad row says where and why.
+"""Readers: rows of any format, from files or the hub, become records; a row that cannot be used says where and why.
 
-A row that is broken (a missing field, a wrong type, a score that is no number) is an error at once: the file is not
-what it was taken for. A row that is well formed but says nothing about which response is better is left out, counted
-and, where it is a defect, named in the log. Published sets hold such rows, and nobody should have to mend them by hand:
-the test set of HH helpful-base has 2 pairs of identical responses, 4 empty replies and 2 pairs that answer different
-queries. More defects than `MAX_DEFECT_SHARE` of the rows mean that the file is damaged or read as the wrong format.
+Such a row ends the run (dataset.on_invalid=error), or is left out, counted and listed (skip), up to a share of the rows
+beyond which the file is not what it was taken for. Published sets hold such rows: the test set of HH helpful-base has 2
+pairs of identical responses, 4 empty replies and 2 pairs that answer different queries. Rows of another task that a
+published set holds by design (`BY_DESIGN`) are counted and left out in either case.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
-import logging
-import zlib
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from rdo.data.containers import TextRow
 from rdo.data.formats import READERS, UnusableRow, find_format
-from rdo.data.records import Preference, Record, content_id
+from rdo.data.records import Record
 from rdo.errors import DataError
 
-logger = logging.getLogger(__name__)
-
-MAX_DEFECT_SHARE = 0.01
-
-# Rows that published sets hold by design, however many; every other reason to leave a row out counts as a defect.
-BY_DESIGN = ("identical_responses", "articles")
+BY_DESIGN = ("articles", "unranked")
+# A file whose first so many rows are all invalid is read as something that it is not.
+HOPELESS = 1000
+LEAVE_OUT = "; dataset.on_invalid=skip leaves such rows out and lists them"
 
 
-class Reading(NamedTuple):
-    """The records of a file or hub split, and counts: `rows_read` and `dropped_...` for each reason met."""
+@dataclass
+class Reading:
+    """What reading has met so far.
 
-    records: list[Record]
-    counts: dict[str, int]
-
-
-def rows_to_records(rows: Iterable[tuple[str, Any]], format: str = "auto") -> Reading:
-    """Records of the rows, in their order.
-
-    rows: pairs of a place for messages ("FILE, line 12") and the row, a dict of columns.
-    format: one of READERS, or "auto" to tell it from the columns of the first row.
-    A record without an id in the data gets a hash of its texts; further rows with the same texts get "-2", "-3", ...
-    Raises DataError, naming place and field, for a broken row, for an id given twice, for more defects than
-    MAX_DEFECT_SHARE, and when every row had to be left out.
+    counts: `rows_read`, `dropped_<reason>` for rows of BY_DESIGN and for preferences between identical responses, and
+    `invalid_<reason>`. listed: called with place, reason and message of each invalid row.
     """
-    if format != "auto" and format not in READERS:
-        raise DataError(f"dataset.format={format} is not known; choose auto, {', '.join(READERS)}")
-    records: list[Record] = []
-    counts: Counter[str] = Counter(rows_read=0)
-    dropped: list[tuple[str, UnusableRow]] = []
-    places: dict[str, str] = {}
+
+    format: str = "auto"
+    on_invalid: str = "error"
+    max_invalid_share: float = 0.01
+    listed: Callable[[str, str, str], None] = lambda place, reason, message: None
+    counts: Counter[str] = field(default_factory=Counter)
+    invalid: int = 0
+    first: str = ""
+
+    def refuse(self, place: str, error: DataError) -> None:
+        """Raises, lists or only counts, as the row's fault and the settings demand."""
+        reason = error.reason if isinstance(error, UnusableRow) else "broken"
+        if reason in BY_DESIGN:
+            self.counts[f"dropped_{reason}"] += 1
+            self.first = self.first or str(error)
+            return
+        if self.on_invalid == "error":
+            raise DataError(f"{error}{LEAVE_OUT}") from error
+        self.counts[f"invalid_{reason}"] += 1
+        self.invalid += 1
+        self.first = self.first or str(error)
+        self.listed(place, reason, str(error))
+
+    def judge(self, usable: int) -> None:
+        """Raises DataError where too many rows were invalid, or none is left."""
+        rows = self.counts["rows_read"]
+        if self.invalid > self.max_invalid_share * rows:
+            raise DataError(
+                f"{self.first} (this is the first of {self.invalid} invalid rows of {rows}, more than "
+                f"dataset.max_invalid_share={self.max_invalid_share:g} allows)"
+            )
+        if rows and not usable:
+            raise DataError(f"{self.first} (no row of {rows} can be used; this is said of the first)")
+
+
+def read_records(rows: Iterable[tuple[str, Any]], reading: Reading) -> Iterator[Record]:
+    """Records of the rows, in their order, ids as the data gives them ("" where it gives none).
+
+    rows: pairs of a place for messages ("FILE, line 12") and the row, a dict of columns, or the DataError that stands
+    in its place. The format, if `reading.format` is "auto", is told from the first row. Raises DataError, naming place
+    and field, for a row that cannot be used (see `Reading`), for too many of them, and when no row is left.
+    """
+    if reading.format != "auto" and reading.format not in READERS:
+        raise DataError(f"dataset.format={reading.format} is not known; choose auto, {', '.join(READERS)}")
+    usable = 0
     for place, row in rows:
-        counts["rows_read"] += 1
-        if not isinstance(row, dict):
-            raise DataError(f"{place}: must be an object of columns, found {type(row).__name__}")
-        if format == "auto":
-            format = find_format((name for name, value in row.items() if value is not None), place)
+        reading.counts["rows_read"] += 1
         try:
-            record = _read_row(row, place, format)
-        except UnusableRow as unusable:
-            dropped.append((place, unusable))
+            found = list(_row_records(row, place, reading))
+        except DataError as error:
+            reading.refuse(place, error)
+            if reading.invalid == HOPELESS and not usable:
+                reading.judge(usable)
             continue
-        informative = tuple(p for p in record.preferences if p.tie or _differ(record, p))
-        counts["dropped_identical_preferences"] += len(record.preferences) - len(informative)
-        records.append(replace(record, id=_claim_id(record, place, places), preferences=informative))
-    _judge_dropped(dropped, counts, bool(records))
-    return Reading(records, {name: count for name, count in counts.items() if count or name == "rows_read"})
+        usable += 1
+        yield from found
+    reading.judge(usable)
 
 
-def _read_row(row: dict[str, Any], place: str, format: str) -> Record:
-    reader = READERS[format]
+def _row_records(row: Any, place: str, reading: Reading) -> Iterator[Record]:
+    if isinstance(row, DataError):
+        raise row
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: must be an object of columns, found {type(row).__name__}; write one object a row")
+    if reading.format == "auto":
+        reading.format = find_format(row, place)
+    reader = READERS[reading.format]
+    if isinstance(row, TextRow):
+        row = {name: _cell(name, text, reader.structured, place) for name, text in row.items()}
     for name in reader.columns:
         if row.get(name) is None:
             needs = ", ".join(reader.columns)
-            raise DataError(f"{place}, field '{name}': missing; a row of format '{format}' needs {needs}")
-    record = reader.read(row, place)
-    if len(record.responses) > 1 and len(set(record.responses)) == 1:
-        raise UnusableRow(f"{place}: all responses are identical, so there is no preference", "identical_responses")
-    return record
+            raise DataError(f"{place}, field '{name}': missing; a row of format '{reading.format}' needs {needs}")
+    for record in reader.read(row, place):
+        if len(record.responses) > 1 and len(set(record.responses)) == 1:
+            problem = "all responses are identical, so there is no preference; delete the row"
+            raise UnusableRow(f"{place}: {problem}", "identical_responses")
+        informative = tuple(p for p in record.preferences if p.tie or _differ(record, p.chosen, p.rejected))
+        reading.counts["dropped_identical_preferences"] += len(record.preferences) - len(informative)
+        yield replace(record, preferences=informative, place=place)
 
 
-def _differ(record: Record, preference: Preference) -> bool:
-    return record.responses[preference.chosen] != record.responses[preference.rejected]
+def _differ(record: Record, chosen: int, rejected: int) -> bool:
+    return record.responses[chosen] != record.responses[rejected]
 
 
-def _claim_id(record: Record, place: str, places: dict[str, str]) -> str:
-    """The record's id, entered into `places` (id → place)."""
-    identifier = record.id
-    if identifier and identifier in places:
-        raise DataError(f"{place}, field 'id': '{identifier}' is taken by {places[identifier]}; make ids unique")
-    if not identifier:
-        base = identifier = content_id(record.query, record.responses)
-        copies = 1
-        while identifier in places:
-            copies += 1
-            identifier = f"{base}-{copies}"
-    places[identifier] = place
-    return identifier
-
-
-def _judge_dropped(dropped: list[tuple[str, UnusableRow]], counts: Counter[str], any_record: bool) -> None:
-    """Count the rows left out, log where the defects are, and raise if there are too many or nothing is left."""
-    for _, unusable in dropped:
-        counts[f"dropped_{unusable.reason}"] += 1
-    defects = [(place, unusable) for place, unusable in dropped if unusable.reason not in BY_DESIGN]
-    if len(defects) > MAX_DEFECT_SHARE * counts["rows_read"]:
-        share = f"{len(defects)} of {counts['rows_read']} rows cannot be used (at most {MAX_DEFECT_SHARE:.0%} may)"
-        raise DataError(f"{defects[0][1]}\n{share}; the message is the first one's.")
-    if dropped and not any_record:
-        raise DataError(f"{dropped[0][1]}\nNo row of {len(dropped)} can be used; the message is the first one's.")
-    for place, unusable in defects[:20]:
-        logger.warning("left out %s (%s)", place, unusable.reason)
-    if len(defects) > 20:
-        logger.warning("left out %d more rows like these", len(defects) - 20)
-
-
-def read_file(path: Path, format: str = "auto") -> Reading:
-    """Records of a file of JSON lines, plain or .gz; empty lines are skipped. Raises DataError as rows_to_records."""
+def _cell(name: str, text: str, structured: tuple[str, ...], place: str) -> Any:
+    """A cell of a text table: text as it is, anything else as JSON (or True and False), an empty one as missing."""
+    if name not in structured:
+        return text
+    text = text.strip()
+    if not text:
+        return None
+    if re.fullmatch("(?i)true|false", text):
+        text = text.lower()
     try:
-        return rows_to_records(_json_lines(path), format)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({error}); check dataset.path") from error
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    empty = True
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            empty = False
-            place = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{place}: is not JSON ({error}); write one JSON object per line") from error
-            yield place, row
-    if empty:
-        raise DataError(f"{path}: there are no rows; check dataset.path")
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}, field '{name}': the cell is not JSON ({error}); quote it as JSON would") from error

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
+from rdo.data.records import Message, Record
 from rdo.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ TEMPLATES = ("raw", "hh", "alpaca", "tldr", "chat")
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 ROLES = {HUMAN: "user", ASSISTANT: "assistant"}
+MARKERS = {"system": "{content}", "user": f"{HUMAN} {{content}}", "assistant": f"{ASSISTANT} {{content}}"}
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -51,46 +54,64 @@ def turns(query: str) -> list[dict[str, str]]:
     return messages
 
 
-def render_prompt(template: str, query: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The query as a prompt.
+def text_of(messages: Sequence[Message]) -> str:
+    """The text of a query that is given as messages: `Record.query`, which every template but `chat` renders.
+
+    One user's message alone is its content. Any other conversation takes HH's form and ends with "\\n\\nAssistant:"; a
+    system's text stands in front of the first "\\n\\nHuman:". Content that holds such a marker itself can then no
+    longer be told from a turn, so the messages are what counts.
+    """
+    if len(messages) == 1 and messages[0].role == "user":
+        return messages[0].content
+    texts = [MARKERS[message.role].format(content=message.content) for message in messages]
+    return "".join([*texts, ASSISTANT])
+
+
+def render_prompt(template: str, record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The record's query as a prompt.
 
     raw: as it is. hh: an HH dialogue as it is; plain text as its one human turn. alpaca: Alpaca's prompt without input;
-    the instruction is the text of a dialogue's only turn, or a longer dialogue as a whole. tldr: followed by "TL;DR:".
-    chat: the turns through the tokenizer's chat template, markers and generation prompt included (BOS too if the
-    template has it); the other templates do not use the tokenizer.
+    the instruction is the text of a dialogue's only turn (behind the system's), or a longer dialogue as a whole.
+    tldr: followed by "TL;DR:". chat: the messages, or the turns of a text, through the tokenizer's chat template,
+    markers and generation prompt included (BOS too if the template has it); the other templates use no tokenizer.
     Raises UserError for an unknown template and for a tokenizer whose chat template is missing, fails, or does not open
     an answer.
     """
     if template == "raw":
-        return query
+        return record.query
     if template == "hh":
-        return _as_dialogue(query)
+        return _as_dialogue(record)
     if template == "alpaca":
-        return ALPACA.format(instruction=_instruction(query))
+        return ALPACA.format(instruction=_instruction(record))
     if template == "tldr":
-        return f"{query}\n\nTL;DR:"
+        return f"{record.query}\n\nTL;DR:"
     if template == "chat":
-        return _render_chat(query, tokenizer)
+        return _render_chat(_messages(record), tokenizer)
     raise UserError(f"dataset.template={template} is not known; choose one of {', '.join(TEMPLATES)}")
 
 
-def _as_dialogue(query: str) -> str:
-    if not is_dialogue(query):
+def _messages(record: Record) -> list[dict[str, str]]:
+    return [{"role": m.role, "content": m.content} for m in record.messages] or turns(record.query)
+
+
+def _as_dialogue(record: Record) -> str:
+    query = record.query
+    # The text of several messages is a dialogue already, even where the system's text stands in front.
+    if len(record.messages) < 2 and not is_dialogue(query):
         return f"{HUMAN} {query}{ASSISTANT}"
     return query if query.rstrip().endswith(ASSISTANT) else f"{query}{ASSISTANT}"
 
 
-def _instruction(query: str) -> str:
-    messages = turns(query)
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return query.rstrip().removesuffix(ASSISTANT).strip()
+def _instruction(record: Record) -> str:
+    messages = _messages(record)
+    if [message["role"] for message in messages] in (["user"], ["system", "user"]):
+        return "\n\n".join(message["content"] for message in messages if message["content"].strip())
+    return record.query.rstrip().removesuffix(ASSISTANT).strip()
 
 
-def _render_chat(query: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _render_chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.chat_template is None:
         raise UserError(f"dataset.template=chat, but the tokenizer has no chat template; {OTHER_TEMPLATES}")
-    messages = turns(query)
     try:
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         closed = tokenizer.apply_chat_template(messages, add_generation_prompt=False, tokenize=False)
