@@ -14,7 +14,7 @@ from rdo.errors import UserError
 from rdo.losses import dpo
 from rdo.run import select
 from rdo.schema import RcConfig, TrainingConfig
-from rdo.stages.align import check_data, ordered_pairs, rc_settings, reward_difference, weigh
+from rdo.stages.align import check_data, own_scores, rc_settings, supervision, weigh
 from rdo.stages.reference import partners
 from rdo.stages.score import Scores, pairs_to_score
 
@@ -24,6 +24,7 @@ def pair_record(identifier: str, chosen: int = 0, **others: object) -> Record:
 
 
 RECORDS = [pair_record("one"), pair_record("two")]
+IDS = [record.id for record in RECORDS]
 PAIRS = [((0, 1),), ((0, 1),)]
 
 
@@ -34,7 +35,7 @@ def scored(*differences: float) -> dict[str, Scores]:
 
 
 def weights(rc: RcConfig, *differences: float) -> list[float]:
-    weighted, _ = weigh(RECORDS, PAIRS, rc, scored(*differences), seed=0)
+    weighted, _ = weigh(IDS, PAIRS, rc, scored(*differences), seed=0)
     return [pair.weight for group in weighted for pair in group]
 
 
@@ -47,14 +48,14 @@ def test_weights_are_r_to_the_alpha() -> None:
 @pytest.mark.parametrize("negative", ["clip", "abs", "flip", "floor", "error"])
 @pytest.mark.parametrize("scale", ["none", "mean"])
 def test_alpha_zero_is_no_coefficient_to_the_bit(negative: str, scale: str) -> None:
-    none, _ = weigh(RECORDS, PAIRS, RcConfig("none"), {}, seed=0)
-    zero, _ = weigh(RECORDS, PAIRS, RcConfig("diff", alpha=0.0, negative=negative, scale=scale), scored(3.0, -1.0), 0)
+    none, _ = weigh(IDS, PAIRS, RcConfig("none"), {}, seed=0)
+    zero, _ = weigh(IDS, PAIRS, RcConfig("diff", alpha=0.0, negative=negative, scale=scale), scored(3.0, -1.0), 0)
     assert zero == none
 
 
 def test_flip_swaps_the_pair_that_the_scorer_contradicts() -> None:
     """The golden number 0.544135: R = [2, -0.5], alpha 0.5, beta 0.2, mean over both pairs."""
-    weighted, statistics = weigh(RECORDS, PAIRS, RcConfig("diff", alpha=0.5, negative="flip"), scored(2.0, -0.5), 0)
+    weighted, statistics = weigh(IDS, PAIRS, RcConfig("diff", alpha=0.5, negative="flip"), scored(2.0, -0.5), 0)
     assert statistics is not None
     assert statistics["negative_share"] == 0.5
     policy, reference = [(-10.0, -12.0), (-20.0, -18.0)], [(-11.0, -11.0), (-19.0, -19.0)]
@@ -90,8 +91,9 @@ def test_order_forward_and_antisymmetric() -> None:
 
 
 def test_oracle_reads_the_scores_of_the_data() -> None:
-    record = pair_record("one", scores=(1.0, 0.25))
-    assert reward_difference(RcConfig("oracle"), {}, record, 0, 1) == 0.75
+    records = [pair_record("one", scores=(1.0, 0.25)), pair_record("two", scores=(1.0, -3.0))]
+    weighted, _ = weigh(IDS, PAIRS, RcConfig("oracle", alpha=1.0), {"oracle": own_scores(records)}, seed=0)
+    assert [pair.weight for group in weighted for pair in group] == [0.75, 4.0]
 
 
 def test_settings_without_effect_do_not_make_another_run() -> None:
@@ -121,23 +123,23 @@ def rrhf(ranking: str) -> object:
 
 def test_rankings() -> None:
     record = Record("x", "q", ("a", "b", "c"), (Preference(1, 0),), scores=(0.1, 0.9, 0.5))
-    by_scores = ordered_pairs(record, rrhf("scores"), {})  # type: ignore[arg-type]
+    by_scores = supervision(record, rrhf("scores"), {})  # type: ignore[arg-type]
     assert set(by_scores.pairs) == {(1, 2), (1, 0), (2, 0)}
     assert by_scores.best == 1
-    by_labels = ordered_pairs(record, rrhf("labels"), {})  # type: ignore[arg-type]
+    by_labels = supervision(record, rrhf("labels"), {})  # type: ignore[arg-type]
     assert by_labels.pairs == ((1, 0),)
     assert by_labels.best == 1
     # g(i, j) = i - j + 5: a pure order bias of 5 that the antisymmetric mean removes.
     outputs = {("x", i, j): i - j + 5.0 for i in range(3) for j in range(3) if i != j}
     read = {"diff": Scores({}, outputs)}
-    assert ordered_pairs(record, rrhf("diff"), read).best == 2  # type: ignore[arg-type]
+    assert supervision(record, rrhf("diff"), read).best == 2  # type: ignore[arg-type]
     assert read["diff"].ranking(record) == [-1.5, 0.0, 1.5]
     assert read["diff"].ranking(record, baseline=True) == [0.0, 1.0, 2.0]
 
 
 def data_run(records: list[Record], rc: str = "none") -> SimpleNamespace:
     """What check_data reads of a run."""
-    config = SimpleNamespace(rc=RcConfig(rc), dataset=SimpleNamespace(name="made-up"))
+    config = SimpleNamespace(rc=RcConfig(rc), dataset=SimpleNamespace(name="made-up"), align=TrainingConfig())
     return SimpleNamespace(config=config, records=lambda split: records)
 
 
@@ -156,7 +158,7 @@ def test_data_that_cannot_serve_the_loss_is_refused_before_any_work() -> None:
 
 def test_ties_are_no_pairs() -> None:
     tied = Record("x", "q", ("a", "b"), (Preference(0, 1, tie=True),))
-    assert ordered_pairs(tied, choose_loss({"name": "dpo", "beta": 0.1}), {}).pairs == ()
+    assert supervision(tied, choose_loss({"name": "dpo", "beta": 0.1}), {}).pairs == ()
 
 
 def test_selection_and_partners_do_not_depend_on_the_order_of_records() -> None:

@@ -1,4 +1,4 @@
-"""Templates and encoding: what the model is shown, how prompt and response are joined, and what is cut."""
+"""Encoding: how prompt and response are joined, and what is cut."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerFast
 
 from rdo.data.encoding import TruncationReport, encode
 from rdo.data.records import Record
-from rdo.data.templates import TEMPLATES, render_prompt, turns
 from rdo.errors import UserError
 
 PAD, BOS, EOS, UNKNOWN, IM_START, IM_END = range(6)
@@ -19,8 +18,6 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SINGLE = "\n\nHuman: Which bread?\n\nAssistant:"
-LONGER = "\n\nHuman: Which bread?\n\nAssistant: Rye.\n\nHuman: Why?\n\nAssistant:"
 
 
 def byte_tokenizer(bos: bool = True, eos: bool = True, adds_bos: bool = False) -> PreTrainedTokenizerFast:
@@ -58,77 +55,6 @@ def with_chat(template: str, **options: bool) -> PreTrainedTokenizerFast:
     tokenizer = byte_tokenizer(**options)
     tokenizer.chat_template = template
     return tokenizer
-
-
-# Templates
-
-
-def test_raw_and_tldr_take_the_query_word_for_word():
-    assert render_prompt("raw", " q\n", TOKENIZER) == " q\n"
-    assert render_prompt("tldr", "POST: p", TOKENIZER) == "POST: p\n\nTL;DR:"
-
-
-@pytest.mark.parametrize("query", [SINGLE, LONGER, "\n\nHuman: x\n\nAssistant: "])
-def test_hh_takes_a_dialogue_as_it_is(query):
-    assert render_prompt("hh", query, TOKENIZER) == query
-
-
-def test_hh_makes_a_dialogue_of_plain_text_and_opens_the_answer():
-    assert render_prompt("hh", "Which bread?", TOKENIZER) == SINGLE
-    assert render_prompt("hh", "\n\nHuman: Which bread?", TOKENIZER) == SINGLE
-
-
-def test_alpaca():
-    start = (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        "\n\n### Instruction:\n"
-    )
-    assert render_prompt("alpaca", "Sum {1} and 2.", TOKENIZER) == f"{start}Sum {{1}} and 2.\n\n### Response:"
-    assert render_prompt("alpaca", SINGLE, TOKENIZER) == f"{start}Which bread?\n\n### Response:"
-    whole = "Human: Which bread?\n\nAssistant: Rye.\n\nHuman: Why?"
-    assert render_prompt("alpaca", LONGER, TOKENIZER) == f"{start}{whole}\n\n### Response:"
-
-
-def test_turns():
-    user, assistant = "user", "assistant"
-
-    def short(query):
-        return [(message["role"], message["content"]) for message in turns(query)]
-
-    assert short("plain Human: text") == [(user, "plain Human: text")]
-    assert short(SINGLE) == [(user, "Which bread?")]
-    assert short(LONGER) == [(user, "Which bread?"), (assistant, "Rye."), (user, "Why?")]
-    # As found in HH: an assistant that speaks twice, a colon-less mention of the role, a turn that is empty.
-    twice = "\n\nHuman: a\n\nAssistant: b\n\nAssistant: c\n\nHuman: d\n\nHumans like e\n\nAssistant:"
-    assert short(twice) == [(user, "a"), (assistant, "b\n\nc"), (user, "d\n\nHumans like e")]
-    assert short("\n\nHuman: a\n\nAssistant:\n\nHuman: b\n\nAssistant:") == [(user, "a\n\nb")]
-    assert short("\n\nHuman:\n\nAssistant:") == [(user, "")]
-
-
-def test_chat_renders_the_turns_and_opens_the_answer():
-    expected = (
-        "<|im_start|>user\nWhich bread?<|im_end|>\n<|im_start|>assistant\nRye.<|im_end|>\n"
-        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
-    )
-    assert render_prompt("chat", LONGER, with_chat(CHATML)) == expected
-
-
-@pytest.mark.parametrize(
-    ("chat_template", "message"),
-    [
-        (None, "the tokenizer has no chat template; set dataset.template"),
-        ("{% for message in messages %}{{ message.content }}{% endfor %}", "ignores add_generation_prompt"),
-        ("{{ raise_exception('no system role') }}", r"rejects the roles user \(no system role\); set dataset.template"),
-    ],
-)
-def test_chat_templates_that_cannot_serve(chat_template, message):
-    with pytest.raises(UserError, match=message):
-        render_prompt("chat", "q", with_chat(chat_template))
-
-
-def test_an_unknown_template_is_an_error_that_names_the_others():
-    with pytest.raises(UserError, match=f"dataset.template=vicuna is not known.*{', '.join(TEMPLATES)}"):
-        render_prompt("vicuna", "q", TOKENIZER)
 
 
 # Joining

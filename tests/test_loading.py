@@ -213,7 +213,9 @@ def test_several_files_make_one_set_and_rows_are_named_by_their_file(tmp_path):
     shares = {"test_share": 0.0, "validation_share": 0.0, "source": "file"}
     loaded = load(tmp_path, path=str(tmp_path / "*.jsonl"), **shares)
     assert queries(loaded, "train") == [f"query {number}" for number in range(9)]
-    assert load(tmp_path, path=[str(tmp_path / "b.jsonl")], **shares).splits["train"][3].place.endswith("b.jsonl, line 4")
+    assert (
+        load(tmp_path, path=[str(tmp_path / "b.jsonl")], **shares).splits["train"][3].place.endswith("b.jsonl, line 4")
+    )
 
 
 # The hub
@@ -296,7 +298,9 @@ def test_hub_rows_are_named_in_errors(hub, from_hub):
 
 def test_hub_splits_that_repeat_an_id_are_an_error(hub, from_hub):
     hub(train=[own("a", id="1"), own("b", id="2")], test=[own("c", id="2")])
-    with pytest.raises(DataError, match=r"split test, row 1, field 'id': '2' is taken by owner/set, split train, row 2"):
+    with pytest.raises(
+        DataError, match=r"split test, row 1, field 'id': '2' is taken by owner/set, split train, row 2"
+    ):
         from_hub(validation_share=0.0)
 
 

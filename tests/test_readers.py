@@ -199,7 +199,7 @@ def test_one_invalid_row_in_a_hundred_is_left_out_counted_and_listed_but_two_are
     found = read(*[good] * 99, row, on_invalid="skip")
     assert len(found.records) == 99
     assert found.counts == {"rows_read": 100, f"invalid_{reason}": 1}
-    (place, listed_reason, message), = found.listed
+    ((place, listed_reason, message),) = found.listed
     assert (place, listed_reason) == ("data.jsonl, line 100", reason)
     assert message.startswith("data.jsonl, line 100, field")
     with pytest.raises(DataError, match=r"line 99, field.*first of 2 invalid rows of 100.*max_invalid_share=0\.01"):
@@ -215,7 +215,7 @@ def test_reading_gives_up_early_on_a_file_that_is_something_else():
 
 
 def test_no_usable_row_is_an_error_whatever_share_is_allowed():
-    with pytest.raises(DataError, match="line 1, field 'chosen'.*no row of 2 can be used"):
+    with pytest.raises(DataError, match=r"line 1, field 'chosen'.*no row of 2 can be used"):
         read({**TRL, "chosen": 1}, {**TRL, "chosen": 2}, on_invalid="skip", max_invalid_share=1.0)
 
 

@@ -10,12 +10,13 @@ from transformers import PreTrainedModel
 
 from helpers import TEXTS, relative_error, scorer, tokenizer
 from rdo.data.encoding import encode
-from rdo.data.records import Record
+from rdo.data.records import Preference, Record
 from rdo.errors import UserError
 from rdo.forest import LayoutName, make_layout
 from rdo.models import read_scalars, set_layout
 from rdo.readout import Scalar
 from rdo.scorers import FORMS, ComparisonTemplate, Reading, add_difference, add_reward, check_form, merge, read_all
+from rdo.tasks import learns_from
 
 TOLERANCE = 1e-5
 COMPARING = ["paper", "antisymmetric", "residual"]
@@ -178,6 +179,12 @@ def test_forms_that_an_architecture_cannot_have_are_refused():
     with pytest.raises(UserError, match="nonsense"):
         check_form(scorer("llama", "nonsense"))
     assert check_form(scorer("llama", "residual")) == "residual"
+
+
+def test_a_tie_teaches_all_forms_but_the_pointwise_one():
+    for form in FORMS:
+        assert learns_from(form, Preference(0, 1))
+        assert learns_from(form, Preference(0, 1, tie=True)) == (form != "pointwise")
 
 
 def test_the_template_takes_three_texts_and_keeps_the_beginning_in_front():

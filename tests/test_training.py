@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import math
 import random
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +19,19 @@ from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
 from rdo.forest import make_layout
 from rdo.losses import rrhf_pairs
-from rdo.models import read_log_probabilities, set_layout
+from rdo.models import load_tokenizer, read_log_probabilities, set_layout
 from rdo.readout import Span
+from rdo.run import Run, model_path
 from rdo.schema import EngineConfig, TrackerConfig, TrainingConfig
 from rdo.scorers import ComparisonTemplate
-from rdo.tasks import Demonstration, ScorerTask, SftTask
+from rdo.stages.align import aligned_policy
+from rdo.stages.reference import reference
+from rdo.stages.scorer import scorer
+from rdo.stages.sft import base_policy
+from rdo.tasks import ById, Demonstration, ScorerTask, SftTask, learns_from
 from rdo.tracking import Tracker
 from rdo.training import learning_rate_factor, make_plan, train, training_step
+from tiny import tiny_run
 
 torch.set_num_threads(1)
 
@@ -84,7 +95,7 @@ def alignment_task(name: str, records: list[EncodedRecord]) -> AlignmentTask:
                 mismatched=tuple((ids, -4.1 * len(ids)) for ids in partner.responses) if loss.needs_kl else (),
             )
         )
-    return AlignmentTask(items, loss)
+    return AlignmentTask(ById([item.record_id for item in items], items.__getitem__), loss)
 
 
 class Words:
@@ -100,11 +111,14 @@ def make_task(name: str, records: list[EncodedRecord]) -> object:
     if name in SETTINGS:
         return alignment_task(name, records)
     if name == "sft":
-        return SftTask([Demonstration(record, (0, 1)) for record in records])
+        shown = [Demonstration(record, (0, 1)) for record in records]
+        return SftTask(ById([item.record_id for item in shown], shown.__getitem__))
     pairs = [(record, Preference(0, 1, tie=record.id == "r03")) for record in records]
+    pairs = [pair for pair in pairs if learns_from(name, pair[1])]
+    keys = [(record.id, preference.chosen, preference.rejected) for record, preference in pairs]
     template = ComparisonTemplate(["q", "a", "b"], Words())  # type: ignore[arg-type]
     beta = 0.1 if name == "paper" else 0.0
-    return ScorerTask(pairs, name, template, beta, beta, seed=3)
+    return ScorerTask(ById(keys, pairs.__getitem__), name, template, beta, beta, seed=3)
 
 
 TASKS = ["dpo", "kto", "rrhf", "sft", "pointwise", "paper", "antisymmetric", "residual"]
@@ -199,9 +213,9 @@ def test_loss_is_ln2_where_policy_is_the_reference() -> None:
         with torch.no_grad():
             reference, _ = read_log_probabilities(model, make_layout(layout, sequences), spans)
         items.append(AlignmentRecord(record, (Pair(0, 1),), tuple(reference.tolist())))
-    task = AlignmentTask(items, choose_loss(SETTINGS["dpo"]))
+    task = AlignmentTask(ById([item.record_id for item in items], items.__getitem__), choose_loss(SETTINGS["dpo"]))
     for budget in (1, 10**9):
-        measures = training_step(task, model, layout, task.records, budget)
+        measures = training_step(task, model, layout, items, budget)
         assert measures["loss"] == pytest.approx(math.log(2), abs=2e-6)
         assert measures["implicit_reward_margin"] == pytest.approx(0, abs=2e-5)
 
@@ -211,18 +225,19 @@ def test_kto_estimates_its_kl_over_the_whole_step() -> None:
     model = llama()
     layout = set_layout(model, "flat")
     task = alignment_task("kto", encoded(6, 2))
-    whole = task.prepare(model, layout, [task.records])["kl"]
-    parts = task.prepare(model, layout, [[record] for record in task.records])["kl"]
+    records = list(task.records)
+    whole = task.prepare(model, layout, [records])["kl"]
+    parts = task.prepare(model, layout, [[record] for record in records])["kl"]
     assert float(parts) == pytest.approx(float(whole), rel=1e-5)
     assert float(whole) > 0.0
     ratios = []
-    for record in task.records:
-        for ids, reference in record.mismatched:
+    for record in records:
+        for ids, known in record.mismatched:
             row = torch.tensor([[*record.encoded.prompt, *ids]])
             with torch.no_grad():
                 logits = model(row).logits[0, :-1].log_softmax(-1)
             tokens = logits.gather(-1, row[0, 1:, None])[len(record.encoded.prompt) - 1 :, 0]
-            ratios.append(float(tokens.sum()) - reference)
+            ratios.append(float(tokens.sum()) - known)
     assert float(whole) == pytest.approx(max(0.0, sum(ratios) / len(ratios)), abs=1e-4)
 
 
@@ -231,7 +246,8 @@ def test_dpo_step_equals_the_naive_formula() -> None:
     model = llama()
     task = alignment_task("dpo", encoded(5, 2))
     expected = 0.0
-    for item in task.records:
+    items = list(task.records)
+    for item in items:
         sums = []
         for ids in item.encoded.responses:
             row = torch.tensor([[*item.encoded.prompt, *ids]])
@@ -241,7 +257,7 @@ def test_dpo_step_equals_the_naive_formula() -> None:
         margin = (sums[0] - item.reference[0]) - (sums[1] - item.reference[1])
         expected += item.pairs[0].weight * math.log1p(math.exp(-0.2 * margin)) / 5
     layout = set_layout(model, "forest")
-    assert training_step(task, model, layout, task.records, 50)["loss"] == pytest.approx(expected, rel=1e-5)
+    assert training_step(task, model, layout, items, 50)["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_difference_pairs_are_shown_in_random_order_reseeded_every_epoch() -> None:
@@ -252,6 +268,74 @@ def test_difference_pairs_are_shown_in_random_order_reseeded_every_epoch() -> No
         assert 70 < sum(target == 1.0 for target in drawn) < 130
     assert targets[0] != targets[1]
     assert targets[0] == [task.item(n, 0).target for n in range(len(records))]
+
+
+def test_items_are_made_when_they_are_asked_for_and_in_the_order_of_their_keys() -> None:
+    made: list[int] = []
+
+    def make(number: int) -> int:
+        made.append(number)
+        return 10 * number
+
+    items = ById([("b", 1), ("a", 2), ("b", 0), ("a", 2)], make)
+    assert (len(items), made) == (4, [])
+    assert items.keys == [("a", 2), ("a", 2), ("b", 0), ("b", 1)]
+    assert list(items) == [10, 30, 20, 0]  # equal keys in the order given
+    assert items[2] == 20
+    assert made == [1, 3, 2, 0, 2]
+
+
+class Fleeting(Sequence[Any]):
+    """Copies of some objects, each made when it is asked for; counts how many are alive at once."""
+
+    def __init__(self, held: Sequence[Any]):
+        self.held, self.alive, self.most, self.made = held, 0, 0, 0
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def __getitem__(self, place: Any) -> Any:
+        copy = replace(self.held[place])
+        weakref.finalize(copy, self.gone)
+        self.alive, self.made = self.alive + 1, self.made + 1
+        self.most = max(self.most, self.alive)
+        return copy
+
+    def gone(self) -> None:
+        self.alive -= 1
+
+
+STAGES: dict[str, Callable[[Run], object]] = {
+    "sft": base_policy,
+    "rm": lambda run: scorer(run, "reward"),
+    "diffmodel": lambda run: scorer(run, "diff"),
+    "align": aligned_policy,
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_no_stage_holds_the_texts_or_token_ids_of_all_records(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 64 records at most those of two batches are alive at once, and the texts of a few being read."""
+    sections = [f"{section}.{key}" for section in STAGES for key in ("batch_size=4", "max_steps=3", "max_records=64")]
+    run = tiny_run(tmp_path, "dataset.toy.demonstrations=64", "loss=kto", "rc=oracle", "model=small", *sections)
+    split = "demonstrations" if name == "sft" else "train"
+    records = run.records(split)
+    tokenizer = load_tokenizer(model_path(base_policy(run)), run.config.model)
+    reference(run, mismatched=True)
+    texts, ids = Fleeting(records), Fleeting(run.encoded(split, tokenizer))
+    monkeypatch.setattr("rdo.data.table.ROWS_PER_BATCH", 4)
+    lazy = type(records)(texts, records.columns, records.rows, records.renamed)
+    monkeypatch.setattr(Run, "records", lambda self, split: lazy)
+    monkeypatch.setattr(Run, "encoded", lambda self, split, tokenizer: ids)
+    if name == "sft":
+        run.provenance = replace(run.provenance, run_dir=tmp_path / "again")
+    STAGES[name](run)
+    assert len(records) == 64
+    assert min(texts.made, ids.made) >= 64
+    assert texts.most <= 8  # one batch read, and the next
+    assert ids.most <= 2 * 4 * 2  # each with its partner for KTO's KL
 
 
 def test_schedule_and_plan() -> None:

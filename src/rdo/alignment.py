@@ -21,9 +21,10 @@ from rdo.errors import UserError
 from rdo.forest import LayoutName, make_layout
 from rdo.models import read_log_probabilities
 from rdo.readout import Span
+from rdo.tasks import ById
 from rdo.training import Counts, Measures
 
-# What a loss may ask for, one value for each pair; the last three one for each of a pair's two responses.
+# What a loss may ask for, one value for each pair; log_ratio and desirable one for each sample, kl one for all.
 INPUTS = {
     "policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected", "chosen_length", "rejected_length",
     "row_length", "log_ratio", "desirable", "kl",
@@ -40,8 +41,8 @@ class LossChoice:
     pairs: `preferences` (the labelled pairs) or `ranking` (every strictly ordered pair of the ranked responses).
     ranking: what ranks them: reward, diff (mean f against the others), diff_baseline (f against the first response),
     scores (the data set's own), or labels.
-    mean_over: pairs, samples (both members of each pair) or queries.
-    sft_weight: times the cross-entropy of the best response, a mean over queries.
+    mean_over: pairs, samples (both members of each pair, and each response that is labelled alone) or queries.
+    sft_weight: times the cross-entropy of the best response, a mean over the queries that have one.
     """
 
     name: str
@@ -64,6 +65,16 @@ class LossChoice:
     @property
     def needs_kl(self) -> bool:
         return "kl" in self.inputs
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether the data's labels say which response is better, and not a ranking."""
+        return self.pairs == "preferences" or self.ranking == "labels"
+
+    @property
+    def takes_unpaired(self) -> bool:
+        """Whether it learns from responses that are labelled alone, desirable or not."""
+        return self.mean_over == "samples" and self.reads_labels
 
 
 CHOICES = {
@@ -119,7 +130,7 @@ def checked_setting(key: str, value: Any, annotation: Any) -> Any:
     return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pair:
     """Two responses of a record, and the weight of their loss."""
 
@@ -128,11 +139,20 @@ class Pair:
     weight: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A response of unpaired data, labelled alone; its weight is 1, for there is no reward difference to weigh by."""
+
+    response: int
+    desirable: bool
+
+
 @dataclass(frozen=True)
 class AlignmentRecord:
     """What training needs to know of a record.
 
     reference: log-probability of each response under the reference (NaN where the loss reads none).
+    samples: responses that are labelled alone, for a loss that takes them.
     best: the response that the cross-entropy term imitates, or None where the loss has no such term.
     mismatched: the responses of another record for this query, and their reference log-probabilities: KTO's KL.
     """
@@ -140,6 +160,7 @@ class AlignmentRecord:
     encoded: EncodedRecord
     pairs: tuple[Pair, ...]
     reference: tuple[float, ...]
+    samples: tuple[Sample, ...] = ()
     best: int | None = None
     mismatched: tuple[tuple[tuple[int, ...], float], ...] = ()
 
@@ -156,6 +177,7 @@ class AlignmentRecord:
     def responses(self) -> list[int]:
         """The responses that the loss reads, in order."""
         used = {r for pair in self.pairs for r in (pair.chosen, pair.rejected)}
+        used |= {sample.response for sample in self.samples}
         return sorted(used | ({self.best} if self.best is not None else set()))
 
     @property
@@ -166,17 +188,17 @@ class AlignmentRecord:
 class AlignmentTask:
     """Trains a policy on alignment records; see training.Task."""
 
-    def __init__(self, records: Sequence[AlignmentRecord], loss: LossChoice):
-        self.records = sorted(records, key=lambda record: record.record_id)
-        self.record_ids = [record.record_id for record in self.records]
-        self.loss = loss
+    def __init__(self, records: ById[AlignmentRecord], loss: LossChoice):
+        self.records, self.record_ids, self.loss = records, records.keys, loss
 
     def item(self, index: int, epoch: int) -> AlignmentRecord:
         return self.records[index]
 
     def counts(self, items: Sequence[AlignmentRecord]) -> Counts:
         pairs = sum(len(item.pairs) for item in items)
-        return {"pairs": max(1, pairs), "samples": max(1, 2 * pairs), "queries": len(items)}
+        samples = 2 * pairs + sum(len(item.samples) for item in items)
+        best = sum(item.best is not None for item in items)
+        return {"pairs": max(1, pairs), "samples": max(1, samples), "queries": len(items), "best": max(1, best)}
 
     def prepare(
         self, model: PreTrainedModel, layout: LayoutName, batches: Sequence[Sequence[AlignmentRecord]]
@@ -212,7 +234,7 @@ class AlignmentTask:
         if self.loss.sft_weight:
             best = [read.place[n, item.best] for n, item in enumerate(items) if item.best is not None]
             cross_entropy = losses.sft(read.policy[best], read.length[best], reduction=self.loss.sft_reduction)
-            loss = loss + self.loss.sft_weight * cross_entropy.sum() / counts["queries"]
+            loss = loss + self.loss.sft_weight * cross_entropy.sum() / counts["best"]
             measures["sft_loss"] = (cross_entropy.sum(), len(best))
         return loss, measures
 
@@ -235,15 +257,17 @@ class AlignmentTask:
             **prepared,
         }
         if self.loss.mean_over == "samples":
-            both = [*chosen, *rejected]
-            tensors["log_ratio"] = read.policy[both] - read.reference[both]
-            tensors["desirable"] = torch.arange(len(both), device=weight.device) < len(chosen)
-            weight = torch.cat([weight, weight])
+            alone = [(n, sample) for n, item in enumerate(items) for sample in item.samples]
+            every = [*chosen, *rejected, *(read.place[n, sample.response] for n, sample in alone)]
+            desirable = [*(True for _ in chosen), *(False for _ in rejected), *(s.desirable for _, s in alone)]
+            tensors["log_ratio"] = read.policy[every] - read.reference[every]
+            tensors["desirable"] = torch.tensor(desirable, dtype=torch.bool, device=weight.device)
+            weight = torch.cat([weight, weight, weight.new_ones(len(alone))])
         values = self.loss.function(**{name: tensors[name] for name in self.loss.inputs}, **self.loss.settings)
         return weight * values, self.measure(tensors, weight, values, prepared)
 
     def measure(self, tensors: dict[str, Tensor], weight: Tensor, values: Tensor, prepared: dict[str, Any]) -> Measures:
-        """Sums and counts of what the dashboards show."""
+        """Sums and counts of what the dashboards show; what no pair or sample is there for has the count 0."""
         policy = tensors["policy_chosen"] - tensors["policy_rejected"]
         pairs = len(policy)
         measures: Measures = {
@@ -259,8 +283,12 @@ class AlignmentTask:
             tie = margin.abs() < TIE
             measures["implicit_reward_accuracy"] = (torch.where(tie, 0.5, (margin > 0).to(margin.dtype)).sum(), pairs)
             measures["implicit_reward_margin"] = (self.loss.settings.get("beta", 1.0) * margin.sum(), pairs)
+        if "log_ratio" in tensors:
+            reward = self.loss.settings.get("beta", 1.0) * tensors["log_ratio"]
+            for name, which in (("desirable", tensors["desirable"]), ("undesirable", ~tensors["desirable"])):
+                measures[f"implicit_reward_{name}"] = (reward[which].sum(), int(which.sum()))
         if "kl" in prepared:
-            measures["kl_estimate"] = (prepared["kl"] * pairs, pairs)
+            measures["kl_estimate"] = (prepared["kl"] * len(values), len(values))
         return measures
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,24 @@ from rdo.models import read_log_probabilities, read_scalars
 from rdo.readout import Span
 from rdo.scorers import ComparisonTemplate, Reading, add_difference, add_reward, merge
 from rdo.training import Counts, Measures, stable_seed
+
+T = TypeVar("T")
+
+
+class ById(Generic[T]):
+    """Items in the order of their keys, each made when it is asked for: token ids stay on disk until their step."""
+
+    def __init__(self, keys: Sequence[Any], make: Callable[[int], T]):
+        """keys: of each item its record's id, or a tuple that begins with it. make: item number n of `keys`."""
+        self.order = sorted(range(len(keys)), key=keys.__getitem__)
+        self.keys = [keys[n] for n in self.order]
+        self.make = make
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, place: int) -> T:
+        return self.make(self.order[place])
 
 
 @dataclass(frozen=True)
@@ -40,9 +58,8 @@ class Demonstration:
 class SftTask:
     """Cross-entropy of responses given their query: a mean over response tokens of the whole step."""
 
-    def __init__(self, records: Sequence[Demonstration]):
-        self.records = sorted(records, key=lambda record: record.record_id)
-        self.record_ids = [record.record_id for record in self.records]
+    def __init__(self, records: ById[Demonstration]):
+        self.records, self.record_ids = records, records.keys
 
     def item(self, index: int, epoch: int) -> Demonstration:
         return self.records[index]
@@ -82,29 +99,33 @@ class ComparisonItem:
         return self.reading.sequences
 
 
+def learns_from(form: str, preference: Preference) -> bool:
+    """Whether a form of scorer can be trained on a pair: Bradley-Terry has no place for ties."""
+    return not (form == "pointwise" and preference.tie)
+
+
 class ScorerTask:
     """Trains a scorer on labelled pairs: Bradley-Terry for the pointwise form, RDO's equation 6 for the others.
 
     The order of a pair is a fair coin, reseeded every epoch, as is the response that the duplication regulariser
-    reads. Ties have target 0.5; Bradley-Terry has no place for them, so the pointwise form leaves them out.
+    reads. Ties have target 0.5.
     """
 
     def __init__(
         self,
-        records: Sequence[tuple[EncodedRecord, Preference]],
+        pairs: ById[tuple[EncodedRecord, Preference]],
         form: str,
         template: ComparisonTemplate | None,
         beta0: float,
         beta1: float,
         seed: int,
     ):
-        usable = [entry for entry in records if not (form == "pointwise" and entry[1].tie)]
-        self.records = sorted(usable, key=lambda entry: (entry[0].id, entry[1].chosen, entry[1].rejected))
-        self.record_ids = [encoded.id for encoded, _ in self.records]
+        """pairs: those that the form `learns_from`, with the keys (record id, chosen, rejected)."""
+        self.pairs, self.record_ids = pairs, [record_id for record_id, *_ in pairs.keys]
         self.form, self.template, self.beta0, self.beta1, self.seed = form, template, beta0, beta1, seed
 
     def item(self, index: int, epoch: int) -> ComparisonItem:
-        encoded, preference = self.records[index]
+        encoded, preference = self.pairs[index]
         reading = Reading()
         if self.form == "pointwise":
             add_reward(reading, encoded, preference.chosen)

@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 import zlib
@@ -47,7 +48,7 @@ _AGAIN = "download or copy it again"
 _FOREIGN = (  # first bytes, what they say the file is, the way out
     (rb"version https://git-lfs\.github\.com/spec/", "a Git LFS pointer, not the data", "run `git lfs pull`"),
     (rb"((\.\./)*\.git)?/annex/objects/", "a git-annex pointer, not the data", "run `git annex get` on it"),
-    (rb"(?i)\s*<(!doctype|html|head|!--|\?xml)", "a web page", "the download brought a page: check its link, or log in"),
+    (rb"(?i)\s*<(!doctype|html|head|!--|\?xml)", "a web page", "the download went wrong: check its link, or log in"),
     (rb"\x1f\x8b", "gzipped twice", "gunzip it once"),
     (rb"PK\x03\x04.{0,4000}?(xl/|\[Content_Types\]\.xml)", "an Excel workbook", "save its sheet as CSV UTF-8"),
     (rb"\xd0\xcf\x11\xe0", "an old Excel or other Office file", "save its sheet as CSV UTF-8"),
@@ -56,16 +57,24 @@ _FOREIGN = (  # first bytes, what they say the file is, the way out
     (rb"\xfd7zXZ\0", "an xz file", "unpack it with xz -d"),
     (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "a bzip2 file", "unpack it with bunzip2"),
     (rb"\x28\xb5\x2f\xfd", "a zstd file", "unpack it with zstd -d"),
-    (rb"\x80[\x02-\x05]", "a pickle, which could run any code", "where it comes from, write it as JSON lines or Parquet"),
+    (rb"\x80[\x02-\x05]", "a pickle, which may run any code", "have it written as JSON lines or Parquet"),
     (rb"FEA1", "a Feather file of version 1", "write it again with pyarrow.feather.write_feather"),
     (rb"PARE", "an encrypted Parquet file", "decrypt it first"),
 )
-_UTF16 = (  # with a byte-order mark, or, for most texts, by the zeros between the letters
+_ENCODINGS = (  # with a byte-order mark, or, for most texts, by the zeros between the letters
     (rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32"),
     (rb"\xff\xfe|\xfe\xff", "UTF-16"),
     (rb"([^\0]\0){4}", "UTF-16LE"),
     (rb"(\0[^\0]){4}", "UTF-16BE"),
 )
+_BLANKS = re.compile(r"[ \t\n\r]*")
+
+
+class _Broken(Exception):
+    """What is wrong with a file, or a row of it: a message to be put behind the file's name or the row's place."""
+
+    def __init__(self, problem: str, where: str = "") -> None:
+        super().__init__(f", {where}: {problem}" if where else f": {problem}")
 
 
 class TextRow(dict[str, Any]):
@@ -85,26 +94,24 @@ def resolve(path: Any) -> list[Path]:
     """
     entries = list(path) if isinstance(path, Sequence) and not isinstance(path, str | bytes) else [path]
     files: dict[str, Path] = {}
-    for entry in entries:
-        if entry is not None and not isinstance(entry, str | Path):
-            raise DataError(f"dataset.path: {shown(repr(entry))} is not the name of a file; write names as text")
-        if entry is None or not str(entry).strip():
-            entries.clear()
-            break
+    for entry in entries or [None]:
+        if entry is None or (isinstance(entry, str) and not entry.strip()):
+            raise DataError("dataset.path: no file is given; name a file, a glob ('data/*.parquet'), or a list of them")
+        if not isinstance(entry, str | Path):
+            raise DataError(f"dataset.path: {shown(repr(entry))} is no text; write names of files in quotes")
         for file in _matches(os.path.expanduser(entry)):
             files.setdefault(os.path.realpath(file), file)
-    if not entries:
-        raise DataError("dataset.path: no file is given; name a file, a glob ('data/*.parquet'), or a list of them")
     return list(files.values())
 
 
 def _matches(name: str) -> list[Path]:
-    if os.path.lexists(name) or not any(character in name for character in "*?["):
-        found = [name]
-    else:
+    if "\0" in name:
+        raise DataError(f"dataset.path: '{shown(name)}' holds a NUL character; correct the name")
+    found = [name]
+    if any(character in name for character in "*?[") and not os.path.lexists(name):
         found = sorted(match for match in glob.glob(name, recursive=True) if not os.path.isdir(match))
     if not found:
-        raise DataError(f"dataset.path: '{shown(name)}' matches no file in {shown(os.getcwd())}; correct the pattern")
+        raise DataError(f"{name}: the pattern matches no file; correct it, seen from {os.getcwd()}")
     for match in found:
         _check_file(Path(match))
     return [Path(match) for match in found]
@@ -114,38 +121,38 @@ def _check_file(file: Path) -> None:
     if os.path.isdir(file):
         raise DataError(f"{file}: is a folder; {_name_files(file)}")
     if os.path.islink(file) and not os.path.exists(file):
-        hint = "run `git annex get` on it" if "annex/objects" in os.readlink(file) else "mend the link"
-        raise DataError(f"{file}: is a link to a file that is not there; {hint}")
+        way_out = "run `git annex get` on it" if "annex/objects" in os.readlink(file) else "mend the link"
+        raise DataError(f"{file}: is a link to a file that is not there; {way_out}")
     if not os.path.exists(file):
-        if not os.path.isdir(file.parent):
-            raise DataError(f"{file}: no such file, and no folder {file.parent}; check dataset.path")
         try:
             near = difflib.get_close_matches(file.name, os.listdir(file.parent), n=1)
         except OSError:
             near = []
-        raise DataError(f"{file}: no such file; {f'did you mean {near[0]}?' if near else 'check dataset.path'}")
+        way_out = f"did you mean {shown(near[0])}?" if near else "check dataset.path"
+        missing = "such file" if os.path.isdir(file.parent) else f"folder {file.parent}"
+        raise DataError(f"{file}: there is no {missing}; {way_out}")
     if not os.path.isfile(file):
-        raise DataError(f"{file}: is a pipe or device; write the data to a file first")
+        raise DataError(f"{file}: is a pipe or device, not a file; write the data to a file first")
 
 
 def _name_files(folder: Path) -> str:
     """The advice to name the folder's files, by the suffix that most of them have."""
     for pattern in ("*", "**/*"):
-        names = (found.name for found in itertools.islice(folder.glob(pattern), 10_000) if os.path.isfile(found))
-        suffixes = Counter(name[len(_stem(name)) :] for name in names if not name.startswith("."))
+        files = (file for file in itertools.islice(folder.glob(pattern), 10_000) if os.path.isfile(file))
+        suffixes = Counter(file.name[len(_stem(file)) :] for file in files if not file.name.startswith("."))
         if suffixes:
-            best = max(suffixes, key=lambda suffix: (_container_of("x" + suffix) is not None, suffixes[suffix]))
+            best = max(suffixes, key=lambda suffix: (_suffix(Path("x" + suffix)) in SUFFIXES, suffixes[suffix]))
             return f"name its files, '{folder}/{pattern}{best}'"
     return "there is no file in it, check dataset.path"
 
 
-def _stem(name: str) -> str:
-    """The name without .gz and the suffix before it."""
-    return os.path.splitext(name[:-3] if name.lower().endswith(".gz") else name)[0]
+def _stem(file: Path) -> str:
+    """The file's name without .gz and the suffix before it."""
+    return os.path.splitext(file.name[: -3 if file.suffix.lower() == ".gz" else None])[0]
 
 
-def _container_of(name: str) -> str | None:
-    return SUFFIXES.get(os.path.splitext(name.lower().removesuffix(".gz"))[1])
+def _suffix(file: Path) -> str:
+    return os.path.splitext(file.name.lower().removesuffix(".gz"))[1]
 
 
 def rows(file: Path) -> Iterator[tuple[str, Any]]:
@@ -156,113 +163,124 @@ def rows(file: Path) -> Iterator[tuple[str, Any]]:
     """
     place = ""
     try:
-        gzipped, head = _read_head(file)
-        container = _find_container(file, head)
-        for place, row in _read(file, gzipped, container, head):
-            yield place, row
+        for where, row in _rows(file):
+            place = f"{file}, {where}"
+            yield place, DataError(f"{place}{row}") if isinstance(row, _Broken) else row
+    except _Broken as broken:
+        raise DataError(f"{file}{broken}") from broken
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        behind = f" behind {place.removeprefix(f'{file}, ')}" if place else ""
         problem = "the gzip data end early" if isinstance(error, EOFError) else f"the gzip data are damaged ({error})"
-        raise DataError(f"{file}: {problem}{behind}; {_AGAIN}") from error
+        raise DataError(f"{place or file}: {problem}{' behind it' if place else ''}; {_AGAIN}") from error
     except OSError as error:
-        hint = "check dataset.path, and whether you may read it"
+        way_out = "check dataset.path, and whether you may read it"
         if error.errno == errno.ENOSPC:
-            hint = f"unpacking it needs room in {tempfile.gettempdir()}: set TMPDIR to a folder that has it"
-        raise DataError(f"{file}: cannot be read ({error.strerror or error}); {hint}") from error
+            way_out = f"it is unpacked to {tempfile.gettempdir()}: make room, or set TMPDIR to a folder with room"
+        raise DataError(f"{file}: cannot be read ({error.strerror or error}); {way_out}") from error
     if not place:
         raise DataError(f"{file}: there are no rows; check dataset.path")
 
 
-def _read_head(file: Path) -> tuple[bool, bytes]:
-    """Whether the file is gzipped, and its first bytes, unpacked; behind a byte-order mark and blanks that fill it."""
+def _rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """Pairs of a place within the file ("line 12") and a row, or _Broken in its place."""
     with file.open("rb") as raw:
         gzipped = raw.read(2) == b"\x1f\x8b"
     with _open(file, gzipped) as stream:
-        head = stream.read(HEAD)
-        if not head:
-            raise DataError(f"{file}: is empty; {_AGAIN}")
-        head = head.removeprefix(codecs.BOM_UTF8)
-        while not head.strip():
-            head = stream.read(HEAD)
-            if not head:
-                raise DataError(f"{file}: holds only blank lines; check dataset.path")
-    return gzipped, head
+        head = _read_head(stream)
+    container, suffix = _find_container(file, head), _suffix(file)
+    if container in ("Parquet", "Arrow"):
+        with _unpacked(file, gzipped) as plain:
+            yield from _read_table(plain, container)
+        return
+    with _open(file, gzipped) as stream:
+        if container == "CSV":
+            yield from _read_csv(stream, "\t" if suffix == ".tsv" else ",")
+        elif head.lstrip().startswith(b"["):
+            yield from _read_array(stream)
+        else:
+            _refuse_long_object(head)
+            pairs = _read_lines(stream)
+            first = list(itertools.islice(pairs, 2)) if suffix == ".json" else []
+            if len(first) == 1 and (key := _rows_key(first[0][1])):
+                raise _Broken(f"is one object with the rows in a list; {_take_out(key)}", first[0][0])
+            yield from itertools.chain(first, pairs)
 
 
 def _open(file: Path, gzipped: bool) -> io.BufferedIOBase:
     return gzip.open(file) if gzipped else file.open("rb")
 
 
+@contextmanager
+def _unpacked(file: Path, gzipped: bool) -> Iterator[Path]:
+    """The file, or an unpacked copy that is removed afterwards: Parquet and Arrow are not read from front to back."""
+    if not gzipped:
+        yield file
+        return
+    with tempfile.NamedTemporaryFile(prefix="rdo-") as copy:
+        with gzip.open(file) as stream:
+            shutil.copyfileobj(stream, copy, CHUNK)
+        copy.flush()
+        yield Path(copy.name)
+
+
+def _read_head(stream: io.BufferedIOBase) -> bytes:
+    """The first bytes, behind a byte-order mark; of a file that begins with very many blanks, those behind them."""
+    head = stream.read(HEAD)
+    if not head:
+        raise _Broken(f"is empty; {_AGAIN}")
+    head = head.removeprefix(codecs.BOM_UTF8)
+    while not head.strip():
+        head = stream.read(HEAD)
+        if not head:
+            raise _Broken("holds only blank lines; check dataset.path")
+    return head
+
+
 def _find_container(file: Path, head: bytes) -> str:
-    """The container by the file's suffix, else by its first bytes. Raises DataError if it is none, or another one."""
+    """The container by the file's suffix, else by its first bytes; _Broken if it is none, or another one."""
     for first, what, way_out in _FOREIGN:
         if re.match(first, head, re.DOTALL):
-            raise DataError(f"{file}: is {what}; {way_out}")
-    for first, encoding in _UTF16:
+            raise _Broken(f"is {what}; {way_out}")
+    suffix, name, zipped = _suffix(file), shlex.quote(str(file)), file.suffix.lower() == ".gz"
+    for first, encoding in _ENCODINGS:
         if re.match(first, head, re.DOTALL):
-            command = f"iconv -f {encoding} -t UTF-8 {file.name}"
-            raise DataError(f"{file}: is {encoding}; convert it (unpack .gz first): {command} > NEW{file.suffix}")
-    named = _container_of(file.name)
-    found = None
+            convert = f"iconv -f {encoding} -t UTF-8"
+            command = f"gzip -dc {name} | {convert}" if zipped else f"{convert} {name}"
+            raise _Broken(f"is {encoding}; convert it to UTF-8: {command} > NEW{suffix}")
+    named = SUFFIXES.get(suffix, "")
+    found, right = _tell(head, strictly=named == "CSV")
+    if named in ("", found) or (named in ("JSON", "CSV") and not found):
+        if named or found:
+            return named or found
+        raise _Broken(f"neither its suffix nor its start says what it is; name it {', '.join(SUFFIXES)}")
+    if found:
+        problem, right = f"is {found}, though its suffix says {named}; rename it", right
+    elif re.search(rb"[\0-\x08\x0e-\x1f]", head):
+        raise _Broken(f"does not start as {named} does, so it is damaged or something else; {_AGAIN}")
+    else:
+        problem, right = f"is text, not {named}; if it is CSV, rename it", ".csv"
+    raise _Broken(f"{problem} to {_stem(file)}{right}{file.suffix if zipped else ''}")
+
+
+def _tell(head: bytes, strictly: bool) -> tuple[str, str]:
+    """The container and its suffix by the first bytes, or nothing; `strictly`: a bracket alone makes no JSON."""
     if head.startswith(b"PAR1"):
-        found, suffix = "Parquet", ".parquet"
-    elif head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
-        found, suffix = "Arrow", ".arrow"
-    elif re.match(rb'\s*(\{\s*["}]|\[\s*[\[{"\]])' if named == "CSV" else rb"\s*[{[]", head):
-        found, suffix = "JSON", ".json" if head.lstrip().startswith(b"[") else ".jsonl"
-    elif named in ("Parquet", "Arrow"):
-        if _is_text(head):
-            raise DataError(f"{file}: is text, not {named}; if it is CSV, rename it to {_renamed(file, '.csv')}")
-        raise DataError(f"{file}: does not start as {named} does, so it is damaged or something else; {_AGAIN}")
-    if named and found in (None, named):
-        return named
-    if named:
-        raise DataError(f"{file}: is {found}, not {named}; rename it to {_renamed(file, suffix)}")
-    if not found:
-        raise DataError(f"{file}: neither its suffix nor its start says what it is; name it {', '.join(SUFFIXES)}")
-    return found
-
-
-def _renamed(file: Path, suffix: str) -> str:
-    return _stem(file.name) + suffix + (".gz" if file.name.lower().endswith(".gz") else "")
-
-
-def _is_text(head: bytes) -> bool:
-    try:
-        return "\0" not in codecs.getincrementaldecoder("utf-8")().decode(head)
-    except UnicodeDecodeError:
-        return False
-
-
-def _read(file: Path, gzipped: bool, container: str, head: bytes) -> Iterator[tuple[str, Any]]:
-    if container in ("Parquet", "Arrow"):
-        with _unpacked(file, gzipped) as plain:
-            yield from _read_table(file, _parquet_batches(plain) if container == "Parquet" else _arrow_batches(plain))
-        return
-    suffix = os.path.splitext(file.name.lower().removesuffix(".gz"))[1]
-    with _open(file, gzipped) as stream:
-        if container == "CSV":
-            yield from _read_csv(file, stream, "\t" if suffix == ".tsv" else ",")
-        elif head.lstrip().startswith(b"["):
-            yield from _read_array(file, stream)
-        else:
-            _refuse_long_document(file, head)
-            pairs = _read_lines(file, stream)
-            first = list(itertools.islice(pairs, 2)) if suffix == ".json" else []
-            if len(first) == 1 and (key := _rows_key(first[0][1])):
-                raise DataError(f"{file}: is one object with its rows in a list; {_take_out(key)}")
-            yield from itertools.chain(first, pairs)
+        return "Parquet", ".parquet"
+    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return "Arrow", ".arrow"
+    if re.match(rb'\s*(\{\s*["}]|\[\s*[\[{"\]])' if strictly else rb"\s*[{[]", head):
+        return "JSON", ".json" if head.lstrip().startswith(b"[") else ".jsonl"
+    return "", ""
 
 
 class _Lines(Iterator[str]):
-    """The lines of a stream as text; `number` is that of the last one, `take_problem` what is wrong since it was asked.
+    """The lines of a stream as text; `take_problem` says what was wrong since it was last asked.
 
-    What is broken in a line stays in it as lone surrogates, and what is too long leaves a quote if it held an odd
-    number, so that CSV records begin and end where they did.
+    Bytes that are no text stay in a line as lone surrogates, and of a line that is too long a quote stays if it held an
+    odd number: so CSV records begin and end where they did.
     """
 
     def __init__(self, stream: io.BufferedIOBase) -> None:
-        self.number = 0
+        self.number = 0  # of the last line
         self._stream = stream
         self._problem: str | None = None
 
@@ -271,22 +289,21 @@ class _Lines(Iterator[str]):
         if not line:
             raise StopIteration
         self.number += 1
-        if self.number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
+        mark = codecs.BOM_UTF8 if self.number == 1 and line.startswith(codecs.BOM_UTF8) else b""
         if len(line) > LONGEST_LINE:
-            self._note(f"is longer than {LONGEST_LINE} bytes; write one row per line, or delete it")
+            self._note(f"is longer than {LONGEST_LINE:,} bytes; write one row per line")
             quotes = line.count(b'"')
             while line and not line.endswith(b"\n"):
                 line = self._stream.readline(CHUNK)
                 quotes += line.count(b'"')
             return '"' * (quotes % 2) + "\n"
         if b"\0" in line:
-            self._note(f"holds a NUL byte, at offset {line.index(0)} of the line, as in a damaged file; {_AGAIN}")
+            self._note(f"holds a NUL byte (offset {line.index(0)} of the line), as damaged files do; {_AGAIN}")
         try:
-            return line.decode()
+            return line.removeprefix(mark).decode()
         except UnicodeDecodeError as error:
-            byte = f"byte 0x{line[error.start]:02x} at offset {error.start} of the line"
-            self._note(f"is not UTF-8 ({byte}); convert the file to UTF-8 or delete the row")
+            at = error.start + len(mark)
+            self._note(f"is not UTF-8 (byte 0x{line[at]:02x} at offset {at} of the line); convert the file to UTF-8")
             return line.decode(errors="surrogateescape")
 
     def _note(self, problem: str) -> None:
@@ -310,16 +327,16 @@ class _Decoder(json.JSONDecoder):
             self.repeated.append(Counter(key for key, _ in pairs).most_common(1)[0][0])
         return value
 
-    def judge(self, value: Any) -> str | None:
+    def take_problem(self, value: Any) -> str | None:
         """What is wrong with a row that was just decoded."""
+        repeated, self.repeated = self.repeated, []
         if not isinstance(value, dict):
-            kinds = {list: "an array", str: "text", bool: "true or false", type(None): "null"}
-            return f"is {kinds.get(type(value), 'a number')}, not an object of columns; mend or delete it"
-        return f"has the key '{shown(self.repeated[0])}' twice in one object; keep one" if self.repeated else None
+            names = {list: "an array", str: "text", bool: "true or false", type(None): "null"}
+            return f"is {names.get(type(value), 'a number')}, not an object; write one object of columns per row"
+        return f"has the key '{shown(repeated[0])}' twice in one object; keep one" if repeated else None
 
 
 def _explain(error: Exception, where: str) -> str:
-    """What is wrong with JSON; `where` in the row it is."""
     if isinstance(error, json.JSONDecodeError):
         return f"is not JSON ({error.msg}, {where}); mend or delete it"
     if isinstance(error, RecursionError):
@@ -327,85 +344,89 @@ def _explain(error: Exception, where: str) -> str:
     return "holds a number of too many digits; shorten or delete it"
 
 
-def _read_lines(file: Path, stream: io.BufferedIOBase) -> Iterator[tuple[str, Any]]:
+def _read_lines(stream: io.BufferedIOBase) -> Iterator[tuple[str, Any]]:
     lines, decoder = _Lines(stream), _Decoder()
     for text in lines:
-        place, row, problem = f"{file}, line {lines.number}", None, lines.take_problem()
+        row, problem = None, lines.take_problem()
         if not problem and not text.strip():
             continue
         if not problem:
             try:
-                decoder.repeated.clear()
-                row = decoder.decode(text)
-                problem = decoder.judge(row)
-            except json.JSONDecodeError as error:
-                problem = f"is not JSON ({error.msg}, column {error.colno}); write one JSON object per line"
+                row = decoder.decode(text.rstrip("\r\n"))
+                problem = decoder.take_problem(row)
             except (ValueError, RecursionError) as error:
-                problem = _explain(error, "")
-        yield place, DataError(f"{place}: {problem}") if problem else row
+                problem = _explain(error, f"column {getattr(error, 'pos', 0) + 1}")
+                decoder.repeated.clear()
+        yield f"line {lines.number}", _Broken(problem) if problem else row
+
+
+def _rows_key(value: Any) -> str | None:
+    """The key under which the only object of a file seems to hold the rows: all its lists hold objects, no messages."""
+    if not isinstance(value, dict) or any(isinstance(part, dict) for part in value.values()):
+        return None
+    lists = {key: part for key, part in value.items() if isinstance(part, list)}
+    parts = list(itertools.chain.from_iterable(lists.values()))
+    if all(lists.values()) and all(isinstance(part, dict) and not {"role", "from"} & part.keys() for part in parts):
+        return next(iter(lists), None)
+    return None
 
 
 def _take_out(key: str) -> str:
     return f"""take it out of its key '{shown(key)}' (jq -c '.["{shown(key)}"][]')"""
 
 
-def _rows_key(value: Any) -> str | None:
-    """The key of the first list of objects in a document whose lists all hold objects, and none a chat's messages."""
-    lists = {key: item for key, item in value.items() if isinstance(item, list)} if isinstance(value, dict) else {}
-    for item in itertools.chain.from_iterable(lists.values()):
-        if not isinstance(item, dict) or "role" in item or "from" in item:
-            return None
-    if not all(lists.values()) or any(isinstance(item, dict) for item in value.values()):
-        return None
-    return next(iter(lists), None)
-
-
-def _refuse_long_document(file: Path, head: bytes) -> None:
-    """Raise if the first object goes on over several lines, as no line of JSON lines does."""
-    text = head.decode(errors="ignore").lstrip()
+def _refuse_long_object(head: bytes) -> None:
+    """Raise if the first object goes on over several lines, as none of JSON lines does."""
+    text = head.decode(errors="ignore")
     if len(head) >= HEAD - len(codecs.BOM_UTF8):
-        text = text[: text.rfind("\n") + 1]  # so that it ends between two tokens
-    first, key = text.find("\n"), None
+        text = text[: text.rfind("\n") + 1]  # cut between two tokens
+    line, text = text[: len(text) - len(text.lstrip())].count("\n") + 1, text.strip()
     try:
         document, end = json.JSONDecoder().raw_decode(text)
-        if end <= first or first < 0:
-            return
-        key = None if text[end:].strip() else _rows_key(document)
+        key = None if text[end:] else _rows_key(document)
+        text = text[:end]
     except json.JSONDecodeError as error:
-        if error.pos < len(text.rstrip()) or "\n" not in text.rstrip():
+        if error.pos < len(text):  # broken, not unfinished
             return
-        if found := re.search(r'"((?:[^"\\]|\\.)*)"\s*:\s*\[\s*\{', text):
-            key = found[1]
+        found = re.search(r'"((?:[^"\\]|\\.)*)"\s*:\s*\[\s*\{', text)
+        key = found[1] if found else None
     except (ValueError, RecursionError):
         return
-    place = f"{file}, line {head[: len(head) - len(head.lstrip())].count(bytes([10])) + 1}"
-    hint = f"; if its rows are in a list, {_take_out(key)}" if key else ""
-    raise DataError(f"{place}: an object goes on over several lines; write one object per line (jq -c .){hint}")
+    if "\n" in text:
+        way_out = f"; if its list '{shown(key)}' holds the rows, {_take_out(key)}" if key else ""
+        problem = "an object goes on over several lines; write one object per line (jq -c .)"
+        raise _Broken(f"{problem}{way_out}", f"line {line}")
 
 
 class _Window:
-    """The part of a stream's text that is looked at: it moves forward only, and counts the lines it left behind."""
+    """The part of a stream's text that is looked at; it only moves forward, and counts the lines that it left."""
 
     def __init__(self, stream: io.BufferedIOBase) -> None:
-        self.text, self.at, self.line, self.ended = "", 0, 1, False
+        self.text, self.at, self.line = "", 0, 1
         self._stream = stream
-        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
 
     def more(self) -> bool:
-        """Read as much again as is left (so that a long element is not parsed at every chunk), if there is more."""
-        if not self.ended:
-            chunk = self._stream.read(max(CHUNK, len(self.text) - self.at))
-            self.text, self.at, self.ended = self.text[self.at :] + self._decode(chunk, not chunk), 0, not chunk
-        return not self.ended
+        """Read as much again as is left, so that a long element is not parsed at every chunk; False at the end."""
+        chunk = self._stream.read(max(CHUNK, len(self.text) - self.at))
+        try:
+            more = self._decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            line = self.line + self.text.count("\n", self.at) + error.object.count(b"\n", 0, error.start)
+            problem = f"is not UTF-8 (byte 0x{error.object[error.start]:02x}); convert the file to UTF-8"
+            raise _Broken(problem, f"line {line}") from error
+        if chunk:
+            self.text, self.at = self.text[self.at :] + more, 0
+        return bool(chunk)
 
     def move(self, to: int) -> None:
         self.line += self.text.count("\n", self.at, to)
         self.at = to
 
     def next(self) -> str:
-        """The character behind blanks, or none at the end."""
+        """The next character that is not blank, or nothing at the end."""
         while True:
-            blanks = re.compile(r"[ \t\n\r]*").match(self.text, self.at)
+            blanks = _BLANKS.match(self.text, self.at)
             self.move(blanks.end() if blanks else self.at)
             if self.at < len(self.text) or not self.more():
                 return self.text[self.at : self.at + 1]
@@ -416,66 +437,57 @@ class _Window:
         return character
 
 
-def _read_array(file: Path, stream: io.BufferedIOBase) -> Iterator[tuple[str, Any]]:
+def _read_array(stream: io.BufferedIOBase) -> Iterator[tuple[str, Any]]:
     window, decoder, number = _Window(stream), _Decoder(), 0
-    try:
+    mark = window.take()
+    if window.next() == "]":
         mark = window.take()
-        if window.next() == "]":
-            mark = window.take()
-        while mark != "]":
-            number += 1
-            window.next()
-            place = f"{file}, line {window.line}"
-            yield place, _take_element(window, decoder, f"{place}: element {number} of the array")
-            mark = window.take()
-            if not mark:
-                raise DataError(f"{file}, line {window.line}: the array ends early, behind element {number}; {_AGAIN}")
-            if mark not in ",]":
-                problem = f"no comma behind element {number} of the array; mend it there"
-                raise DataError(f"{file}, line {window.line}: {problem}")
-        if window.next():
-            problem = "the file goes on behind the end of the array; make it one array, or one object per line"
-            raise DataError(f"{file}, line {window.line}: {problem}")
-    except UnicodeDecodeError as error:
-        line = window.line + window.text.count("\n", window.at) + error.object[: error.start].count(b"\n")
-        problem = f"is not UTF-8 (byte 0x{error.object[error.start]:02x}); convert the file to UTF-8"
-        raise DataError(f"{file}, line {line}: {problem}") from error
+    while mark != "]":
+        number += 1
+        window.next()
+        yield f"line {window.line}", _take_element(window, decoder, f"element {number} of the array")
+        mark = window.take()
+        if not mark:
+            raise _Broken(f"the array ends early, behind element {number}; {_AGAIN}", f"line {window.line}")
+        if mark not in ",]":
+            raise _Broken(f"a comma is missing behind element {number}; mend the array", f"line {window.line}")
+    if window.next():
+        problem = "text behind the end of the array; write one array, or one object per line"
+        raise _Broken(problem, f"line {window.line}")
 
 
 def _take_element(window: _Window, decoder: _Decoder, name: str) -> Any:
-    """The next element, or a DataError in its place. Raises DataError if it is not known where the element ends."""
+    """The next element, or _Broken in its place. Raises _Broken if nobody can tell where it ends."""
     while True:
         decoder.repeated.clear()
-        failure: Exception | None = None
+        length = len(window.text) - window.at
         try:
             row, end = decoder.raw_decode(window.text, window.at)
-            if end < len(window.text) or not window.more():  # what a number is at the end of the text, it may not stay
-                window.move(end)
-                problem = decoder.judge(row)
-                return DataError(f"{name} {problem}") if problem else row
-        except json.JSONDecodeError as error:
-            failure = error
-            length = len(window.text) - window.at
-            if length <= LONGEST_LINE and window.more():
-                continue
-            if length > LONGEST_LINE:
-                raise DataError(f"{name} is longer than {LONGEST_LINE} characters, or broken; mend or delete it") from error
-            if error.pos >= len(window.text.rstrip()) or error.msg.startswith("Unterminated"):
-                raise DataError(f"{name} is cut off by the end of the file; {_AGAIN}") from error
-            raise DataError(f"{name} {_explain(error, f'at its character {error.pos - window.at + 1}')}") from error
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{name} {_explain(error, '')}") from error
+            problem = _explain(error, f"at its character {getattr(error, 'pos', 0) - window.at + 1}")
+            if isinstance(error, json.JSONDecodeError):
+                # 16: more than any token that the end of the text may have broken
+                rest = 0 if error.msg.startswith("Unterminated") else len(window.text.rstrip()) - error.pos
+                if rest < 16 and length > LONGEST_LINE:
+                    problem = f"is longer than {LONGEST_LINE:,} characters; shorten or delete it"
+                elif rest < 16 and window.more():
+                    continue
+                elif rest <= 0:
+                    problem = f"is cut off by the end of the file; {_AGAIN}"
+            raise _Broken(f"{name} {problem}", f"line {window.line}") from error
+        if len(window.text) - end < 3 and window.more():  # a number may go on, also behind "e+"
+            continue
+        window.move(end)
+        found = decoder.take_problem(row)
+        return _Broken(f"{name} {found}") if found else row
 
 
-def _read_csv(file: Path, stream: io.BufferedIOBase, delimiter: str) -> Iterator[tuple[str, Any]]:
+def _read_csv(stream: io.BufferedIOBase, delimiter: str) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(LONGEST_LINE)
-    lines = _Lines(stream)
+    lines, header, any_row = _Lines(stream), list[str](), False
     records = csv.reader(lines, delimiter=delimiter, strict=True)
-    header: list[str] = []
-    place = ""
     while True:
-        start = f"{file}, line {lines.number + 1}"
-        cells: list[str] = []
+        where, cells = f"line {lines.number + 1}", list[str]()
         try:
             cells = next(records)
             problem = lines.take_problem()
@@ -483,8 +495,94 @@ def _read_csv(file: Path, stream: io.BufferedIOBase, delimiter: str) -> Iterator
             break
         except csv.Error as error:
             reason = str(error).partition(" - ")[0]
-            if reason.startswith(("unexpected end", "field larger")):
-                problem = "a quote that is opened is not closed" if reason[0] == "u" else "a cell"
-        yield from ()
+            if reason.startswith(("unexpected end", "field larger")):  # it swallowed rows, nobody knows how many
+                problem = f"a quote that opens in this row is never closed; mend it, or {_AGAIN}"
+                raise _Broken(problem, where) from error
+            problem = lines.take_problem() or f"is not CSV ({reason}); quote the cell, and double the quotes in it"
+        if not problem and len(cells) < 2 and not "".join(cells).strip():
+            continue
+        if not header:
+            header, problem = cells, problem or _judge_header(cells, delimiter)
+            if problem:
+                raise _Broken(f"the header {problem}", where)
+            continue
+        if not problem and len(cells) != len(header):
+            problem = (
+                f"{len(cells)} cells under a header of {len(header)}; quote cells that hold separators or line breaks"
+            )
+        any_row = True
+        yield where, _Broken(problem) if problem else TextRow(zip(header, cells, strict=True))
+    if not any_row:
+        raise _Broken(f"holds a header and no rows; {_AGAIN}")
 
 
+def _judge_header(header: list[str], delimiter: str) -> str | None:
+    for number, name in enumerate(header, start=1):
+        if not name.strip():
+            return f"has no name for column {number}; name it (pandas: write with index=False)"
+        if name in header[: number - 1]:
+            return f"has the column '{shown(name)}' twice; rename one"
+    other = next((sign for sign in ";\t,|" if sign in header[0] and sign != delimiter), None)
+    if len(header) == 1 and other:
+        return f"seems to be separated by '{shown(other)}'; separate by commas in .csv, by tabs in .tsv"
+    return None
+
+
+def _read_table(file: Path, container: str) -> Iterator[tuple[str, Any]]:
+    number = 0
+    try:
+        for batch in _parquet_batches(file) if container == "Parquet" else _arrow_batches(file):
+            name, count = Counter(batch.schema.names).most_common(1)[0]
+            if count > 1:
+                raise _Broken("two columns have this name; rename one", f"row 1, field '{shown(name)}'")
+            for row in _python_rows(batch):
+                number += 1
+                yield f"row {number}", row
+    except _Broken:
+        raise
+    except Exception as error:  # on damaged bytes, pyarrow raises nearly anything
+        if isinstance(error, OSError) and error.errno:
+            raise
+        where = f" at row {number + 1} or behind it" if number else ""
+        reason = shown(str(error).partition("\n")[0], 120)
+        raise _Broken(f"{container} that is cut off or damaged{where} ({reason}); {_AGAIN}") from error
+
+
+def _parquet_batches(file: Path) -> Iterator[pa.RecordBatch]:
+    # Buffers, and none in advance: otherwise all of a row group is read at once, and a file may be one row group.
+    with pq.ParquetFile(file, buffer_size=CHUNK, pre_buffer=False, page_checksum_verification=True) as table:
+        yield from table.iter_batches(BATCH)
+
+
+def _arrow_batches(file: Path) -> Iterator[pa.RecordBatch]:
+    with pa.memory_map(str(file)) as source:
+        seekable = source.read(6) == b"ARROW1"
+        source.seek(0)
+        reader = pa.ipc.open_file(source) if seekable else pa.ipc.open_stream(source)
+        for batch in map(reader.get_batch, range(reader.num_record_batches)) if seekable else reader:
+            batch.validate(full=True)  # or damaged offsets would be followed out of the file
+            for start in range(0, batch.num_rows, BATCH):
+                yield batch.slice(start, BATCH)
+
+
+def _python_rows(batch: pa.RecordBatch) -> Iterator[Any]:
+    """The rows as JSON would hold them (dates as text, decimals as numbers), or _Broken for one that cannot be read."""
+    for index, field in enumerate(batch.schema):
+        if pa.types.is_temporal(field.type) or pa.types.is_decimal(field.type):
+            kind = pa.float64() if pa.types.is_decimal(field.type) else pa.string()
+            batch = batch.set_column(index, field.name, batch.column(index).cast(kind))
+    try:
+        yield from batch.to_pylist()
+    except Exception:
+        for number in range(batch.num_rows):
+            yield _python_row(batch.slice(number, 1))
+
+
+def _python_row(batch: pa.RecordBatch) -> Any:
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column.to_pylist()[0]
+        except Exception as error:
+            return _Broken(f"cannot be read ({shown(str(error))}); mend or delete it", f"field '{shown(name)}'")
+    return row

@@ -159,7 +159,8 @@ def _fit(
 ) -> tuple[EncodedRecord, tuple[int, int]]:
     """One record cut to max_length, and how many query and response tokens that took."""
     if not prompt:
-        raise UserError(f"{record.place or record.id}: the prompt has no token; correct the query or the template")
+        where = record.place or f"record {record.id}"
+        raise UserError(f"{where}: the prompt has no token; correct the query or the template")
     head = int(prompt[0] == begin_id(tokenizer))
     fewest = min(head + 1, len(prompt))
     # Room for the head, one token of the query, one of the response, and end-of-sequence.

@@ -20,7 +20,7 @@ from rdo.data.formats import READERS, UnusableRow, find_format
 from rdo.data.records import Record
 from rdo.errors import DataError
 
-BY_DESIGN = ("articles", "unranked")
+BY_DESIGN = ("articles", "unranked", "separate_conversations")
 # A file whose first so many rows are all invalid is read as something that it is not.
 HOPELESS = 1000
 LEAVE_OUT = "; dataset.on_invalid=skip leaves such rows out and lists them"

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rdo import coefficients
-from rdo.alignment import AlignmentRecord, AlignmentTask, LossChoice, Pair, choose_loss
+from rdo.alignment import AlignmentRecord, AlignmentTask, LossChoice, Pair, Sample, choose_loss
 from rdo.artifacts import Artifact, produce
+from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Record
 from rdo.errors import UserError
 from rdo.losses import best_response, rrhf_pairs
-from rdo.models import save_model
 from rdo.run import Run, select
 from rdo.schema import RcConfig
 from rdo.stages.reference import Reference, partners, read_reference, reference
 from rdo.stages.score import Scores, read_scores, scores
 from rdo.stages.scorer import STAGE_OF, check_labels
 from rdo.stages.sft import base_policy
-from rdo.stages.training import finish
+from rdo.stages.training import finish, save_finished
+from rdo.tasks import ById
 from rdo.training import stable_seed, train
 
 RANKING_SCORER: dict[str, str] = {"reward": "reward", "diff": "diff", "diff_baseline": "diff"}
@@ -69,16 +71,35 @@ def needed_scores(run: Run, loss: LossChoice) -> tuple[list[str], bool]:
 
 def check_data(run: Run, loss: LossChoice) -> None:
     """What the data must bring for this loss, said before anything is trained for it."""
+    records, dataset, rc = run.records("train"), run.config.dataset.name, run.config.rc.name
+    if loss.takes_unpaired and rc != "none":
+        unpaired = (record for record in records if supervision(record, loss, {}).samples)
+        if found := next(unpaired, None):
+            raise UserError(
+                f"rc={rc} weighs a pair by the difference of its two rewards, and record {found.id} of "
+                f"dataset={dataset} is unpaired (it labels each response alone): use rc=none, or paired data"
+            )
     needed = "loss.ranking=scores" if loss.pairs == "ranking" and loss.ranking == "scores" else None
-    if run.config.rc.name == "oracle":
+    if rc == "oracle":
         needed = "rc=oracle"
-    lacking = next((record for record in run.records("train") if record.scores is None), None)
-    if needed and lacking:
+    if needed and (lacking := next((record for record in records if record.scores is None), None)):
         way_out = "use loss.ranking=reward, diff or labels" if needed.startswith("loss") else "use rc=reward or rc=diff"
-        raise UserError(f"{needed}: record {lacking.id} brings no scores; {way_out}")
-    labelled = loss.pairs == "preferences" or loss.ranking == "labels"
-    if labelled and not any(record.preferences for record in run.records("train")):
-        raise UserError(f"loss={loss.name} compares labelled pairs, and dataset={run.config.dataset.name} has none")
+        raise UserError(f"{needed}: {lacking.place or f'record {lacking.id}'} brings no scores; {way_out}")
+    if loss.reads_labels:
+        reads = "learns from labelled pairs or responses" if loss.takes_unpaired else "compares labelled pairs"
+        lacks = "has none"
+        labels = (supervision(record, loss, {}) for record in records)
+        usable = any(entry.pairs or entry.samples for entry in labels)
+    else:
+        reads, lacks = "ranks the responses of a query", "has one response a query"
+        usable = any(len(record.responses) > 1 for record in records)
+    if not usable:
+        if any(record.desirable is not None for record in records):
+            lacks = "is unpaired (it labels each response alone): use loss=kto rc=none, or paired data"
+        raise UserError(f"loss={loss.name} {reads}, and dataset={dataset} {lacks}")
+    if not select(records, run.config.align):
+        fewest = run.config.align.min_responses
+        raise UserError(f"align.min_responses={fewest}: no record of dataset={dataset} has so many responses")
     for kind in needed_scores(run, loss)[0]:
         check_labels(run, kind)
 
@@ -110,84 +131,126 @@ def train_policy(run: Run, loss: LossChoice, inputs: dict[str, Artifact], folder
     records, encoded = run.records("train"), run.encoded("train", tokenizer)
     chosen = select(records, config.align)
     read = {kind: read_scores(inputs[kind]) for kind in STAGE_OF if kind in inputs}
-    pairs = [ordered_pairs(records[n], loss, read) for n in chosen]
-    weighted, statistics = weigh([records[n] for n in chosen], [p.pairs for p in pairs], config.rc, read, config.seed)
+    selected = records.only(np.array(chosen, int))
+    if config.rc.name == "oracle":
+        read["oracle"] = own_scores(selected)
+    labels = [supervision(record, loss, read) for record in selected]
+    weighted, statistics = weigh([s.record_id for s in labels], [s.pairs for s in labels], config.rc, read, config.seed)
     known = read_reference(inputs["reference"]) if loss.needs_reference else None
     others = partners(records, chosen) if loss.needs_kl else {}
-    items = []
-    for n, ordered, weights in zip(chosen, pairs, weighted, strict=True):
-        if not weights and not (loss.sft_weight and ordered.best is not None):
-            continue
-        own, mismatched = reference_of(records[n], known)
-        partner = encoded[others[n]].responses if n in others else ()
-        items.append(
-            AlignmentRecord(
-                encoded[n],
-                weights,
-                own,
-                best=ordered.best if loss.sft_weight else None,
-                mismatched=tuple(zip(partner, mismatched, strict=True)),
-            )
-        )
-    task = AlignmentTask(items, loss)
+    used = [n for n, s in enumerate(labels) if weighted[n] or s.samples or (loss.sft_weight and s.best is not None)]
+    if len(used) < len(labels):
+        without = f"{len(labels) - len(used)} of {len(labels)} records have nothing for loss={loss.name}: left out"
+        print(f"[align] {without}", flush=True)
+    samples = count_samples(loss, weighted, labels)
+
+    def make(number: int) -> AlignmentRecord:
+        n = used[number]
+        partner = encoded[others[chosen[n]]] if chosen[n] in others else None
+        best = labels[n].best if loss.sft_weight else None
+        return alignment_record(encoded[chosen[n]], partner, known, weighted[n], labels[n].samples, best)
+
+    task = AlignmentTask(ById([labels[n].record_id for n in used], make), loss)
     with run.tracker(folder, folder.name) as tracker:
         train(task, model, config.align, config.engine, config.seed, folder, tracker, label(loss, config.rc))
-    save_model(model, tokenizer, folder / "model")
-    return {**finish(folder, model), "coefficients": statistics, "records": len(items)}
+    save_finished(model, tokenizer, folder, config.engine)
+    return {**finish(folder, model), "coefficients": statistics, "records": len(used), "samples": samples}
 
 
-def reference_of(record: Record, known: Reference | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Reference log-probabilities of a record's own responses and of its partner's; NaN where the loss reads none."""
-    if known is None:
-        return tuple(float("nan") for _ in record.responses), ()
-    own = tuple(known.own[record.id, response] for response in range(len(record.responses)))
-    mismatched: list[float] = []
-    while (record.id, len(mismatched)) in known.mismatched:
-        mismatched.append(known.mismatched[record.id, len(mismatched)])
-    return own, tuple(mismatched)
+def alignment_record(
+    encoded: EncodedRecord,
+    partner: EncodedRecord | None,
+    known: Reference | None,
+    pairs: tuple[Pair, ...],
+    samples: tuple[Sample, ...],
+    best: int | None,
+) -> AlignmentRecord:
+    """A record with its reference log-probabilities, which are NaN where the loss reads none, and KTO's partner."""
+    responses = range(len(encoded.responses))
+    own = tuple(float("nan") if known is None else known.own[encoded.id, response] for response in responses)
+    mismatched: tuple[tuple[tuple[int, ...], float], ...] = ()
+    if partner is not None and known is not None:
+        mismatched = tuple((ids, known.mismatched[encoded.id, n]) for n, ids in enumerate(partner.responses))
+    return AlignmentRecord(encoded, pairs, own, samples, best, mismatched)
 
 
-@dataclass(frozen=True)
-class OrderedPairs:
-    """(better, worse) pairs of a record's responses, and its best response, where one is known."""
+@dataclass(frozen=True, slots=True)
+class Supervision:
+    """What a loss learns from in one record: (better, worse) pairs of its responses, responses that are labelled
+    alone (and in no pair, which would count them twice), and the best response, where one is known."""
 
+    record_id: str
     pairs: tuple[tuple[int, int], ...]
+    samples: tuple[Sample, ...]
     best: int | None
 
 
-def ordered_pairs(record: Record, loss: LossChoice, read: Mapping[str, Scores]) -> OrderedPairs:
-    """The pairs that the loss compares: the labelled ones, or all strict ones of a ranking."""
-    labelled = tuple((p.chosen, p.rejected) for p in record.preferences if not p.tie)
-    if loss.pairs == "preferences" or loss.ranking == "labels":
+def supervision(record: Record, loss: LossChoice, read: Mapping[str, Scores]) -> Supervision:
+    """The pairs that the loss compares, the labelled ones or all strict ones of a ranking, and the samples it takes."""
+    if loss.reads_labels:
+        labelled = tuple((p.chosen, p.rejected) for p in record.preferences if not p.tie)
+        alone = (record.desirable or ()) if loss.takes_unpaired else ()
         wins = [sum(i == response for i, _ in labelled) for response in range(len(record.responses))]
-        return OrderedPairs(labelled, wins.index(max(wins)) if labelled else None)
+        best = wins.index(max(wins)) if labelled else None
+        if not labelled and True in alone:
+            best = alone.index(True)
+        paired = {response for pair in labelled for response in pair}
+        samples = tuple(Sample(n, desirable) for n, desirable in enumerate(alone) if n not in paired)
+        return Supervision(record.id, labelled, samples, best)
     if loss.ranking == "scores":
         assert record.scores is not None  # see check_data
         ranks = list(record.scores)
     else:
         kind = RANKING_SCORER[loss.ranking]
         ranks = read[kind].ranking(record, baseline=loss.ranking == "diff_baseline")
-    return OrderedPairs(tuple(rrhf_pairs(ranks)), best_response(ranks))
+    return Supervision(record.id, tuple(rrhf_pairs(ranks)), (), best_response(ranks))
+
+
+def own_scores(records: Iterable[Record]) -> Scores:
+    """The scores that the data brings, as those of a pointwise scorer: of the toy world, the true rewards."""
+    # check_data has seen that every record has some
+    return Scores({(r.id, response): score for r in records for response, score in enumerate(r.scores or ())}, {})
+
+
+def count_samples(
+    loss: LossChoice, pairs: Sequence[Sequence[Pair]], labels: Sequence[Supervision]
+) -> dict[str, int] | None:
+    """How many samples are desirable and undesirable, for a loss that knows the two; says so, and whether its weights
+    balance them as KTO's authors advise: lambda_D n_D : lambda_U n_U from 1 to 4/3 (Ethayarajh et al. 2024, eq. 8)."""
+    if "desirable" not in loss.inputs:
+        return None
+    paired, alone = sum(map(len, pairs)), [sample.desirable for entry in labels for sample in entry.samples]
+    counts = {"desirable": paired + sum(alone), "undesirable": paired + len(alone) - sum(alone)}
+    gains, losses = (counts[name] * loss.settings.get(f"lambda_{name}", 1.0) for name in counts)
+    advice = ""
+    if not losses <= gains <= 4 / 3 * losses:
+        advice = (
+            f"; weighted {gains:g} : {losses:g}, outside the 1 : 1 to 4 : 3 that KTO's authors advise (see "
+            "loss.lambda_desirable and loss.lambda_undesirable)"
+        )
+    print(f"[align] {counts['desirable']} desirable, {counts['undesirable']} undesirable samples{advice}", flush=True)
+    return counts
 
 
 def weigh(
-    records: Sequence[Record],
+    ids: Sequence[str],
     pairs: Sequence[Sequence[tuple[int, int]]],
     rc: RcConfig,
     read: Mapping[str, Scores],
     seed: int,
 ) -> tuple[list[tuple[Pair, ...]], dict[str, float] | None]:
-    """The pairs with their coefficients w = R^alpha, and what to report of R and w (None without coefficients)."""
+    """The pairs, grouped by record (`ids`), with their coefficients w = R^alpha, and what to report of R and w (None
+    without coefficients)."""
     if rc.name == "none":
         return [tuple(Pair(i, j) for i, j in group) for group in pairs], None
-    flat = [(record, i, j) for record, group in zip(records, pairs, strict=True) for i, j in group]
+    flat = [(record_id, i, j) for record_id, group in zip(ids, pairs, strict=True) for i, j in group]
     if not flat:
         raise UserError("there is no pair to weigh: the selected records have no preference")
-    difference = torch.tensor([reward_difference(rc, read, *entry) for entry in flat], dtype=torch.float64)
+    difference = torch.tensor([read[rc.name].difference(*entry, rc.order) for entry in flat], dtype=torch.float64)
     if rc.control == "shuffle":
         # Several annotators may have labelled one pair: number a record's pairs.
-        ids = [f"{record.id}/{k}" for record, group in zip(records, pairs, strict=True) for k in range(len(group))]
-        difference = coefficients.shuffle(difference, ids, stable_seed(seed, "shuffle"))
+        names = [f"{record_id}/{k}" for record_id, group in zip(ids, pairs, strict=True) for k in range(len(group))]
+        difference = coefficients.shuffle(difference, names, stable_seed(seed, "shuffle"))
     if rc.control == "filter":
         weight, flipped = coefficients.filter_only(difference), torch.zeros(len(flat), dtype=torch.bool)
     else:
@@ -213,11 +276,3 @@ def weigh(
         members = [next(entries) for _ in group]
         weighted.append(tuple(Pair(j, i, w) if flip else Pair(i, j, w) for (_, i, j), w, flip in members))
     return weighted, statistics
-
-
-def reward_difference(rc: RcConfig, read: Mapping[str, Scores], record: Record, chosen: int, rejected: int) -> float:
-    """R(chosen, rejected) of a record: the true one in the toy world, else what the scorer says."""
-    if rc.name == "oracle":
-        assert record.scores is not None  # see check_data
-        return record.scores[chosen] - record.scores[rejected]
-    return read[rc.name].difference(record.id, chosen, rejected, rc.order)

@@ -6,17 +6,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rdo.artifacts import Artifact, given, produce
+from rdo.data.encoding import EncodedRecord
+from rdo.data.records import Preference
 from rdo.errors import UserError
-from rdo.models import load_tokenizer, new_scorer, save_model
+from rdo.models import load_tokenizer, new_scorer
 from rdo.run import Run, model_path, select
 from rdo.schema import DifferenceConfig, ScorerConfig
 from rdo.scorers import ComparisonTemplate, check_form
 from rdo.stages.sft import base_policy
-from rdo.stages.training import finish
-from rdo.tasks import ScorerTask
+from rdo.stages.training import finish, save_finished
+from rdo.tasks import ById, ScorerTask, learns_from
 from rdo.training import train
 
 # The two kinds of scorer, by the name that rc and eval.subject call them, and the stage that makes each.
@@ -49,14 +52,18 @@ def scorer(run: Run, kind: str) -> Artifact:
 
 def check_labels(run: Run, kind: str) -> None:
     """Raises UserError where a scorer would have to be trained and the data has no pair to train it on."""
-    stage = STAGE_OF[kind]
-    # Bradley-Terry has no place for ties.
-    pairs = (not p.tie or kind == "diff" for record in run.records("train") for p in record.preferences)
-    if not getattr(run.config, stage).path and not any(pairs):
-        raise UserError(
-            f"dataset={run.config.dataset.name} has no labelled pair, so stage={stage} has nothing to learn from; set "
-            f"{stage}.path to a finished scorer, or do without: rc=none loss.ranking=scores eval.judges=[]"
-        )
+    stage, records = STAGE_OF[kind], run.records("train")
+    section = getattr(run.config, stage)
+    form = form_of(section)
+    if section.path or any(learns_from(form, p) for record in records for p in record.preferences):
+        return
+    unpaired = any(record.desirable is not None for record in records)
+    raise UserError(
+        f"dataset={run.config.dataset.name} "
+        f"{'is unpaired (it labels each response alone)' if unpaired else 'has no labelled pair'}, so stage={stage} "
+        f"has nothing to learn from; set {stage}.path to a finished scorer, or do without: "
+        f"{'loss=kto rc=none' if unpaired else 'rc=none loss.ranking=scores'} eval.judges=[]"
+    )
 
 
 def load_kind(run: Run, artifact: Artifact, kind: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -82,13 +89,25 @@ def train_scorer(run: Run, kind: str, base: Artifact, folder: Path) -> dict[str,
     model = new_scorer(model_path(base), form, config.model, config.seed)
     check_form(model)
     records, encoded = run.records("train"), run.encoded("train", tokenizer)
-    pairs = [(encoded[n], preference) for n in select(records, section) for preference in records[n].preferences]
+    places = select(records, section)
+    pairs = [
+        (record.id, place, preference)
+        for place, record in zip(places, records.only(np.array(places, int)), strict=True)
+        for preference in record.preferences
+        if learns_from(form, preference)
+    ]
+
+    def make(number: int) -> tuple[EncodedRecord, Preference]:
+        _, place, preference = pairs[number]
+        return encoded[place], preference
+
     template, betas = None, (0.0, 0.0)
     if isinstance(section, DifferenceConfig):
         template = ComparisonTemplate(config.model.difference_template, tokenizer)
         betas = (section.beta0, section.beta1)
-    task = ScorerTask(pairs, form, template, *betas, config.seed)
+    keys = [(record_id, preference.chosen, preference.rejected) for record_id, _, preference in pairs]
+    task = ScorerTask(ById(keys, make), form, template, *betas, config.seed)
     with run.tracker(folder, stage) as tracker:
         train(task, run.on_device(model), section, config.engine, config.seed, folder, tracker, stage)
-    save_model(model, tokenizer, folder / "model")
+    save_finished(model, tokenizer, folder, config.engine)
     return finish(folder, model)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from rdo.artifacts import Artifact, given, produce
 from rdo.data.records import Record
 from rdo.errors import UserError
 from rdo.losses import best_response
-from rdo.models import load_policy, load_tokenizer, new_policy, save_model
+from rdo.models import load_policy, load_tokenizer, new_policy
 from rdo.run import Run, model_path, select
-from rdo.stages.training import finish
-from rdo.tasks import Demonstration, SftTask
+from rdo.stages.training import finish, save_finished
+from rdo.tasks import ById, Demonstration, SftTask
 from rdo.training import train
 from rdo.vocabulary import make_tokenizer
 
@@ -44,6 +47,7 @@ def train_base(run: Run, split: str, folder: Path) -> dict[str, Any]:
     """Builds tokenizer and model, trains on the split's responses, and saves both."""
     config = run.config
     records = run.records(split)
+    places, ids, imitated = demonstrations(run, split)
     if config.model.path:
         path = model_path(given(config.model.path, config.model.revision))
         model = load_policy(path, config.model)
@@ -52,23 +56,42 @@ def train_base(run: Run, split: str, folder: Path) -> dict[str, Any]:
         tokenizer = make_tokenizer(config.model, training_texts(records))
         model = new_policy(config.model, tokenizer, config.seed)
     encoded = run.encoded(split, tokenizer)
-    chosen = [(encoded[n], imitated(records[n], config.sft.responses)) for n in select(records, config.sft)]
-    task = SftTask([Demonstration(record, responses) for record, responses in chosen])
+
+    def make(number: int) -> Demonstration:
+        return Demonstration(encoded[places[number]], imitated[number])
+
+    task = SftTask(ById(ids, make))
     with run.tracker(folder, "sft") as tracker:
         train(task, run.on_device(model), config.sft, config.engine, config.seed, folder, tracker, "sft")
-    save_model(model, tokenizer, folder / "model")
+    save_finished(model, tokenizer, folder, config.engine)
     return finish(folder, model)
 
 
-def training_texts(records: list[Record]) -> list[str]:
+def training_texts(records: Iterable[Record]) -> Iterator[str]:
     """What a tokenizer is trained on: the texts of the training split."""
-    return [text for record in records for text in (record.query, *record.responses)]
+    return (text for record in records for text in (record.query, *record.responses))
 
 
-def imitated(record: Record, which: str) -> tuple[int, ...]:
-    """The responses of a record that supervised fine-tuning imitates."""
+def demonstrations(run: Run, split: str) -> tuple[list[int], list[str], list[tuple[int, ...]]]:
+    """Of the records that the stage selects and that bring something to imitate: places, ids, and which responses."""
+    records, config = run.records(split), run.config.sft
+    selected = select(records, config)
+    found = [(record.id, to_imitate(record, config.responses)) for record in records.only(np.array(selected, int))]
+    kept = [number for number, (_, responses) in enumerate(found) if responses]
+    if selected and not kept:
+        raise UserError(
+            f"sft.responses=chosen imitates the desirable responses, and dataset={run.config.dataset.name} "
+            f"has none in its split {split}: set sft.responses=all, or sft.enabled=false with model.path"
+        )
+    return [selected[n] for n in kept], [found[n][0] for n in kept], [found[n][1] for n in kept]
+
+
+def to_imitate(record: Record, which: str) -> tuple[int, ...]:
+    """The responses of a record that supervised fine-tuning imitates; none where all of them are undesirable."""
     if which not in ("chosen", "all"):
         raise UserError(f"sft.responses={which}: must be chosen or all")
+    if which == "chosen" and record.desirable is not None:
+        return tuple(number for number, desirable in enumerate(record.desirable) if desirable)
     if which == "all" or len(record.responses) == 1:
         return tuple(range(len(record.responses)))
     if record.preferences:

@@ -1,0 +1,351 @@
+"""Inputs that are wrong in every way we could think of, and what the one line of error must say.
+
+`python tests/malformed.py` prints the table of all cases with the messages as they are printed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+ASK = "\n\nHuman: Which bread?\n\nAssistant:"
+TRL = {"prompt": "Which bread?", "chosen": " Rye.", "rejected": " No idea."}
+HH = {"chosen": f"{ASK} Rye.", "rejected": f"{ASK} No idea."}
+SCORED = {"query": "Which bread?", "responses": ["Rye.", "Oats."], "scores": [1.0, 0.5]}
+CHAT = {"prompt": [{"role": "user", "content": "Which?"}], "chosen": [{"role": "assistant", "content": "Rye."}]}
+CHAT["rejected"] = [{"role": "assistant", "content": "Oats."}]
+UNPAIRED = {"prompt": "Which bread?", "completion": " Rye.", "label": True}
+OPENAI = {
+    "info": {"post": "My cat sings.", "title": "Cat", "subreddit": "cats"},
+    "summaries": [{"text": " Cat sings."}, {"text": " Dog?"}],
+    "choice": 0,
+    "extra": {"confidence": 2},
+}
+QA = {
+    "question": "Which?",
+    "passages": [["Bread", "Rye keeps."]],
+    **{f"prediction {k}": f"answer {k}" for k in (1, 2, 3, 4)},
+    "preference": [1, 2, 0, 1, 2, 0],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """make(folder, monkeypatch) prepares the input and returns the overrides; `message` is a regular expression."""
+
+    area: str
+    name: str
+    message: str
+    make: Callable[[Path, pytest.MonkeyPatch], list[str]]
+
+
+CASES: list[Case] = []
+
+
+def case(area: str, name: str, message: str, make: Callable[[Path, pytest.MonkeyPatch], list[str]]) -> None:
+    CASES.append(Case(area, name, message, make))
+
+
+def inspect(file: Path | str, *more: str) -> list[str]:
+    return ["stage=inspect", "dataset=file", f"dataset.path={file}", *more]
+
+
+def lines(*rows: object) -> bytes:
+    """Rows as JSON lines; bytes are taken as they are."""
+    return b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
+
+
+def content(name: str, data: bytes, *more: str) -> Callable[[Path, pytest.MonkeyPatch], list[str]]:
+    """An input that is one file of these bytes."""
+
+    def make(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
+        (folder / name).write_bytes(data)
+        return inspect(folder / name, *more)
+
+    return make
+
+
+def row(name: str, message: str, bad: Any, good: Any = TRL) -> None:
+    """A bad row between two good ones: the message must name line 2."""
+    case("row", name, rf"data\.jsonl, line 2.*{message}", content("data.jsonl", lines(good, bad, good)))
+
+
+def without(base: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in base.items() if key != name}
+
+
+# Rows
+
+row("not JSON", "is not JSON", b'{"prompt": "p",')
+row("not an object", "an object", [1, 2])
+row("missing field", "field 'rejected': missing", without(TRL, "rejected"))
+row("wrong type", "field 'chosen': must be text.*found int", TRL | {"chosen": 3})
+row("empty response", "field 'rejected': the response is empty", TRL | {"rejected": ""})
+row("whitespace response", "field 'rejected': the response is empty", TRL | {"rejected": " \n\t"})
+row("empty query", "field 'prompt': the query is empty", TRL | {"prompt": "  "})
+row("identical responses", "identical", TRL | {"rejected": TRL["chosen"]})
+row("NaN score", r"field 'scores\[0\]': must be a finite number", SCORED | {"scores": [float("nan"), 1]}, SCORED)
+row("infinite score", r"field 'scores\[1\]': must be a finite", SCORED | {"scores": [1, float("inf")]}, SCORED)
+row("scores of another length", "field 'scores': 3 scores for 2 responses", SCORED | {"scores": [1, 2, 3]}, SCORED)
+row("rejected with another query", "field 'rejected': .*query", HH | {"rejected": "\n\nHuman: Tea?\n\nAssistant: Yes."}, HH)
+row("undecodable bytes", "not UTF-8", b'{"prompt": "\xff\xfe", "chosen": "a", "rejected": "b"}')
+row("a lone surrogate", "field 'chosen'.*surrogate", TRL | {"chosen": "a\ud800b"})
+row("a megabyte of garbage", "is not JSON", b"x" * 2**20)
+row("one response", "field 'responses': needs at least 2", SCORED | {"responses": ["a"], "scores": [1]}, SCORED)
+row("the same key twice", "'chosen'", b'{"prompt": "p", "chosen": "a", "chosen": "b", "rejected": "c"}')
+row("nested too deep", "is nested too deep", b"[" * 100_000)
+row("unknown role in a message", r"field 'prompt\[0\].*tool", CHAT | {"prompt": [{"role": "tool", "content": "x"}]}, CHAT)
+row(
+    "an image in a message",
+    r"field 'prompt\[0\]",
+    CHAT | {"prompt": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
+    CHAT,
+)
+row("a prompt that ends with an answer", "field 'prompt'", CHAT | {"prompt": [*CHAT["prompt"], *CHAT["chosen"]]}, CHAT)
+row("a label that is no boolean", "field 'label'", UNPAIRED | {"label": "perhaps"}, UNPAIRED)
+row(
+    "a preference for no response",
+    r"field 'preferences\[0\]\.rejected'.*from 0 to 1",
+    {**without(SCORED, "scores"), "preferences": [[0, 2]]},
+    without(SCORED, "scores"),
+)
+row(
+    "a preference over itself",
+    r"field 'preferences\[0\]': prefers a response over itself",
+    {**without(SCORED, "scores"), "preferences": [[1, 1]]},
+    without(SCORED, "scores"),
+)
+row("a confidence against the choice", "field 'extra.confidence': 8 contradicts", OPENAI | {"extra": {"confidence": 8}}, OPENAI)
+row("too few preferences of four answers", "field 'preference'", QA | {"preference": [1, 2]}, QA)
+row("an unknown split", "field 'split': must be one of", SCORED | {"split": "dev"}, SCORED)
+case("row", "the same id twice", r"line 3, field 'id': 'x' is taken by .*line 1", content("data.jsonl", lines(SCORED | {"id": "x"}, SCORED | {"id": "y"}, SCORED | {"id": "x"})))
+case("row", "columns of no format", r"line 1.*no known format", content("data.jsonl", lines({"instruction": "x", "output": "y"})))
+case("row", "no beginning in common", "field 'rejected': has no beginning in common", content("data.jsonl", lines({"chosen": "x", "rejected": "y"})))
+case("row", "more cells than columns", r"data\.csv, line 3.*4.*3", content("data.csv", b"prompt,chosen,rejected\np,a,b\np,a,b,c\n"))
+case("row", "some rows with a split", r"line 2: no 'split'", content("data.jsonl", lines(SCORED | {"split": "train"}, SCORED | {"query": "other"})))
+case("row", "too many invalid rows", r"line 2.*first of 2 invalid rows of 4.*max_invalid_share.*invalid\.jsonl", content("data.jsonl", lines(TRL, b"{", b"{", TRL), "dataset.on_invalid=skip"))
+
+# Files
+
+
+def parquet(folder: Path) -> bytes:
+    pq.write_table(pa.Table.from_pylist([TRL] * 5), folder / "made.parquet")
+    return (folder / "made.parquet").read_bytes()
+
+
+def parquet_as(name: str, cut: int | None = None) -> Callable[[Path, pytest.MonkeyPatch], list[str]]:
+    def make(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
+        (folder / name).write_bytes(parquet(folder)[:cut])
+        return inspect(folder / name)
+
+    return make
+
+
+def unreadable(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    file = folder / "data.jsonl"
+    file.write_bytes(lines(TRL))
+    real = Path.open
+
+    def refusing(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == file:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    patch.setattr(Path, "open", refusing)
+    return inspect(file)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12\n"
+case("file", "missing", r"gone\.jsonl.*no such file", lambda folder, patch: inspect(folder / "gone.jsonl"))
+case("file", "a folder", "folder", lambda folder, patch: inspect(folder))
+case("file", "unreadable", r"data\.jsonl.*[Pp]ermission", unreadable)
+case("file", "a glob without a file", r"\*\.jsonl", lambda folder, patch: inspect(f"'{folder}/*.jsonl'"))
+case("file", "truncated gzip", r"data\.jsonl\.gz", content("data.jsonl.gz", gzip.compress(lines(TRL) * 50)[:-20]))
+case("file", "a Git-LFS pointer", "git lfs pull", content("data.jsonl", POINTER))
+case("file", "wrong extension", r"data\.jsonl.*Parquet", parquet_as("data.jsonl"))
+case("file", "truncated Parquet", r"data\.parquet", parquet_as("data.parquet", -30))
+case("file", "empty", r"data\.jsonl.*(empty|no rows)", content("data.jsonl", b""))
+case("file", "only blank lines", r"data\.jsonl.*(blank|no rows)", content("data.jsonl", b"\n  \n\n"))
+case("file", "a header alone", r"data\.csv.*no rows", content("data.csv", b"prompt,chosen,rejected\n"))
+case("file", "a byte-order mark of UTF-16", "UTF-16.*UTF-8", content("data.jsonl", json.dumps(TRL).encode("utf-16")))
+case("file", "a web page", "web page", content("data.jsonl", b"<!DOCTYPE html><html><body>Sign in</body></html>"))
+case("file", "a zip archive", "zip", content("data.jsonl", b"PK\x03\x04" + bytes(60)))
+case("file", "a pickle", "pickle", content("data.jsonl", pickle.dumps([TRL])))
+case("file", "an array that ends early", "line", content("data.json", json.dumps([TRL, TRL]).encode()[:-9]))
+case("file", "a list inside an object", "'data'", content("data.json", json.dumps({"data": [TRL]}).encode()))
+
+# Configuration
+
+for group in ("model", "dataset", "stage", "loss", "rc", "engine", "tracker", "experiment"):
+    case("configuration", f"a typo in the group {group}", f"{group}=typo.*must be one of", lambda f, p, g=group: [f"{g}=typo"])
+
+
+def setting(name: str, message: str, *overrides: str) -> None:
+    case("configuration", name, message, lambda folder, patch: list(overrides))
+
+
+setting("a misspelt choice", r"loss=dop.*dpo", "loss=dop")
+setting("a misspelt key", r"rc\.alhpa.*rc\.alpha|rc\.alhpa.*alpha", "rc.alhpa=1")
+setting("a misspelt key in a section", r"dataset\.pth.*path", "dataset.pth=x")
+setting("a misspelt setting of a loss", r"loss\.bta", "+loss.bta=1")
+setting("a word for a number", r"rc\.alpha.*high", "rc.alpha=high")
+setting("a word for a switch", r"build_inputs.*perhaps", "build_inputs=perhaps")
+setting("alpha too large", r"rc\.alpha=1\.5: must be at least 0 and at most 1", "rc=reward", "rc.alpha=1.5")
+setting("alpha not a number", r"rc\.alpha=nan", "rc=reward", "rc.alpha=nan")
+setting("beta 0", r"loss\.beta=0", "loss.beta=0")
+setting("beta0 negative", r"diffmodel\.beta0=-1", "diffmodel.beta0=-1")
+setting("a learning rate of 0", r"align\.learning_rate=0", "align.learning_rate=0")
+setting("regularisers of an antisymmetric form", r"diffmodel\.beta0=0", "diffmodel.form=antisymmetric")
+setting("no fine-tuning and no model", r"model\.path", "sft.enabled=false")
+setting("a control without coefficients", r"rc\.control=shuffle", "rc.control=shuffle")
+setting("the true reward of real data", r"rc=oracle", "rc=oracle", "dataset=file", "dataset.path=x", "model=small")
+setting("no file named", r"dataset\.path", "dataset=file", "model=small")
+setting("shares that leave nothing", r"validation_share.*test_share", "dataset.validation_share=0.5", "dataset.test_share=0.5")
+setting("a format of no reader", r"dataset\.format=xml: must be one of auto", "dataset.format=xml")
+setting("the toy model for real data", r"model=small", "dataset=file", "dataset.path=x")
+setting("an access token", r"^error: (?!.*hf_aaaa).*token", f"model.path=hf_{'a' * 34}", "model=hub")
+
+# A stage whose input is not there, and data that the work cannot use
+
+
+def on_file(*rows: object, more: tuple[str, ...]) -> Callable[[Path, pytest.MonkeyPatch], list[str]]:
+    def make(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
+        (folder / "data.jsonl").write_bytes(lines(*rows))
+        shares = ["dataset.test_share=0", "dataset.validation_share=0"]
+        return ["dataset=file", f"dataset.path={folder / 'data.jsonl'}", "model=small", *SMALL, *shares, *more]
+
+    return make
+
+
+SMALL = [
+    "model.hidden_size=32", "model.intermediate_size=32", "model.layers=1", "model.heads=2", "model.key_value_heads=1",
+    "model.vocabulary_size=300", "sft.max_steps=1", "rm.max_steps=1", "align.max_steps=1", "engine.device=cpu",
+]  # fmt: skip
+TOY = [
+    "dataset.toy.pairs=64", "dataset.toy.test_pairs=64", "dataset.toy.demonstrations=128",
+    "dataset.toy.candidate_queries=8", "sft.max_steps=1", "rm.max_steps=1", "align.max_steps=2", "eval.prompts=4",
+    "engine.device=cpu",
+]  # fmt: skip
+UNPAIRED_ROWS = [UNPAIRED | {"prompt": f"Which bread {n}?", "label": n % 2 == 0} for n in range(8)]
+setting("a stage whose input is not there", r"stage=sft", "stage=align", "build_inputs=false", *TOY)
+case("data", "coefficients without pairs", r"rc=reward.*rc=none", on_file(*UNPAIRED_ROWS, more=("stage=align", "loss=kto", "rc=reward")))
+case("data", "a loss over pairs without pairs", r"loss=dpo.*loss=kto", on_file(*UNPAIRED_ROWS, more=("stage=align", "loss=dpo")))
+case("data", "a reward model without pairs", r"stage=rm", on_file(*UNPAIRED_ROWS, more=("stage=rm",)))
+case("data", "a ranking by scores without scores", r"loss\.ranking=scores.*line 1", on_file(*[TRL | {"prompt": f"{n}"} for n in range(4)], more=("stage=align", "loss=rrhf", "loss.ranking=scores")))
+case("data", "records that are too long", r"dataset\.max_length=3.*max_truncated_share", on_file(*[TRL | {"prompt": f"{n} Which bread?"} for n in range(4)], more=("stage=sft", "dataset.max_length=3")))
+case("data", "a template without an answer", r"add_generation_prompt.*dataset\.template", lambda folder, patch: chat(folder, "{% for m in messages %}{{ m['content'] }}{% endfor %}"))
+case("data", "a template that is not there", r"no chat template", lambda folder, patch: chat(folder, None))
+
+
+def chat(folder: Path, template: str | None) -> list[str]:
+    """Training with dataset.template=chat, from a model whose tokenizer has this template."""
+    model = saved_model(folder)
+    if template is not None:
+        (model / "chat_template.jinja").write_text(template)
+    (folder / "data.jsonl").write_bytes(lines(*[TRL | {"prompt": f"{n}"} for n in range(4)]))
+    shares = ["dataset.test_share=0", "dataset.validation_share=0"]
+    data = ["dataset=file", f"dataset.path={folder / 'data.jsonl'}", "dataset.template=chat", *shares]
+    return ["stage=sft", *data, "model=hub", f"model.path={model}", "engine.device=cpu"]
+
+
+# Models
+
+
+def saved_model(folder: Path) -> Path:
+    """A tiny policy with its tokenizer."""
+    import helpers
+
+    path = folder / "model"
+    helpers.policy().save_pretrained(path)
+    helpers.tokenizer().save_pretrained(path)
+    return path
+
+
+def model_case(name: str, message: str, spoil: Callable[[Path], None], *more: str) -> None:
+    """A policy's folder that `spoil` has made unusable."""
+
+    def make(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
+        model = saved_model(folder)
+        spoil(model)
+        (folder / "data.jsonl").write_bytes(lines(*[TRL | {"prompt": f"Which bread {n}?"} for n in range(8)]))
+        shares = ["dataset.test_share=0", "dataset.validation_share=0"]
+        stage = more or ("stage=align",)
+        data = ["dataset=file", f"dataset.path={folder / 'data.jsonl'}", *shares, "engine.device=cpu"]
+        return [*data, "model=hub", f"model.path={model}", "sft.enabled=false", *(text.format(model) for text in stage)]
+
+    case("model", name, message, make)
+
+
+def remove(*names: str) -> Callable[[Path], None]:
+    return lambda model: [(model / name).unlink() for name in names if (model / name).exists()][:0] and None
+
+
+def no_end(model: Path) -> None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (model / name).exists():
+            settings = json.loads((model / name).read_text())
+            (model / name).write_text(json.dumps({k: v for k, v in settings.items() if k != "eos_token"}))
+
+
+def large_tokenizer(model: Path) -> None:
+    import helpers
+
+    made = helpers.tokenizer()
+    made.add_tokens([f"<extra {n}>" for n in range(helpers.VOCABULARY)])
+    made.save_pretrained(model)
+
+
+class Runs:
+    """What a pickle would do as it is loaded."""
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("/tmp/rdo-malformed-pickle-ran"),))
+
+
+def evil_pickle(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Runs()))
+
+
+def cut_weights(model: Path) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def adapter(model: Path) -> None:
+    shutil.rmtree(model)
+    model.mkdir()
+    (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
+
+
+def hub_code(model: Path) -> None:
+    settings = json.loads((model / "config.json").read_text())
+    settings |= {"model_type": "unheard_of", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (model / "config.json").write_text(json.dumps(settings))
+    (model / "code.py").write_text("raise SystemExit('hub code ran')")
+
+
+model_case("missing", r"gone.*no such folder", lambda model: None, "stage=align", "model.path={}/gone")
+model_case("no tokenizer", "no tokenizer", remove("tokenizer.json", "tokenizer_config.json"))
+model_case("no end-of-sequence token", "end-of-sequence", no_end)
+model_case("fewer embeddings than ids", r"tokenizer has 600 ids, the model only 300", large_tokenizer)
+model_case("no config", "config", remove("config.json"))
+model_case("a damaged config", "config", lambda model: (model / "config.json").write_text('{"model_type": ') and None)
+model_case("truncated weights", r"model", cut_weights)
+model_case("a pickle that would run code", "pickle", evil_pickle)
+model_case("hub code without leave", r"model\.trust_remote_code=true", hub_code)
+model_case("an adapter", "merge", adapter)
+model_case("a scorer without head", r"lacks weights.*score", lambda model: None, "stage=align", "rc=reward", "rm.path={}")
+LONG = [TRL | {"prompt": f"Which bread {n}? " + "crumb " * 400} for n in range(4)]
+TOO_LONG = ("stage=sft", "model.max_positions=64", "dataset.max_length=2000")
+case("model", "too few positions", r"positions|takes 64; lower dataset\.max_length", on_file(*LONG, more=TOO_LONG))

@@ -1,0 +1,293 @@
+"""From unpaired data to a run: what each loss and stage takes of it, and what it says where it cannot."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from rdo.alignment import AlignmentTask, LossChoice, Pair, Sample, choose_loss
+from rdo.data.records import Preference, Record
+from rdo.data.table import Records
+from rdo.errors import UserError
+from rdo.schema import Config, DifferenceConfig, RcConfig, ScorerConfig, SftConfig, TrainingConfig
+from rdo.stages.align import aligned_policy, check_data, count_samples, supervision
+from rdo.stages.eval import evaluate_policy
+from rdo.stages.scorer import check_labels
+from rdo.stages.sft import base_policy, demonstrations, to_imitate
+from tiny import metrics, tiny_run, weights
+
+KTO = {"name": "kto", "beta": 0.1, "mean_over": "samples"}
+DPO = {"name": "dpo", "beta": 0.1}
+RRHF = {"name": "rrhf", "pairs": "ranking", "mean_over": "queries"}
+
+
+def kto(**others: Any) -> LossChoice:
+    return choose_loss({**KTO, **others})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From records to samples
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def alone(identifier: str, *desirable: bool, **others: Any) -> Record:
+    texts = tuple(f"response {n}" for n in range(len(desirable)))
+    return Record(identifier, f"query {identifier}", texts, desirable=desirable, **others)
+
+
+PAIR = Record("pair", "query", ("a", "b"), (Preference(1, 0),))
+UNPAIRED = [alone("good", True), alone("bad", False)]
+
+
+def test_what_a_loss_learns_from() -> None:
+    record = alone("several", False, True, True)
+    found = supervision(record, kto(), {})
+    assert (found.pairs, found.samples, found.best) == ((), (Sample(0, False), Sample(1, True), Sample(2, True)), 1)
+    assert supervision(alone("bad", False), kto(), {}).best is None
+    assert supervision(PAIR, kto(), {}).samples == ()
+    for other in (choose_loss(DPO), choose_loss({**RRHF, "ranking": "labels", "sft_weight": 1.0})):
+        found = supervision(record, other, {})
+        assert (found.pairs, found.samples, found.best) == ((), (), None)
+
+
+def test_a_response_of_a_pair_is_not_counted_again() -> None:
+    both = alone("both", True, False, True, preferences=(Preference(0, 1),))
+    found = supervision(both, kto(), {})
+    assert (found.pairs, found.samples, found.best) == (((0, 1),), (Sample(2, True),), 0)
+    tied = alone("tied", True, False, preferences=(Preference(0, 1, tie=True),))
+    assert len(supervision(tied, kto(), {}).samples) == 2
+
+
+@pytest.mark.parametrize(
+    ("labels", "settings", "advised"),
+    [
+        ([True, False], {}, None),
+        ([True] * 4 + [False] * 3, {}, None),
+        ([True] * 3 + [False] * 2, {}, "3 : 2"),
+        ([True] * 3 + [False] * 4, {}, "3 : 4"),
+        ([True] * 3 + [False] * 4, {"lambda_desirable": 1.5}, None),
+        ([True] * 3 + [False] * 2, {"lambda_undesirable": 0.5}, "3 : 1"),
+        ([True], {}, "1 : 0"),
+        ([False, False], {}, "0 : 2"),
+    ],
+)
+def test_labels_are_counted_and_their_balance_is_told(
+    labels: list[bool], settings: dict[str, float], advised: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = [supervision(alone(f"r{n}", label), kto(), {}) for n, label in enumerate(labels)]
+    counts = count_samples(kto(**settings), [() for _ in entries], entries)
+    assert counts == {"desirable": sum(labels), "undesirable": len(labels) - sum(labels)}
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"[align] {sum(labels)} desirable, {len(labels) - sum(labels)} undesirable samples")
+    assert ("weighted" in line) == (advised is not None)
+    assert advised is None or f"weighted {advised}, outside" in line
+
+
+def test_pairs_count_as_one_of_each_and_other_losses_count_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    entries = [supervision(record, kto(), {}) for record in (PAIR, *UNPAIRED, alone("more", True))]
+    pairs = [tuple(Pair(i, j) for i, j in entry.pairs) for entry in entries]
+    assert count_samples(kto(), pairs, entries) == {"desirable": 3, "undesirable": 2}
+    assert "3 desirable, 2 undesirable" in capsys.readouterr().out
+    assert count_samples(choose_loss(DPO), pairs, entries) is None
+    assert capsys.readouterr().out == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What unpaired data cannot do, said before any work
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def data_run(records: list[Record], **sections: Any) -> Any:
+    """What the checks read of a run."""
+    config = Config(**sections)
+    config.dataset.name = "labelled"
+    held = Records.in_memory(records)
+    return SimpleNamespace(config=config, records=lambda split: held)
+
+
+@pytest.mark.parametrize(
+    ("loss", "reads"),
+    [
+        (DPO, "loss=dpo compares labelled pairs"),
+        ({**RRHF, "ranking": "labels"}, "loss=rrhf compares labelled pairs"),
+        ({**RRHF, "ranking": "reward"}, "loss=rrhf ranks the responses of a query"),
+    ],
+)
+def test_losses_over_pairs_are_refused(loss: dict[str, Any], reads: str) -> None:
+    run = data_run(UNPAIRED, rm=ScorerConfig(path="finished"))
+    with pytest.raises(UserError, match=f"{reads}, and dataset=labelled is unpaired.*use loss=kto rc=none"):
+        check_data(run, choose_loss(loss))
+
+
+def test_losses_over_pairs_take_the_pairs_of_mixed_data() -> None:
+    check_data(data_run([*UNPAIRED, PAIR]), choose_loss(DPO))
+    check_data(data_run([*UNPAIRED, PAIR], rc=RcConfig("reward")), choose_loss(DPO))
+
+
+@pytest.mark.parametrize("records", [UNPAIRED, [PAIR, *UNPAIRED]])
+@pytest.mark.parametrize("rc", ["reward", "diff", "oracle"])
+def test_coefficients_are_refused(rc: str, records: list[Record]) -> None:
+    sections = {"rm": ScorerConfig(path="finished"), "diffmodel": DifferenceConfig(path="finished")}
+    with pytest.raises(UserError, match=rf"rc={rc} .* difference of its two rewards, .* record good .* use rc=none"):
+        check_data(data_run(records, rc=RcConfig(rc), **sections), kto())
+    check_data(data_run(records), kto())
+
+
+def test_kto_needs_labels_of_some_kind() -> None:
+    with pytest.raises(UserError, match=r"loss=kto learns from labelled pairs or responses, and .* has none"):
+        check_data(data_run([Record("bare", "q", ("a", "b"))]), kto())
+    check_data(data_run([PAIR], rc=RcConfig("reward")), kto())
+
+
+def test_more_responses_than_any_record_has() -> None:
+    with pytest.raises(UserError, match=r"align\.min_responses=2: no record"):
+        check_data(data_run(UNPAIRED, align=TrainingConfig(min_responses=2)), kto())
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("reward", "rm"), ("diff", "diffmodel")])
+def test_scorers_are_refused(kind: str, stage: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_labels(data_run(UNPAIRED), kind)
+    for part in (f"stage={stage}", "is unpaired", f"set {stage}.path", "loss=kto rc=none eval.judges=[]"):
+        assert part in str(error.value)
+    check_labels(data_run(UNPAIRED, rm=ScorerConfig(path="x"), diffmodel=DifferenceConfig(path="x")), kind)
+    check_labels(data_run([*UNPAIRED, PAIR]), kind)
+    tied = data_run([Record("tied", "q", ("a", "b"), (Preference(0, 1, tie=True),))])
+    if kind == "diff":
+        check_labels(tied, kind)
+    else:
+        with pytest.raises(UserError, match="has no labelled pair"):
+            check_labels(tied, kind)
+    with pytest.raises(UserError, match=r"has no labelled pair.*rc=none loss\.ranking=scores eval\.judges=\[\]"):
+        check_labels(data_run([Record("bare", "q", ("a", "b"))]), kind)
+
+
+def test_imitation_is_of_desirable_responses() -> None:
+    record = alone("several", False, True, True)
+    assert to_imitate(record, "chosen") == (1, 2)
+    assert to_imitate(record, "all") == (0, 1, 2)
+    assert to_imitate(alone("bad", False), "chosen") == ()
+    assert to_imitate(alone("bad", False), "all") == (0,)
+    run = data_run([alone("bad", False), record, PAIR])
+    places, ids, responses = demonstrations(run, "train")
+    assert dict(zip(ids, responses, strict=True)) == {"several": (1, 2), "pair": (1,)}
+    assert [run.records("train")[n].id for n in places] == ids
+
+
+def test_imitation_of_nothing_desirable_is_refused() -> None:
+    bad = [alone("one", False), alone("two", False)]
+    with pytest.raises(UserError, match=r"sft\.responses=chosen .*has none in its split train: set sft\.responses=all"):
+        demonstrations(data_run(bad), "train")
+    assert len(demonstrations(data_run(bad, sft=SftConfig(responses="all")), "train")[0]) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A whole run
+# ---------------------------------------------------------------------------------------------------------------------
+
+SMALL = [
+    "model=small", "model.vocabulary_size=300", "model.hidden_size=24", "model.layers=1", "sft.epochs=1",
+    "align.batch_size=5", "align.epochs=2", "align.learning_rate=1e-3", "dataset=file", "loss=kto", "rc=none",
+]  # fmt: skip
+ROWS = [{"prompt": f"question {n}", "completion": f" answer {n}", "label": n % 3 > 0} for n in range(40)]
+
+
+def file_run(folder: Path, rows: list[dict[str, Any]], *overrides: str) -> Any:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "labels.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tiny_run(folder / "run", *SMALL, f"dataset.path={file}", *overrides)
+
+
+def test_a_run_from_a_file(tmp_path: Path) -> None:
+    run = file_run(tmp_path, ROWS, "eval.judges=[]", "align.max_records=null")
+    policy = aligned_policy(run)
+    labels = [record.desirable for record in run.records("train")]
+    counts = {"desirable": labels.count((True,)), "undesirable": labels.count((False,))}
+    assert policy.manifest()["results"]["samples"] == counts
+    lines = metrics(policy)
+    assert len(lines) == 2 * math.ceil(len(labels) / 5)
+    # Policy and reference are the same at first: each sample's loss is 1/2.
+    assert lines[0]["loss"] == pytest.approx(0.5, abs=1e-5)
+    assert lines[0]["kl_estimate"] == pytest.approx(0, abs=1e-4)
+    assert lines[-1]["implicit_reward_desirable"] != 0
+    assert all("policy_margin" not in line and "implicit_reward_accuracy" not in line for line in lines)
+    evaluation = evaluate_policy(run, "policy")
+    assert json.loads((evaluation.folder / "evaluation.json").read_text())["rewards"] == {}
+
+    turned = aligned_policy(file_run(tmp_path / "turned", ROWS[::-1], "align.max_records=null"))
+    assert weights(turned) == weights(policy)
+
+
+class Handed(Exception):
+    """Ends a stage once it has made its task."""
+
+
+def test_every_item_has_its_own_reference_and_another_query_s_response(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers that the task hands out are the base policy's, of these very tokens after this very prompt."""
+    tasks: list[AlignmentTask] = []
+
+    def hand(task: AlignmentTask, *others: Any) -> None:
+        tasks.append(task)
+        raise Handed
+
+    monkeypatch.setattr("rdo.stages.align.train", hand)
+    rows = [{**row, "completion": f"{row['completion']}{n % 5 * ' more'}"} for n, row in enumerate(ROWS)]
+    run = file_run(tmp_path, rows)
+    with pytest.raises(Handed):
+        aligned_policy(run)
+    (task,) = tasks
+    model, tokenizer = run.policy(base_policy(run))
+    by_id = {record.id: record for record in run.records("train")}
+    assert task.record_ids == sorted(task.record_ids)
+    assert len(task.record_ids) == 32  # align.max_records
+    for place, record_id in enumerate(task.record_ids):
+        item, record = task.item(place, 0), by_id[record_id]
+        assert item.encoded.prompt == tuple(tokenizer(record.query).input_ids)
+        assert item.samples == (Sample(0, record.desirable[0]),)
+        ((other, other_reference),) = item.mismatched
+        assert tokenizer.decode(other[:-1]) in {r.responses[0] for r in by_id.values() if r.query != record.query}
+        known = [(item.encoded.responses[0], item.reference[0]), (other, other_reference)]
+        for ids, reference in known:
+            row = torch.tensor([[*item.encoded.prompt, *ids]])
+            with torch.no_grad():
+                logits = model(row).logits[0, :-1].log_softmax(-1)
+            tokens = logits.gather(-1, row[0, 1:, None])[len(item.encoded.prompt) - 1 :]
+            assert reference == pytest.approx(float(tokens.sum()), abs=1e-3)
+
+
+def test_judges_that_cannot_be_trained_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    run = file_run(tmp_path, ROWS, "eval.judges=[reward]")
+    for subject in ("policy", "base"):
+        with pytest.raises(UserError, match=r"stage=rm has nothing to learn from.*eval\.judges=\[\]"):
+            evaluate_policy(run, subject)
+    assert not (tmp_path / "run" / "sft").exists()
+
+
+def test_mixed_data_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pairs and labelled responses in one file of the project's own format; a loss over pairs takes the pairs."""
+    rows: list[dict[str, Any]] = []
+    for n in range(40):
+        labels = {"preferences": [[0, 1]]} if n % 2 else {"desirable": [n % 3 > 0, False]}
+        rows.append({"query": f"question {n}", "responses": [f" yes {n}", f" no {n}"], **labels})
+    run = file_run(tmp_path, rows, "align.max_records=null", "align.batch_size=64")
+    records = run.records("train")
+    paired = sum(bool(record.preferences) for record in records)
+    desirable = paired + sum(sum(record.desirable or ()) for record in records)
+    policy = aligned_policy(run)
+    counts = {"desirable": desirable, "undesirable": 2 * len(records) - desirable}
+    assert policy.manifest()["results"]["samples"] == counts
+    assert {"policy_margin", "implicit_reward_desirable", "implicit_reward_undesirable"} <= metrics(policy)[0].keys()
+    capsys.readouterr()
+    dpo = aligned_policy(file_run(tmp_path, rows, "loss=dpo", "align.max_records=null"))
+    assert dpo.manifest()["results"]["records"] == paired
+    left = f"[align] {len(records) - paired} of {len(records)} records have nothing for loss=dpo: left out"
+    assert left in capsys.readouterr().out.splitlines()
