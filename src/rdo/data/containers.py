@@ -459,7 +459,6 @@ def _read_array(stream: io.BufferedIOBase) -> Iterator[tuple[str, Any]]:
 def _take_element(window: _Window, decoder: _Decoder, name: str) -> Any:
     """The next element, or _Broken in its place. Raises _Broken if nobody can tell where it ends."""
     while True:
-        decoder.repeated.clear()
         length = len(window.text) - window.at
         try:
             row, end = decoder.raw_decode(window.text, window.at)
