@@ -5,10 +5,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import json
 import pickle
+import runpy
 import shutil
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+TRAIN = Path(__file__).parents[1] / "train.py"
 ASK = "\n\nHuman: Which bread?\n\nAssistant:"
 TRL = {"prompt": "Which bread?", "chosen": " Rye.", "rejected": " No idea."}
 HH = {"chosen": f"{ASK} Rye.", "rejected": f"{ASK} No idea."}
@@ -97,14 +103,24 @@ row("identical responses", "identical", TRL | {"rejected": TRL["chosen"]})
 row("NaN score", r"field 'scores\[0\]': must be a finite number", SCORED | {"scores": [float("nan"), 1]}, SCORED)
 row("infinite score", r"field 'scores\[1\]': must be a finite", SCORED | {"scores": [1, float("inf")]}, SCORED)
 row("scores of another length", "field 'scores': 3 scores for 2 responses", SCORED | {"scores": [1, 2, 3]}, SCORED)
-row("rejected with another query", "field 'rejected': .*query", HH | {"rejected": "\n\nHuman: Tea?\n\nAssistant: Yes."}, HH)
+row(
+    "rejected with another query",
+    "field 'rejected': .*query",
+    HH | {"rejected": "\n\nHuman: Tea?\n\nAssistant: Yes."},
+    HH,
+)
 row("undecodable bytes", "not UTF-8", b'{"prompt": "\xff\xfe", "chosen": "a", "rejected": "b"}')
 row("a lone surrogate", "field 'chosen'.*surrogate", TRL | {"chosen": "a\ud800b"})
 row("a megabyte of garbage", "is not JSON", b"x" * 2**20)
 row("one response", "field 'responses': needs at least 2", SCORED | {"responses": ["a"], "scores": [1]}, SCORED)
 row("the same key twice", "'chosen'", b'{"prompt": "p", "chosen": "a", "chosen": "b", "rejected": "c"}')
 row("nested too deep", "is nested too deep", b"[" * 100_000)
-row("unknown role in a message", r"field 'prompt\[0\].*tool", CHAT | {"prompt": [{"role": "tool", "content": "x"}]}, CHAT)
+row(
+    "unknown role in a message",
+    r"field 'prompt\[0\].*tool",
+    CHAT | {"prompt": [{"role": "tool", "content": "x"}]},
+    CHAT,
+)
 row(
     "an image in a message",
     r"field 'prompt\[0\]",
@@ -125,15 +141,50 @@ row(
     {**without(SCORED, "scores"), "preferences": [[1, 1]]},
     without(SCORED, "scores"),
 )
-row("a confidence against the choice", "field 'extra.confidence': 8 contradicts", OPENAI | {"extra": {"confidence": 8}}, OPENAI)
+row(
+    "a confidence against the choice",
+    "field 'extra.confidence': 8 contradicts",
+    OPENAI | {"extra": {"confidence": 8}},
+    OPENAI,
+)
 row("too few preferences of four answers", "field 'preference'", QA | {"preference": [1, 2]}, QA)
 row("an unknown split", "field 'split': must be one of", SCORED | {"split": "dev"}, SCORED)
-case("row", "the same id twice", r"line 3, field 'id': 'x' is taken by .*line 1", content("data.jsonl", lines(SCORED | {"id": "x"}, SCORED | {"id": "y"}, SCORED | {"id": "x"})))
-case("row", "columns of no format", r"line 1.*no known format", content("data.jsonl", lines({"instruction": "x", "output": "y"})))
-case("row", "no beginning in common", "field 'rejected': has no beginning in common", content("data.jsonl", lines({"chosen": "x", "rejected": "y"})))
-case("row", "more cells than columns", r"data\.csv, line 3.*4.*3", content("data.csv", b"prompt,chosen,rejected\np,a,b\np,a,b,c\n"))
-case("row", "some rows with a split", r"line 2: no 'split'", content("data.jsonl", lines(SCORED | {"split": "train"}, SCORED | {"query": "other"})))
-case("row", "too many invalid rows", r"line 2.*first of 2 invalid rows of 4.*max_invalid_share.*invalid\.jsonl", content("data.jsonl", lines(TRL, b"{", b"{", TRL), "dataset.on_invalid=skip"))
+case(
+    "row",
+    "the same id twice",
+    r"line 3, field 'id': 'x' is taken by .*line 1",
+    content("data.jsonl", lines(SCORED | {"id": "x"}, SCORED | {"id": "y"}, SCORED | {"id": "x"})),
+)
+case(
+    "row",
+    "columns of no format",
+    r"line 1.*no known format",
+    content("data.jsonl", lines({"instruction": "x", "output": "y"})),
+)
+case(
+    "row",
+    "no beginning in common",
+    "field 'rejected': has no beginning in common",
+    content("data.jsonl", lines({"chosen": "x", "rejected": "y"})),
+)
+case(
+    "row",
+    "more cells than columns",
+    r"data\.csv, line 3.*4.*3",
+    content("data.csv", b"prompt,chosen,rejected\np,a,b\np,a,b,c\n"),
+)
+case(
+    "row",
+    "some rows with a split",
+    r"line 2: no 'split'",
+    content("data.jsonl", lines(SCORED | {"split": "train"}, SCORED | {"query": "other"})),
+)
+case(
+    "row",
+    "too many invalid rows",
+    r"line 2.*first of 2 invalid rows of 4.*max_invalid_share.*invalid\.jsonl",
+    content("data.jsonl", lines(TRL, b"{", b"{", TRL), "dataset.on_invalid=skip"),
+)
 
 # Files
 
@@ -187,7 +238,12 @@ case("file", "a list inside an object", "'data'", content("data.json", json.dump
 # Configuration
 
 for group in ("model", "dataset", "stage", "loss", "rc", "engine", "tracker", "experiment"):
-    case("configuration", f"a typo in the group {group}", f"{group}=typo.*must be one of", lambda f, p, g=group: [f"{g}=typo"])
+    case(
+        "configuration",
+        f"a typo in the group {group}",
+        f"{group}=typo.*must be one of",
+        lambda f, p, g=group: [f"{g}=typo"],
+    )
 
 
 def setting(name: str, message: str, *overrides: str) -> None:
@@ -210,7 +266,12 @@ setting("no fine-tuning and no model", r"model\.path", "sft.enabled=false")
 setting("a control without coefficients", r"rc\.control=shuffle", "rc.control=shuffle")
 setting("the true reward of real data", r"rc=oracle", "rc=oracle", "dataset=file", "dataset.path=x", "model=small")
 setting("no file named", r"dataset\.path", "dataset=file", "model=small")
-setting("shares that leave nothing", r"validation_share.*test_share", "dataset.validation_share=0.5", "dataset.test_share=0.5")
+setting(
+    "shares that leave nothing",
+    r"validation_share.*test_share",
+    "dataset.validation_share=0.5",
+    "dataset.test_share=0.5",
+)
 setting("a format of no reader", r"dataset\.format=xml: must be one of auto", "dataset.format=xml")
 setting("the toy model for real data", r"model=small", "dataset=file", "dataset.path=x")
 setting("an access token", r"^error: (?!.*hf_aaaa).*token", f"model.path=hf_{'a' * 34}", "model=hub")
@@ -238,12 +299,37 @@ TOY = [
 ]  # fmt: skip
 UNPAIRED_ROWS = [UNPAIRED | {"prompt": f"Which bread {n}?", "label": n % 2 == 0} for n in range(8)]
 setting("a stage whose input is not there", r"stage=sft", "stage=align", "build_inputs=false", *TOY)
-case("data", "coefficients without pairs", r"rc=reward.*rc=none", on_file(*UNPAIRED_ROWS, more=("stage=align", "loss=kto", "rc=reward")))
-case("data", "a loss over pairs without pairs", r"loss=dpo.*loss=kto", on_file(*UNPAIRED_ROWS, more=("stage=align", "loss=dpo")))
+case(
+    "data",
+    "coefficients without pairs",
+    r"rc=reward.*rc=none",
+    on_file(*UNPAIRED_ROWS, more=("stage=align", "loss=kto", "rc=reward")),
+)
+case(
+    "data",
+    "a loss over pairs without pairs",
+    r"loss=dpo.*loss=kto",
+    on_file(*UNPAIRED_ROWS, more=("stage=align", "loss=dpo")),
+)
 case("data", "a reward model without pairs", r"stage=rm", on_file(*UNPAIRED_ROWS, more=("stage=rm",)))
-case("data", "a ranking by scores without scores", r"loss\.ranking=scores.*line 1", on_file(*[TRL | {"prompt": f"{n}"} for n in range(4)], more=("stage=align", "loss=rrhf", "loss.ranking=scores")))
-case("data", "records that are too long", r"dataset\.max_length=3.*max_truncated_share", on_file(*[TRL | {"prompt": f"{n} Which bread?"} for n in range(4)], more=("stage=sft", "dataset.max_length=3")))
-case("data", "a template without an answer", r"add_generation_prompt.*dataset\.template", lambda folder, patch: chat(folder, "{% for m in messages %}{{ m['content'] }}{% endfor %}"))
+case(
+    "data",
+    "a ranking by scores without scores",
+    r"loss\.ranking=scores.*line 1",
+    on_file(*[TRL | {"prompt": f"{n}"} for n in range(4)], more=("stage=align", "loss=rrhf", "loss.ranking=scores")),
+)
+case(
+    "data",
+    "records that are too long",
+    r"dataset\.max_length=3.*max_truncated_share",
+    on_file(*[TRL | {"prompt": f"{n} Which bread?"} for n in range(4)], more=("stage=sft", "dataset.max_length=3")),
+)
+case(
+    "data",
+    "a template without an answer",
+    r"add_generation_prompt.*dataset\.template",
+    lambda folder, patch: chat(folder, "{% for m in messages %}{{ m['content'] }}{% endfor %}"),
+)
 case("data", "a template that is not there", r"no chat template", lambda folder, patch: chat(folder, None))
 
 
@@ -345,7 +431,31 @@ model_case("truncated weights", r"model", cut_weights)
 model_case("a pickle that would run code", "pickle", evil_pickle)
 model_case("hub code without leave", r"model\.trust_remote_code=true", hub_code)
 model_case("an adapter", "merge", adapter)
-model_case("a scorer without head", r"lacks weights.*score", lambda model: None, "stage=align", "rc=reward", "rm.path={}")
+model_case(
+    "a scorer without head", r"lacks weights.*score", lambda model: None, "stage=align", "rc=reward", "rm.path={}"
+)
 LONG = [TRL | {"prompt": f"Which bread {n}? " + "crumb " * 400} for n in range(4)]
 TOO_LONG = ("stage=sft", "model.max_positions=64", "dataset.max_length=2000")
 case("model", "too few positions", r"positions|takes 64; lower dataset\.max_length", on_file(*LONG, more=TOO_LONG))
+
+
+def table() -> None:
+    """Prints all cases with their messages as Markdown."""
+    print("| area | input | message |\n|---|---|---|")
+    for entry in CASES:
+        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+            overrides = entry.make(Path(folder), patch)
+            patch.setattr(sys, "argv", [str(TRAIN), *overrides, f"run_dir={folder}/runs"])
+            said = io.StringIO()
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+                with contextlib.suppress(SystemExit):
+                    runpy.run_path(str(TRAIN), run_name="__main__")
+            message = (
+                said.getvalue().rstrip().rpartition("error: ")[2].replace(f"{folder}/", "").replace(folder, "FOLDER")
+            )
+            print(f"| {entry.area} | {entry.name} | {message.replace('|', chr(92) + '|')} |", flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(TRAIN.parent / "src"))
+    table()

@@ -23,8 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rdo.data import containers
-from rdo.data.containers import TextRow, resolve, rows, shown
+from rdo.data.containers import TextRow, contents, csv_rows, json_rows, resolve, rows, shown, tables, text
 from rdo.errors import DataError
 
 ROWS = [{"prompt": "What?", "chosen": "Ä, \"b\"\n'c'", "score": 1.5}, {"prompt": "Why?", "chosen": "no", "score": -2.0}]
@@ -431,7 +430,7 @@ def test_no_room_for_the_unpacked_copy_names_the_way_out(refused, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(containers.shutil, "copyfileobj", full)
+    monkeypatch.setattr(contents.shutil, "copyfileobj", full)
     message = refused("a.parquet.gz", gzip.compress(CONTAINERS["a.parquet"]))
     assert "No space left on device" in message
     assert "set TMPDIR" in message
@@ -454,7 +453,7 @@ def test_a_failing_disk_is_no_damaged_table(tmp_path, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(containers.pq, "ParquetFile", fail)
+    monkeypatch.setattr(tables.pq, "ParquetFile", fail)
     with pytest.raises(DataError, match=r"a\.parquet: cannot be read \(Input/output error\)"):
         list(rows(put(tmp_path, "a.parquet", CONTAINERS["a.parquet"])))
 
@@ -506,7 +505,7 @@ def test_elements_that_can_be_skipped_are(read):
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64])
 def test_arrays_do_not_depend_on_where_chunks_end(read, monkeypatch, chunk):
-    monkeypatch.setattr(containers, "CHUNK", chunk)
+    monkeypatch.setattr(text, "CHUNK", chunk)
     items = [{"ä": [1.25e3, None, "\\u00e4\n"], "b": {}}, {"c": "€" * 50}, {}]
     for indent in (None, 1):
         assert good(read("a.json", json.dumps(items, ensure_ascii=False, indent=indent))) == items
@@ -516,9 +515,9 @@ def test_arrays_do_not_depend_on_where_chunks_end(read, monkeypatch, chunk):
 
 def test_a_long_element_is_not_parsed_at_every_chunk(read, monkeypatch):
     parsed = []
-    plain = containers._Decoder.raw_decode
-    monkeypatch.setattr(containers, "CHUNK", 100)
-    monkeypatch.setattr(containers._Decoder, "raw_decode", lambda *given: parsed.append(1) or plain(*given))
+    plain = json_rows.Decoder.raw_decode
+    monkeypatch.setattr(text, "CHUNK", 100)
+    monkeypatch.setattr(json_rows.Decoder, "raw_decode", lambda *given: parsed.append(1) or plain(*given))
     assert len(good(read("a.json", json.dumps([{"a": "x" * 1_000_000}])))) == 1
     assert len(parsed) < 20
 
@@ -660,17 +659,22 @@ def test_a_broken_header_is_refused(refused, header, message):
     assert refused("a.csv", b"\n" + header + b"\n1,2,3\n").startswith(f", line 2: the header {message}")
 
 
+def shorten_lines(monkeypatch) -> None:
+    for module in (text, json_rows, csv_rows):
+        monkeypatch.setattr(module, "LONGEST_LINE", 100)
+
+
 def test_a_quote_that_is_never_closed_is_refused(refused, monkeypatch):
     data = b'a,b\n1,2\n3,"4\n' + b"5,6\n" * 100
     message = ", line 3: a quote that opens in this row is never closed"
     assert refused("a.csv", data).startswith(message)
-    monkeypatch.setattr(containers, "LONGEST_LINE", 100)
+    shorten_lines(monkeypatch)
     assert refused("a.csv", data).startswith(message)
 
 
 def test_lines_that_are_too_long_are_skipped_to_their_end(read, refused, monkeypatch):
-    monkeypatch.setattr(containers, "LONGEST_LINE", 100)
-    monkeypatch.setattr(containers, "CHUNK", 64)
+    shorten_lines(monkeypatch)
+    monkeypatch.setattr(text, "CHUNK", 64)
     long = "x" * 1000
     found = read("a.jsonl", lines_of([{"a": 1}, {"a": long}, {"a": 2}, {"a": long}]))
     assert good(found) == [{"a": 1}, {"a": 2}]
@@ -840,12 +844,12 @@ def test_random_bytes_are_rows_or_errors(place, data, start, suffix, ending, zip
 def test_random_objects_are_read_back_from_json(place, items, indent, ascii_only, chunk):
     lines = "".join(json.dumps(item, ensure_ascii=ascii_only) + "\n" for item in items)
     array = json.dumps(items, ensure_ascii=ascii_only, indent=indent)
-    whole, containers.CHUNK = containers.CHUNK, chunk
+    whole, text.CHUNK = text.CHUNK, chunk
     try:
         assert [row for _, row in rows(put(place, "a.jsonl", lines))] == items
         assert [row for _, row in rows(put(place, "a.json", array))] == items
     finally:
-        containers.CHUNK = whole
+        text.CHUNK = whole
 
 
 @FUZZ

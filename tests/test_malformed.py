@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from malformed import CASES, Case
+from malformed import CASES, TRAIN, Case
 
-TRAIN = Path(__file__).parents[1] / "train.py"
 LIMIT = 60  # seconds: an input that is taken for a good one starts real work
 
 
@@ -32,7 +31,9 @@ def test_there_are_enough_cases_and_no_name_stands_for_two():
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{case.area}: {case.name}" for case in CASES])
-def test_a_malformed_input(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+def test_a_malformed_input(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
     run_dir = tmp_path / "runs"
     overrides = case.make(tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "argv", [str(TRAIN), *overrides, f"run_dir={run_dir}"])
