@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import io
 import json
+import os
 import pickle
 import runpy
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -22,8 +25,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 TRAIN = Path(__file__).parents[1] / "train.py"
+sys.path.insert(0, str(TRAIN.parent / "src"))  # where this file is run by itself
+
+from tiny import TINY, tiny_run
+
 ASK = "\n\nHuman: Which bread?\n\nAssistant:"
 TRL = {"prompt": "Which bread?", "chosen": " Rye.", "rejected": " No idea."}
 HH = {"chosen": f"{ASK} Rye.", "rejected": f"{ASK} No idea."}
@@ -439,6 +447,135 @@ TOO_LONG = ("stage=sft", "model.max_positions=64", "dataset.max_length=2000")
 case("model", "too few positions", r"positions|takes 64; lower dataset\.max_length", on_file(*LONG, more=TOO_LONG))
 
 
+# Artifacts
+
+
+def artifact_case(name: str, message: str, spoil: Callable[[Path], None], *more: str) -> None:
+    """Alignment that reads given scores, which `spoil` has changed, or which other settings (`more`) cannot use."""
+
+    def make(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
+        from rdo.stages.score import scores
+
+        run = tiny_run(folder / "runs", *TOY, "rc=reward")
+        made = scores(run, "reward", "train", False, run.config.align)
+        spoil(made.folder)
+        return ["stage=align", *TINY, *TOY, "rc=reward", f"rc.scores={made.folder}", *more]
+
+    case("artifact", name, message, make)
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    """A file that loses its end."""
+
+    def spoil(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: len(data) // 2])
+
+    return spoil
+
+
+def flip(folder: Path) -> None:
+    data = bytearray((folder / "scores.parquet").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "scores.parquet").write_bytes(bytes(data))
+
+
+def older(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 0}))
+
+
+def nothing(folder: Path) -> None:
+    """The artifact as it is."""
+
+
+artifact_case("scores of another data set", r"rc\.scores=.*other records", nothing, "dataset.toy.seed=5")
+artifact_case("scores of another template", r"rc\.scores=.*dataset\.template", nothing, "dataset.template=alpaca")
+artifact_case(
+    "scores of another truncation", r"rc\.scores=.*dataset\.max_length: 96, not 95", nothing, "dataset.max_length=95"
+)
+artifact_case("scores of another model", r"rc\.scores=.*pointwise.*rc=diff", nothing, "rc=diff")
+artifact_case("scores of a selection", r"rc\.scores=.*align\.max_records", nothing, "align.max_records=9")
+artifact_case("a half-written file", r"scores\.parquet.*delete", cut("scores.parquet"))
+artifact_case("a file with a changed bit", r"scores\.parquet.*changed.*delete", flip)
+artifact_case("a missing file", r"scores\.parquet.*delete", lambda folder: (folder / "scores.parquet").unlink())
+artifact_case("a half-written manifest", r"manifest\.json.*delete", cut("manifest.json"))
+artifact_case("another version", r"version", older)
+artifact_case("no artifact at all", r"rc\.scores=.*no finished folder", lambda folder: shutil.rmtree(folder))
+
+# The machine
+
+
+def machine(name: str, message: str, spoil: Callable[[Path, pytest.MonkeyPatch], Any], *overrides: str) -> None:
+    def make(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
+        spoil(folder, patch)
+        return [*TINY, *TOY, *(text.replace("FOLDER", str(folder)) for text in overrides)]
+
+    case("machine", name, message, make)
+
+
+def full(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """A disk with no room for models."""
+
+    def save(model: Any, path: Path, **_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    patch.setattr("transformers.PreTrainedModel.save_pretrained", save)
+
+
+def read_only(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    real = Path.mkdir
+
+    def mkdir(path: Path, *arguments: Any, **options: Any) -> None:
+        if "runs" in path.parts:
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        real(path, *arguments, **options)
+
+    patch.setattr(Path, "mkdir", mkdir)
+
+
+def out_of_memory(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    def step(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    patch.setattr("rdo.training.training_step", step)
+
+
+def not_a_number(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("rdo.losses.sft", lambda policy, length, *, reduction: policy * float("nan"))
+
+
+def kill_a_worker(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    from rdo.data import tokens
+
+    parent, real = os.getpid(), tokens.encode_batch
+
+    def dying(*arguments: Any, **options: Any) -> Any:
+        if os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+
+    patch.setattr(tokens, "encode_batch", dying)
+    patch.setattr(tokens, "RECORDS_PER_WORKER", 1)
+    (folder / "data.jsonl").write_bytes(lines(*[TRL | {"prompt": f"Which bread {n}?"} for n in range(40)]))
+
+
+ON_FILE = ("dataset=file", "dataset.path=FOLDER/data.jsonl", "dataset.workers=2", "model=small", *SMALL)
+machine("a full disk", r"no space|No space|disk is full", full, "stage=sft", "engine.disk_full_minutes=0.001")
+machine("a read-only folder", r"run_dir=.*[Rr]ead-only", read_only, "stage=sft")
+machine("run_dir is a file", r"run_dir=.*file", lambda folder, patch: (folder / "runs").write_text("x"), "stage=sft")
+machine("out of memory", r"engine\.tokens_per_micro_batch", out_of_memory, "stage=sft")
+machine("a loss that is not a number", r"step 1: loss nan.*records \w+", not_a_number, "stage=sft")
+machine("a killed worker", r"was killed.*dataset\.workers=1", kill_a_worker, "stage=sft", *ON_FILE)
+machine(
+    "no such device",
+    r"engine\.device=cuda.*engine\.device=cpu",
+    lambda folder, patch: patch.setattr("torch.cuda.is_available", lambda: False),
+    "stage=sft",
+    "engine.device=cuda",
+)
+
+
 def table() -> None:
     """Prints all cases with their messages as Markdown."""
     print("| area | input | message |\n|---|---|---|")
@@ -447,9 +584,9 @@ def table() -> None:
             overrides = entry.make(Path(folder), patch)
             patch.setattr(sys, "argv", [str(TRAIN), *overrides, f"run_dir={folder}/runs"])
             said = io.StringIO()
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-                with contextlib.suppress(SystemExit):
-                    runpy.run_path(str(TRAIN), run_name="__main__")
+            quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said)
+            with quiet[0], quiet[1], contextlib.suppress(SystemExit):
+                runpy.run_path(str(TRAIN), run_name="__main__")
             message = (
                 said.getvalue().rstrip().rpartition("error: ")[2].replace(f"{folder}/", "").replace(folder, "FOLDER")
             )
@@ -457,5 +594,4 @@ def table() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(TRAIN.parent / "src"))
     table()

@@ -1,8 +1,12 @@
 """What stages leave behind: made once, found again, made anew when anything changed, never half-finished."""
 
+import hashlib
 import json
 import multiprocessing
 import os
+import platform
+import re
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +14,22 @@ from typing import Any
 
 import pytest
 
-from rdo.artifacts import Artifact, MissingInput, Provenance, fingerprint, given, is_finished, produce
+from rdo.artifacts import (
+    ARTIFACT_VERSION,
+    Artifact,
+    MissingInput,
+    Provenance,
+    fingerprint,
+    given,
+    is_finished,
+    produce,
+)
+from rdo.errors import UserError
 from rdo.files import append_json_line, read_json_lines, replace_file, replace_folder, write_json
+from rdo.stages.eval import evaluate_policy
+from rdo.stages.reference import read_reference
+from rdo.stages.score import read_scores, scores
+from tiny import tiny_run
 
 SETTINGS = {"learning_rate": 0.1, "data": {"split": "train", "records": "abc"}}
 
@@ -134,6 +152,177 @@ def test_two_processes_at_once_make_an_artifact_once(tmp_path):
     (folder,) = (tmp_path / "rm").iterdir()
     assert len(read_json_lines(folder / "made.jsonl")) == 1
     assert is_finished(folder)
+
+
+def test_the_second_of_two_runs_says_who_holds_the_folder(tmp_path, capfd):
+    context = multiprocessing.get_context("fork")
+    first = context.Process(target=produce_slowly, args=(tmp_path, context.Barrier(1)))
+    first.start()
+    while not list(tmp_path.glob("rm/*/.holder.json")):
+        time.sleep(0.01)
+    artifact = produce(provenance(tmp_path), "rm", "pointwise", SETTINGS, {}, make_slowly)
+    first.join()
+    said = capfd.readouterr().out
+    since = r"\d{4}-\d\d-\d\d \d\d:\d\d"
+    holder = rf"process {first.pid} on {platform.node()} since {since} \(python train\.py stage=rm\)"
+    assert re.search(rf"{artifact.folder} is being made by {holder}; waiting for it\n", said)
+    assert len(read_json_lines(artifact.folder / "made.jsonl")) == 1
+    assert not (artifact.folder / ".holder.json").exists()
+
+
+@pytest.mark.parametrize("note", ['{"process": 1, "host": "x", "since": "y", "command": "z"}', "", "{half", "[]"])
+def test_the_note_of_a_killed_holder_is_in_nobodys_way(tmp_path, note):
+    artifact = made(tmp_path, Maker())
+    (artifact.folder / "manifest.json").unlink()
+    (artifact.folder / ".holder.json").write_text(note)
+    maker = Maker()
+    made(tmp_path, maker)
+    assert len(maker.calls) == 1
+    assert not (artifact.folder / ".holder.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finished folders that are no longer what they were
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_files(folder: Path) -> dict[str, Any]:
+    """Results, and what is none: temporary files, a part-way state, wandb's own."""
+    for name in ("scores.parquet", "model/weights", ".scores.1.part", "checkpoints/step_1.pt", "shards/1", "wandb/run"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"content of {name}")
+    return {}
+
+
+def produced(run_dir: Path) -> Artifact:
+    return produce(provenance(run_dir), "rm", "pointwise", SETTINGS, {}, make_files, requested=False)
+
+
+def test_a_manifest_lists_every_result_and_nothing_else(tmp_path):
+    artifact = produced(tmp_path)
+    listed = artifact.manifest()["files"]
+    assert sorted(listed) == ["model/weights", "scores.parquet"]
+    data = b"content of scores.parquet"
+    digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+    assert listed["scores.parquet"] == {"bytes": len(data), "blake2b": digest}
+    # What a run goes on from is gone when there is nothing left to do.
+    assert not (artifact.folder / "checkpoints").exists()
+    assert not (artifact.folder / "shards").exists()
+    assert (artifact.folder / "wandb" / "run").exists()
+
+
+def test_large_files_are_listed_with_their_size_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("rdo.artifacts.HASHED_BYTES", 24)
+    artifact = produced(tmp_path)
+    listed = artifact.manifest()["files"]
+    assert listed["scores.parquet"] == {"bytes": 25}
+    assert "blake2b" in listed["model/weights"]
+    assert artifact.file("scores.parquet").read_text() == "content of scores.parquet"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("model/weights", None, "is missing"),
+        ("model/weights", "content of", r"has 10 bytes, and had 24 when it was made"),
+        ("scores.parquet", "", "has 0 bytes, and had 25 when it was made"),
+        ("manifest.json", "", r"cannot be read \(JSONDecodeError\)"),
+        ("manifest.json", '{"version": 2', r"cannot be read \(JSONDecodeError\)"),
+        ("manifest.json", "[1]", "is no manifest"),
+        ("manifest.json", "{}", "is no manifest"),
+        ("manifest.json", '{"version": 1, "files": {}}', "was made by another version of rdo"),
+        ("manifest.json", f'{{"version": {ARTIFACT_VERSION}}}', "lists no files"),
+    ],
+)
+def test_a_damaged_folder_names_the_file_and_the_way_out(tmp_path, name, content, reason):
+    folder = produced(tmp_path).folder
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(content)
+    message = (
+        f"{re.escape(str(folder / name))} {reason}; delete {re.escape(str(folder))}: the same command makes it again"
+    )
+    with pytest.raises(UserError, match=message):
+        produced(tmp_path)
+    if name == "manifest.json":
+        assert not is_finished(folder)
+    else:
+        with pytest.raises(UserError, match=message):
+            is_finished(folder)
+    shutil.rmtree(folder)
+    assert produced(tmp_path).file("scores.parquet").exists()
+
+
+def test_a_file_that_is_read_is_compared_with_its_hash(tmp_path):
+    artifact = produced(tmp_path)
+    file = artifact.file("scores.parquet")
+    file.write_text(file.read_text().replace("content", "CONTENT"))
+    assert produced(tmp_path) == artifact  # as large as before: not read, not seen
+    with pytest.raises(UserError, match=r"scores\.parquet has been changed since it was made; delete .*"):
+        artifact.file("scores.parquet")
+    with pytest.raises(UserError, match=r"other is not in the manifest"):
+        artifact.file("other")
+
+
+def test_a_model_that_the_user_brings_may_have_any_manifest(tmp_path):
+    """One of another version of rdo, or of another tool: nothing is said of it."""
+    for content in ('{"version": 1, "results": {}}', "[]", "{"):
+        (tmp_path / "manifest.json").write_text(content)
+        assert not is_finished(tmp_path)
+        given(str(tmp_path))
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    artifact = produced(tmp_path)
+    (artifact.folder / "manifest.json").unlink()
+    left = [".model.17.part/weights", ".model.17.old/weights", "data/.x.arrow.17.part", "tmpab3_x9zq"]
+    for name in left:
+        (artifact.folder / name).parent.mkdir(exist_ok=True)
+        (artifact.folder / name).touch()
+    produced(tmp_path)
+    assert not any((artifact.folder / name).exists() for name in left)
+    (artifact.folder / "shards").mkdir()  # the process was killed when the manifest was written
+    produced(tmp_path)
+    assert not (artifact.folder / "shards").exists()
+
+
+def test_damaged_scores_and_generations_are_refused(tmp_path):
+    run = tiny_run(
+        tmp_path, "sft.max_steps=1", "rm.max_steps=1", "align.max_steps=1", "eval.judges=[oracle]", "loss=kto"
+    )
+    made = scores(run, "reward", "train", False, None)
+    evaluate_policy(run, "policy")
+    (known,) = (Artifact(folder, "") for folder in (tmp_path / "reference").iterdir())
+    for artifact, name, read in ((made, "scores.parquet", read_scores), (known, "reference.parquet", read_reference)):
+        path = artifact.folder / name
+        data = path.read_bytes()
+        path.write_bytes(data[:200] + bytes([data[200] ^ 1]) + data[201:])
+        with pytest.raises(UserError, match=rf"{name} has been changed since it was made; delete"):
+            read(artifact)
+        path.write_bytes(data)
+        assert read(artifact)
+    (base,) = (tmp_path / "eval").glob("base-*")
+    (evaluated,) = (folder for folder in (tmp_path / "eval").iterdir() if folder != base)
+    shutil.rmtree(evaluated)
+    lines = (base / "generations.jsonl").read_text()
+    (base / "generations.jsonl").write_text(
+        lines.replace('"stopped": true', '"stopped":1   ').replace("false", "0    ")
+    )
+    with pytest.raises(UserError, match=r"generations\.jsonl has been changed since it was made"):
+        evaluate_policy(run, "policy")
+
+
+def test_scores_too_large_for_a_hash_are_checked_page_by_page(tmp_path, monkeypatch):
+    monkeypatch.setattr("rdo.artifacts.HASHED_BYTES", 0)
+    run = tiny_run(tmp_path, "sft.max_steps=1", "rm.max_steps=1")
+    made = scores(run, "reward", "train", False, None)
+    path = made.folder / "scores.parquet"
+    data = path.read_bytes()
+    read_scores(made)
+    path.write_bytes(data[:300] + bytes([data[300] ^ 1]) + data[301:])
+    with pytest.raises(UserError, match=r"scores\.parquet cannot be read \(.*; delete"):
+        read_scores(made)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

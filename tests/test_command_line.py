@@ -14,7 +14,7 @@ import pytest
 
 from rdo.artifacts import Provenance
 from rdo.configuration import CHOICES, CONF, compose_config, plain
-from rdo.errors import DataError, UserError
+from rdo.errors import UserError
 from rdo.main import check_command_line, score
 from rdo.run import Run
 from rdo.stages.align import aligned_policy
@@ -146,6 +146,7 @@ def test_a_changed_setting_remakes_what_depends_on_it_and_nothing_else(copied):
 def test_a_report_alone_makes_nothing_and_names_what_is_missing(copied):
     shutil.rmtree(next((copied / "eval").glob("dpo-reward-0.5-shuffle-*")))
     (gone,) = (copied / "rm").iterdir()
+    manifest = (gone / "manifest.json").read_text()
     (gone / "manifest.json").unlink()
     before = artifacts(copied)
     data = report(copied, build=False)
@@ -154,7 +155,7 @@ def test_a_report_alone_makes_nothing_and_names_what_is_missing(copied):
     # Every row but the difference model's own needs the reward model, as scorer or as judge.
     assert row_names(data) == {"difference model"}
     assert set(data["missing"]) == {f"{name}, seed 0" for name in rows - {"difference model"}}
-    (gone / "manifest.json").write_text((gone / "model" / "config.json").read_text())
+    (gone / "manifest.json").write_text(manifest)
     data = report(copied, build=False)
     assert data["missing"] == ["dpo + reward shuffled, seed 0"]
     assert "dpo + reward shuffled, seed 0" in (copied / "report" / "report.md").read_text()
@@ -237,10 +238,12 @@ def test_an_error_of_the_data_is_one_line_and_a_traceback_on_demand(tmp_path, tr
     assert line.startswith("error: ")
     assert "pairs.jsonl, line 1" in line
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    with pytest.raises(DataError):
-        train_here(*arguments)
-    with pytest.raises(UserError, match=r"rc\.alhpa"):
-        train_here("rc.alhpa=0.5")
+    for given, named in ((arguments, "pairs.jsonl, line 1"), (["rc.alhpa=0.5"], "rc.alhpa")):
+        with pytest.raises(SystemExit):
+            train_here(*given)
+        first, *_, last = capsys.readouterr().err.strip().splitlines()
+        assert first == "Traceback (most recent call last):"
+        assert named in last
 
 
 def test_a_ranking_by_scores_that_the_data_has_not_is_refused(tmp_path):
@@ -249,7 +252,7 @@ def test_a_ranking_by_scores_that_the_data_has_not_is_refused(tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     small = ["model=small", "model.vocabulary_size=300", "model.hidden_size=24", "model.layers=1", "sft.epochs=1"]
     given = ["dataset=file", f"dataset.path={data}", *small, "loss=rrhf", "loss.ranking=scores"]
-    with pytest.raises(UserError, match=r"loss.ranking=scores: record .* brings no scores"):
+    with pytest.raises(UserError, match=r"loss.ranking=scores: .*pairs\.jsonl, line 1 brings no scores"):
         aligned_policy(tiny_run(tmp_path / "run", *given))
 
 
@@ -272,8 +275,9 @@ def test_mistakes_of_sweeps_are_found_before_the_first_job(capsys, arguments, na
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["-m", "rc.alpha=0,1"], ["stage=align"], []])
-def test_a_command_line_without_mistake_is_let_through(capsys, arguments):
-    check_command_line(arguments)
+def test_a_command_line_without_mistake_is_let_through(capsys, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert check_command_line(arguments) == arguments
     assert capsys.readouterr().err == ""
 
 
@@ -286,6 +290,7 @@ def test_help_shows_every_stage_and_group(train_here, capsys):
         assert f"\n  {stage} " in shown
     for group in (folder for folder in CONF.iterdir() if folder.is_dir()):
         assert f"\n{group.name}: {', '.join(sorted(file.stem for file in group.iterdir()))}\n" in shown
+    assert "--debug" in shown
 
 
 def test_a_score_stage_needs_a_scorer():

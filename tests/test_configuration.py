@@ -14,7 +14,8 @@ import torch
 import rdo.losses
 from rdo import configuration
 from rdo.alignment import choose_loss
-from rdo.configuration import ABOVE_0, AT_LEAST_1, CHOICES, CONF, RANGES, UNBOUNDED, compose_config, sweep_points
+from rdo.checks import UNBOUNDED, without_effect
+from rdo.configuration import ABOVE_0, AT_LEAST_1, CHOICES, CONF, RANGES, compose_config, sweep_points
 from rdo.errors import UserError
 from rdo.schema import Config
 from rdo.stages.report import rows
@@ -176,15 +177,15 @@ def test_a_value_out_of_range_is_refused_with_the_range(default, key):
     beyond = [high + 1] if high < UNBOUNDED else [math.inf] if "float" in annotation(key) else []
     for value in [below, *beyond]:
         with pytest.raises(UserError, match=f"^{re.escape(key)}={value}.*: must be {kind} {low:g}"):
-            configuration.check(with_value(default, key, value))
-    if key not in ABOVE_0 and key not in ("model.heads", "model.hidden_size"):  # these two must fit each other
-        configuration.check(with_value(default, key, low))
+            configuration.check_values(with_value(default, key, value))
+    if key not in ABOVE_0:
+        configuration.check_values(with_value(default, key, low))
 
 
 @pytest.mark.parametrize("key", CHOICES)
 def test_a_value_that_is_no_choice_is_refused_with_the_choices(default, key):
     with pytest.raises(UserError, match=f"^{re.escape(key)}=nonsense: must be one of .*{CHOICES[key][-1]}$"):
-        configuration.check(with_value(default, key, "nonsense"))
+        configuration.check_values(with_value(default, key, "nonsense"))
 
 
 def test_every_number_has_a_rule():
@@ -203,6 +204,7 @@ def annotation(key: str) -> str:
     return next(str(field.type) for field in fields(section) if field.name == name)
 
 
+FILE = ["dataset=file", "model=small", "dataset.path=pairs.jsonl"]
 IMPOSSIBLE = {
     "dataset.path": ["dataset=file", "model=small"],
     "dataset.hub_name": ["dataset=hh", "model=small", "dataset.hub_name=null"],
@@ -214,7 +216,41 @@ IMPOSSIBLE = {
     "model.key_value_heads=3": ["model.key_value_heads=3"],
     "model.difference_template": ["model.difference_template=[a,b]"],
     "rc=oracle": ["rc=oracle", "dataset=hh", "model=small"],
-    "rc.control=shuffle": ["rc.control=shuffle"],
+    "rc.control=shuffle has no effect with rc.name=none": ["rc.control=shuffle"],
+    "rc.order=antisymmetric has no effect with rc.name=reward": ["rc=reward", "rc.order=antisymmetric"],
+    "rc.epsilon=0.01 has no effect with rc.negative=clip": ["rc=diff", "rc.epsilon=0.01"],
+    "dataset.path=pairs.jsonl has no effect with dataset.source=toy": ["dataset.path=pairs.jsonl"],
+    "dataset.path=b.jsonl has no effect with dataset.source=hub": ["dataset=hh", "model=small", "dataset.path=b.jsonl"],
+    "set dataset.hub_name=null": [*FILE, "dataset.hub_name=someone/data"],
+    "dataset.hub_config=c has no effect": [*FILE, "dataset.hub_config=c"],
+    "dataset.format=hh has no effect with dataset.source=toy": ["dataset.format=hh"],
+    "dataset.max_invalid_share=0.5 has no effect": [*FILE, "dataset.max_invalid_share=0.5"],
+    "needs dataset.hub_split": ["dataset=hh", "model=small", "dataset.hub_test_split=test"],
+    "test on another": ["dataset=hh", "model=small", "dataset.hub_split=a", "dataset.hub_test_split=a"],
+    "must be a file or a list of files": [*FILE[:2], "dataset.path=[3]"],
+    "dataset.path, a file": [*FILE[:2], "dataset.path=[]"],
+    "dataset.template=chat": [*FILE, "dataset.template=chat"],
+    "model.path is not set; leave it out": ["model.revision=v1"],
+    "is a folder; leave it out": ["model.path=.", "model.revision=v1"],
+    "eval.temperature=0.5 has no effect with eval.decoding=greedy": ["eval.decoding=greedy", "eval.temperature=0.5"],
+    "eval.judges=oracle,oracle: names a judge twice": ["eval.judges=[oracle,oracle]"],
+    "tracker.group=mine has no effect with tracker.name=none": ["tracker.group=mine"],
+    "rm.path is a finished scorer": ["rm.path=a/b", "rm.backbone=c/d"],
+    "diffmodel.path names a finished one": ["stage=diffmodel", "diffmodel.path=a/b"],
+    "stage=sft has nothing to do": ["stage=sft", "model=alpaca"],
+    "loss.ranking=reward has no effect": ["loss.ranking=reward"],
+    "loss.sft_reduction=sum has no effect": ["loss.sft_reduction=sum"],
+    "loss.robust=true has no effect": ["loss.robust=true"],
+    "loss.length_penalty=nan: must be finite": ["loss=rrhf", "loss.length_penalty=nan"],
+    "report.seeds is empty": ["report.seeds=[]"],
+    "report.seeds=[1, 1]: names a seed twice": ["report.seeds=[1,1]"],
+    "report.folder=../elsewhere": ["report.folder=../elsewhere"],
+    "report.rows.mine: run_dir is the same for all rows": ['+report.rows.mine=["run_dir=elsewhere"]'],
+    "run_dir is empty": ["run_dir="],
+    "rm.path is empty": ["rm.path="],
+    "run_dir=~/runs: ~ is not expanded": ["run_dir='~/runs'"],
+    "model.name=a/b: names a folder": ["model.name=a/b"],
+    "dataset.name=..: names a folder": ["dataset.name='..'"],
     "rc.negative must be clip": ["rc=diff", "rc.control=filter", "rc.negative=abs"],
     "rc.scale must be none": ["rc=diff", "rc.control=filter", "rc.scale=mean"],
     "diffmodel.form=pointwise": ["diffmodel.form=pointwise"],
@@ -231,7 +267,66 @@ def test_settings_that_exclude_each_other_are_refused(named):
     assert named in refusal(*IMPOSSIBLE[named])
 
 
+def test_a_comparison_of_nothing_is_refused_where_one_is_made(default):
+    empty = copy.deepcopy(default)
+    empty.report.rows = {}
+    with pytest.raises(UserError, match=r"^report\.rows is empty"):
+        configuration.check(empty)
+    empty.stage.name = "align"
+    configuration.check(empty)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("rc.alhpa=0.5", "rc.alpha"),
+        ("difmodel.form=paper", "diffmodel"),
+        ("dataset.toy.pears=3", "dataset.toy.pairs"),
+        ("alpha=0.5", "rc.alpha"),
+        ("tokens_per_microbatch=3", "engine.tokens_per_micro_batch"),
+        ("form=paper", "diffmodel.form"),
+        ("rc=rewrad", "reward"),
+        ("dataset=tdlr", "tldr"),
+        ("stage=algin", "align"),
+        ("engine.layout=forrest", "forest"),
+        ("eval.judges=[orcale]", "oracle"),
+        ("loss.bta=0.1", "loss.beta"),
+        ("loss.pairs=rankin", "ranking"),
+        ("stage.name=evall", "eval"),
+    ],
+)
+def test_what_was_meant_is_suggested(given, meant):
+    assert refusal(given).endswith(f"(did you mean {meant}?)")
+
+
+def test_what_is_like_nothing_gets_no_suggestion():
+    assert "did you mean" not in refusal("xyzzy=1")
+    assert "did you mean" not in refusal("learning_rat=1")  # four sections have one
+
+
+@pytest.mark.parametrize("key", ["model.path", "run_dir", "report.title", "dataset.name", "tracker.project"])
+def test_a_control_character_is_refused_and_shown_as_an_escape(default, key):
+    with pytest.raises(UserError, match=re.escape(f"{key}=a\\x1b[2Jb: holds a control character")):
+        configuration.check(with_value(default, key, "a\x1b[2Jb"))
+
+
+def test_what_has_no_effect_without_coefficients_is_noted():
+    found = without_effect(compose_config(["stage=align", "rc.alpha=1", "rc.scale=mean"]))
+    assert found == ["rc.alpha=1.0 has no effect with rc=none", "rc.scale=mean has no effect with rc=none"]
+    assert without_effect(compose_config(["stage=align", "rc=diff", "rc.alpha=1"])) == []
+    assert without_effect(compose_config(["rc.alpha=1"])) == []  # the rows of a comparison read it
+
+
+def test_data_is_inspected_whatever_the_model():
+    compose_config(["stage=inspect", "dataset=file", "dataset.path=[a.jsonl,b.jsonl]", "dataset.template=chat"])
+
+
 def test_settings_beside_the_impossible_ones_are_fine():
+    compose_config(["model.path=someone/model", "model.revision=v1"])
+    compose_config(["model.path=someone/model", f"model.revision={'0123456789' * 4}"])
+    compose_config(["dataset=hh", "model=small", "dataset.hub_split=a", "dataset.hub_test_split=b"])
+    compose_config([*FILE, "dataset.on_invalid=skip", "dataset.max_invalid_share=0.5", "dataset.format=hh"])
+    compose_config(["tracker=wandb", "tracker.project=mine"])
     compose_config(["dataset=file", "dataset.path=pairs.jsonl", "model=toy", "model.path=someone/model"])
     compose_config(["rc=diff", "rc.control=filter"])
     compose_config(["diffmodel.form=residual", "diffmodel.beta0=0", "diffmodel.beta1=0"])
@@ -266,6 +361,8 @@ def test_a_misspelt_setting_of_a_loss_is_refused_with_its_settings(loss):
         (["loss.beta=high"], "loss.beta='high': must be of type float"),
         (["loss.beta=true"], "loss.beta=True: must be of type float"),
         (["loss.beta=0"], "loss.beta=0.0: must be above 0"),
+        (["loss.beta=nan"], "loss.beta=nan: must be finite"),
+        (["loss.beta=inf"], "loss.beta=inf: must be finite"),
         (["loss.robust=3"], "loss.robust=3: must be of type bool"),
         (["loss.sft_weight=some"], "loss.sft_weight"),
         (["loss.sft_weight=-1"], "loss.sft_weight=-1.0: must be at least 0"),
@@ -317,7 +414,7 @@ LABELS = {"engine.name"}
 
 
 def test_every_setting_is_read_somewhere():
-    """A setting that nothing reads is a promise not kept. Checking a value (configuration.py) is not reading it."""
+    """A setting that nothing reads is a promise not kept. Checking a value is not reading it."""
     source = "\n".join(code(file) for file in sorted((Path(rdo.__file__).parent).rglob("*.py")))
     dead = [key for key in LEAVES if key not in LABELS and not re.search(rf"[.\"]{key.split('.')[-1]}\b", source)]
     assert not dead
@@ -325,7 +422,7 @@ def test_every_setting_is_read_somewhere():
 
 def code(file: Path) -> str:
     """A source file without its comments; nothing of the files that declare and check settings."""
-    if file.name in ("schema.py", "configuration.py"):
+    if file.name in ("schema.py", "configuration.py", "checks.py"):
         return ""
     return re.sub(r"#.*", "", file.read_text())
 

@@ -17,15 +17,19 @@ from tiny import tiny_run
 REPEATED = [Record(f"r{n}", f"query {n // 3}", ("a", "b"), (Preference(0, 1),)) for n in range(12)]
 
 
+def asked(records: list[Record], config: EvalConfig) -> list[Record]:
+    return [records[n] for n in choose_prompts(records, config)]
+
+
 def test_every_query_is_asked_before_any_is_asked_twice() -> None:
-    four = choose_prompts(REPEATED, EvalConfig(prompts=4))
+    four = asked(REPEATED, EvalConfig(prompts=4))
     assert len({record.query for record in four}) == 4
-    six = choose_prompts(REPEATED, EvalConfig(prompts=6))
+    six = asked(REPEATED, EvalConfig(prompts=6))
     assert six[:4] == four
-    assert len(choose_prompts(REPEATED, EvalConfig(prompts=12))) == 12
+    assert len(asked(REPEATED, EvalConfig(prompts=12))) == 12
     # Greedily, the same query gives the same response: a second one would only feign precision.
-    assert len(choose_prompts(REPEATED, EvalConfig(prompts=12, decoding="greedy"))) == 4
-    assert choose_prompts(REPEATED[::-1], EvalConfig(prompts=6)) == six
+    assert len(asked(REPEATED, EvalConfig(prompts=12, decoding="greedy"))) == 4
+    assert asked(REPEATED[::-1], EvalConfig(prompts=6)) == six
 
 
 @pytest.fixture(scope="module")

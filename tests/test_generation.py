@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -30,7 +33,8 @@ def model(name: str = "llama-grouped", likelier: float = 2.0) -> PreTrainedModel
 
 def run(policy: PreTrainedModel, prompts=PROMPTS, seed: int = 0, **settings) -> list[Generation]:
     config = EvalConfig(**{"decoding": "greedy", "max_new_tokens": NEW, "batch_size": 4, **settings})
-    return generate(policy, TOKENIZER, prompts, config, seed, "generating")
+    with TemporaryDirectory() as folder:
+        return generate(policy, TOKENIZER, prompts, config, seed, Path(folder), 0.0, "generating")
 
 
 def greedy(policy: PreTrainedModel, prompt: tuple[int, ...]) -> list[int]:

@@ -1,6 +1,8 @@
 """A run that is stopped goes on from its last checkpoint and ends exactly as if it had not been stopped."""
 
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 from rdo.artifacts import Artifact, is_finished
+from rdo.errors import UserError
 from rdo.files import read_json_lines
 from rdo.run import Run
 from rdo.schema import EngineConfig
@@ -106,14 +109,15 @@ def test_a_run_that_is_stopped_twice_and_before_any_checkpoint(run_dir, monkeypa
     assert metrics(whole) == wanted_metrics
 
 
-def test_a_run_that_is_stopped_after_training_does_not_train_again(run_dir, monkeypatch):
+@pytest.mark.parametrize("where", ["rdo.stages.training.save_model", "rdo.artifacts.listed_files"])
+def test_a_run_that_is_stopped_after_training_does_not_train_again(where, run_dir, monkeypatch):
     """Between the last step and the manifest: the last checkpoint serves, and the result is the same."""
     run = tiny_run(run_dir, OFTEN, "sft.max_steps=4")
     whole = base_policy(run)
     wanted = weights(whole)
     shutil.rmtree(whole.folder)
     with monkeypatch.context() as patched:
-        patched.setattr("rdo.stages.sft.save_model", lambda *_: (_ for _ in ()).throw(Stopped))
+        patched.setattr(where, lambda *_: (_ for _ in ()).throw(Stopped))
         with pytest.raises(Stopped):
             base_policy(run)
     logged = stop_after(monkeypatch, -1)
@@ -156,9 +160,6 @@ def test_only_the_last_checkpoints_are_kept(tmp_path, keep):
         checkpoints.maybe_save(step, 10, model, optimizer)
     kept = [f"step_{step:08d}.pt" for step in (2, 4, 6, 8)][-keep:]  # none after the last step: the model is saved
     assert [file.name for file in checkpoints.files()] == kept
-    checkpoints.clear()
-    assert not (tmp_path / "checkpoints").exists()
-    checkpoints.clear()
 
 
 def test_a_checkpoint_is_saved_when_enough_minutes_have_passed(tmp_path):
@@ -173,6 +174,129 @@ def test_a_checkpoint_is_saved_when_enough_minutes_have_passed(tmp_path):
     assert [file.name for file in checkpoints.files()] == ["step_00000002.pt"]
 
 
-def parts() -> tuple[Any, torch.optim.Optimizer]:
-    model = torch.nn.Linear(2, 2)
-    return model, torch.optim.AdamW(model.parameters())
+def parts(width: int = 2) -> tuple[Any, torch.optim.Optimizer]:
+    model = torch.nn.Linear(width, width)
+    model.device = torch.device("cpu")
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(width)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damaged checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path) -> tuple[Checkpoints, dict[int, dict[str, torch.Tensor]]]:
+    """Checkpoints of three steps, and the weights of each."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", EngineConfig(checkpoint_every_steps=1, keep_checkpoints=3))
+    states = {}
+    for step in (1, 2, 3):
+        model, optimizer = parts()
+        checkpoints.maybe_save(step, 10, model, optimizer)
+        states[step] = model.state_dict()
+    return checkpoints, states
+
+
+def restored(checkpoints: Checkpoints) -> tuple[int, dict[str, torch.Tensor]]:
+    """The step that a run goes on from, and its weights."""
+    model, optimizer = parts()
+    step = checkpoints.restore(model, optimizer)
+    return step, model.state_dict()
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_every_flipped_bit_is_found_and_the_checkpoint_before_is_taken(saved, capsys):
+    checkpoints, states = saved
+    *_, before, last = checkpoints.files()
+    data = last.read_bytes()
+    assert restored(checkpoints)[0] == 3
+    draw = random.Random(0)
+    # Every byte of the zip's directory and of our own seal, and many of what is before.
+    places = [*draw.sample(range(len(data)), 200), *range(len(data) - 200, len(data))]
+    for place in places:
+        last.write_bytes(data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1 :])
+        capsys.readouterr()
+        step, weights = restored(checkpoints)
+        assert step == 2
+        assert same(weights, states[2])
+        assert re.fullmatch(
+            rf"warning: {last} is damaged \(it.*\); going on from {before}, step 2\n", capsys.readouterr().err
+        )
+    last.write_bytes(data)
+    step, weights = restored(checkpoints)
+    assert step == 3
+    assert same(weights, states[3])
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "tail", "longer", "folder"])
+def test_a_checkpoint_that_is_no_longer_one_is_found(damage, saved, capsys):
+    checkpoints, _ = saved
+    last = checkpoints.files()[-1]
+    data = last.read_bytes()
+    if damage == "folder":
+        last.unlink()
+        last.mkdir()
+    else:
+        broken = {"cut": data[: len(data) // 2], "empty": b"", "garbage": os.urandom(5000), "tail": data[-24:]}
+        last.write_bytes({**broken, "longer": data + b"\0"}[damage])
+    assert restored(checkpoints)[0] == 2
+    assert f"{last} is damaged" in capsys.readouterr().err
+
+
+def test_if_all_checkpoints_are_damaged_training_starts_again_and_says_so(tmp_path, capsys, monkeypatch):
+    run = tiny_run(tmp_path, OFTEN, "sft.max_steps=5")
+    whole = base_policy(run)
+    wanted, wanted_metrics = weights(whole), metrics(whole)
+    shutil.rmtree(whole.folder)
+    with monkeypatch.context() as patched:
+        stop_after(patched, 5)
+        with pytest.raises(Stopped):
+            base_policy(run)
+    files = sorted((whole.folder / "checkpoints").glob("step_*.pt"))
+    assert len(files) == 2
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-1000])
+    again = base_policy(run)
+    said = capsys.readouterr().err
+    assert all(f"{file} is damaged (it is cut short or overwritten)" in said for file in files)
+    assert "there is no other checkpoint: training starts again from step 0" in said
+    assert weights(again) == wanted
+    assert metrics(again) == wanted_metrics
+
+
+def test_a_damaged_checkpoint_never_displaces_a_good_one(tmp_path):
+    """It has the highest step, and the ones that are kept are the highest."""
+    checkpoints = Checkpoints(tmp_path, EngineConfig(checkpoint_every_steps=1, keep_checkpoints=1))
+    model, optimizer = parts()
+    checkpoints.save(4, model, optimizer)
+    (tmp_path / "step_00000009.pt").write_bytes(b"garbage")
+    assert restored(checkpoints)[0] == 4
+    checkpoints.maybe_save(5, 10, model, optimizer)
+    assert [file.name for file in checkpoints.files()] == ["step_00000005.pt"]
+    assert restored(checkpoints)[0] == 5
+
+
+def test_a_checkpoint_of_another_model_is_one_clear_error(tmp_path):
+    checkpoints = Checkpoints(tmp_path, EngineConfig())
+    checkpoints.save(4, *parts())
+    with pytest.raises(
+        UserError, match=r"another model \(weight: \(2, 2\) there, \(3, 3\) here\); delete .*: the same"
+    ):
+        checkpoints.restore(*parts(3))
+    model, _ = parts()
+    groups = torch.optim.AdamW([{"params": [model.weight]}, {"params": [model.bias]}])
+    with pytest.raises(UserError, match="another model"):
+        checkpoints.restore(model, groups)
+
+
+def test_a_checkpoint_is_a_file_that_torch_reads_alone(saved):
+    """The seal is in nobody's way; and no pickle of it runs code."""
+    checkpoints, states = saved
+    state = torch.load(checkpoints.files()[-1], weights_only=True)
+    assert same(state["model"], states[3])

@@ -62,6 +62,28 @@ def test_resuming_drops_a_line_that_a_crash_cut_short(tmp_path):
     assert read_json_lines(tmp_path / METRICS)[1:] == [{"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.125}]
 
 
+@pytest.mark.parametrize("damage", [b"\0" * 40, b'{"step": "x"}\n', b"\xff\xfe\n", b'{"step": 3, "loss": 1}\n{"st'])
+def test_resuming_drops_what_is_no_line_and_what_stands_twice(tmp_path, damage):
+    """A power cut may leave anything behind what was brought to the disk with the checkpoint."""
+    tracker = Tracker(TrackerConfig(), tmp_path, "a run", {})
+    for step in (1, 2, 3):
+        tracker.log(step, {"loss": 0.5})
+    text = (tmp_path / METRICS).read_bytes()
+    (tmp_path / METRICS).write_bytes(text + damage)
+    tracker.resume(3)
+    assert (tmp_path / METRICS).read_bytes() == text
+    tracker.log(4, {"loss": 0.5})
+    assert [line["step"] for line in read_json_lines(tmp_path / METRICS)] == [1, 2, 3, 4]
+
+
+def test_lost_lines_are_said(tmp_path, capsys):
+    tracker = Tracker(TrackerConfig(), tmp_path, "a run", {})
+    for step in (1, 4):
+        tracker.log(step, {"loss": 0.5})
+    tracker.resume(4)
+    assert "metrics.jsonl lacks 2 of the 4 steps up to the checkpoint" in capsys.readouterr().err
+
+
 def test_wandb_runs_offline_without_a_login_and_without_asking(tmp_path):
     folder = tmp_path / "align-123"
     folder.mkdir()

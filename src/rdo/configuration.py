@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, is_dataclass
-from functools import reduce
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from rdo.alignment import LossChoice, choose_loss
+from rdo import checks
+from rdo.alignment import choose_loss
+from rdo.checks import UNBOUNDED, one_of, value_at, within
 from rdo.coefficients import NEGATIVE
 from rdo.data.formats import READERS
 from rdo.data.templates import TEMPLATES
 from rdo.errors import UserError
+from rdo.refusals import check_keys, hinted, one_line
 from rdo.schema import Config
 from rdo.scorers import DIFFERENCE_FORMS
 
 CONF = Path(__file__).parents[2] / "conf"
 TRAINING = ("sft", "rm", "diffmodel", "align")
-UNBOUNDED = float("inf")
-
 # Settings that name one of a few things, or list some of them.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "stage.name": ("sft", "rm", "diffmodel", "score", "align", "eval", "report", "pipeline"),
+    "stage.name": ("sft", "rm", "diffmodel", "score", "align", "eval", "report", "pipeline", "inspect"),
     "rc.name": ("none", "reward", "diff", "oracle"),
     "rc.negative": NEGATIVE,
     "rc.scale": ("none", "mean"),
@@ -60,8 +56,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 # Smallest and largest value of a setting; null is fine wherever the type allows it.
 RANGES: dict[str, tuple[float, float]] = {
-    "seed": (0, UNBOUNDED),
-    "report.seeds": (0, UNBOUNDED),
+    "seed": (0, 2**63 - 1),  # what torch takes
+    "report.seeds": (0, 2**63 - 1),
     "rc.alpha": (0, 1),
     "dataset.max_length": (3, UNBOUNDED),
     "dataset.max_truncated_share": (0, 1),
@@ -73,16 +69,21 @@ RANGES: dict[str, tuple[float, float]] = {
     "dataset.toy.candidates": (2, UNBOUNDED),
     "model.vocabulary_size": (258, UNBOUNDED),  # every byte and two special tokens
     "eval.samples": (0, UNBOUNDED),
+    "engine.threads": (1, 1024),  # more than the system has, and the process dies without a word
+    "dataset.workers": (1, 1024),
+    "engine.disk_full_minutes": (0, UNBOUNDED),
     "diffmodel.beta0": (0, UNBOUNDED),
     "diffmodel.beta1": (0, UNBOUNDED),
     **{f"{section}.warmup_share": (0, 1) for section in TRAINING},
     **{f"{section}.weight_decay": (0, UNBOUNDED) for section in TRAINING},
 }
+LARGEST = 2**31 - 1  # of a count; beyond it libraries fail in ways of their own
 AT_LEAST_1 = (
-    "dataset.max_records", "dataset.workers", "dataset.toy.pairs", "dataset.toy.test_pairs", "dataset.toy.demonstrations",
+    "dataset.max_records", "dataset.toy.pairs", "dataset.toy.test_pairs",
+    "dataset.toy.demonstrations", "inspect.records",
     "model.hidden_size", "model.intermediate_size", "model.layers", "model.heads", "model.key_value_heads",
     "model.max_positions", "eval.prompts", "eval.max_new_tokens", "eval.batch_size", "engine.tokens_per_micro_batch",
-    "engine.checkpoint_every_steps", "engine.keep_checkpoints", "engine.threads",
+    "engine.checkpoint_every_steps", "engine.keep_checkpoints", "engine.records_per_shard",
     *(f"{section}.{key}" for section in TRAINING
       for key in ("batch_size", "epochs", "max_steps", "min_responses", "max_records")),
 )  # fmt: skip
@@ -108,9 +109,10 @@ def typed(config: DictConfig) -> Config:
     """The composed config as dataclasses, checked."""
     try:
         made = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
+    except Exception as error:  # an interpolation may fail in any way that its resolver does
         raise UserError(one_line(error)) from error
-    assert isinstance(made, Config)
+    if not isinstance(made, Config):
+        raise UserError("the composed config is not one of rdo's: conf/config.yaml must have the default `schema`")
     check_keys(made)
     check(made)
     return made
@@ -120,13 +122,15 @@ def compose_config(overrides: Sequence[str]) -> Config:
     """The config of a command line, composed in this process."""
     try:
         if GlobalHydra.instance().is_initialized():
-            return typed(compose("config", overrides=list(overrides)))
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return typed(compose("config", overrides=list(overrides)))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(one_line(error)) from error
+            composed = compose("config", overrides=list(overrides))
+        else:
+            with initialize_config_dir(str(CONF), version_base="1.3"):
+                composed = compose("config", overrides=list(overrides))
     except ValueError as error:  # hydra's answer to GROUP=null and GROUP=3
         raise UserError(f"{shlex.join(overrides)}: {one_line(error)}") from error
+    except Exception as error:  # all that hydra works on is the command line and conf/: theirs is the mistake
+        raise UserError(one_line(error)) from error
+    return typed(composed)
 
 
 def sweep_points(overrides: Sequence[str]) -> Iterator[list[str]]:
@@ -140,7 +144,7 @@ def sweep_points(overrides: Sequence[str]) -> Iterator[list[str]]:
                     return  # a range that a sweeper of its own draws from
                 texts = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
             choices.append(texts)
-    except HydraException as error:
+    except Exception as error:  # see compose_config
         raise UserError(one_line(error)) from error
     first = [texts[0] for texts in choices]
     yield first
@@ -149,168 +153,39 @@ def sweep_points(overrides: Sequence[str]) -> Iterator[list[str]]:
             yield [*first[:number], text, *first[number + 1 :]]
 
 
-def one_line(error: Exception) -> str:
-    """Hydra and OmegaConf spread an error over several lines and causes; this keeps what a user needs of it."""
-    lines: list[str] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        for line in str(cause).splitlines():
-            text = line.strip().rstrip(".")
-            if text.startswith("Config search path"):
-                break
-            skipped = text.startswith(("To append", "object_type", "reference_type", "Set the env", "^", "See https"))
-            if text and not skipped and text not in lines:
-                lines.append(text)
-        cause = cause.__cause__
-    text = "; ".join(lines)
-    if isinstance(error, OverrideParseException) and error.override not in text:
-        text = f"{error.override}: {text}"
-    if found := re.search(r"Could not find '(\w+)/([^']*)'; Available options in '[\w/]+':; (.*)", text):
-        group, name, allowed = found.groups()
-        return f"{group}={name}: must be one of {allowed.replace('; ', ', ')}"
-    if (found := re.search(r"Key '.*' (?:is )?not in .*; full_key: ([\w.]+)", text)) and found[1][:6] != "hydra.":
-        return unknown_setting(found[1])
-    return text
-
-
-def unknown_setting(key: str) -> str:
-    """What to say of a key that the schema has not: where it goes wrong, and what there is."""
-    section: Any = Config()
-    where = ""
-    for part in key.split("."):
-        known = [field.name for field in fields(section)] if is_dataclass(section) else []
-        if isinstance(section, dict):
-            return f"{key}: there is no such setting yet; add it with +{key}=VALUE"
-        if part not in known:
-            has = f"{where or 'the config'} has {', '.join(known)}" if known else f"{where} is a single value"
-            return f"{key}: there is no such setting; {has}"
-        section, where = getattr(section, part), f"{where}.{part}".lstrip(".")
-    return f"{key}: there is no such setting"
-
-
-def check_keys(section: Any, prefix: str = "") -> None:
-    """Refuses keys that `+KEY=VALUE` added to a typed section: nothing would read them."""
-    known = {field.name for field in fields(section)}
-    for name, value in vars(section).items():
-        if name not in known:
-            raise UserError(unknown_setting(prefix + name))
-        if is_dataclass(value):
-            check_keys(value, f"{prefix}{name}.")
-
-
-def one_of(key: str, value: str, allowed: Sequence[str]) -> None:
-    """Raises UserError unless the value is one of those allowed."""
-    if value not in allowed:
-        raise UserError(f"{key}={value}: must be one of {', '.join(allowed)}")
-
-
-def within(key: str, value: float | None, low: float, high: float = UNBOUNDED, above: bool = False) -> None:
-    """Raises UserError unless low <= value <= high (above: low < value), and for infinity; None is always fine."""
-    if value is not None and not ((low < value if above else low <= value) and value <= high and value < UNBOUNDED):
-        bound = f"{'above' if above else 'at least'} {low:g}" + (f" and at most {high:g}" if high < UNBOUNDED else "")
-        raise UserError(f"{key}={value}: must be {bound}")
-
-
 def values_at(config: Config, key: str) -> list[Any]:
     """The value of a dotted key; the members of a list."""
-    value = reduce(getattr, key.split("."), config)
+    value = value_at(config, key)
     return value if isinstance(value, list) else [value]
 
 
 def check(config: Config) -> None:
-    """Raises UserError for values out of range and for settings that exclude each other."""
+    """Raises UserError for what a text cannot be, for values out of range, and for settings that exclude each other."""
+    checks.check_texts(config)
+    check_values(config)
+    try:
+        loss = choose_loss(config.loss)
+    except UserError as error:
+        raise UserError(hinted(str(error))) from error
+    checks.check_loss(config, loss)
+    checks.check_data(config)
+    checks.check_model(config)
+    checks.check_rc(config)
+    checks.check_scorers(config)
+    checks.check_unread(config)
+    checks.check_report(config)
+
+
+def check_values(config: Config) -> None:
+    """Raises UserError for a value that is none of its setting's choices, or out of its range."""
     for key, allowed in CHOICES.items():
         for value in values_at(config, key):
             one_of(key, value, allowed)
     bounds = [(key, low, high, False) for key, (low, high) in RANGES.items()]
-    bounds += [(key, 1.0, UNBOUNDED, False) for key in AT_LEAST_1] + [(key, 0.0, UNBOUNDED, True) for key in ABOVE_0]
+    bounds += [(key, 1.0, LARGEST, False) for key in AT_LEAST_1] + [(key, 0.0, UNBOUNDED, True) for key in ABOVE_0]
     for key, low, high, above in bounds:
         for value in values_at(config, key):
             within(key, value, low, high, above)
-    check_loss(config, choose_loss(config.loss))
-    check_sources(config)
-    check_rc(config)
-    check_scorers(config)
-
-
-def check_loss(config: Config, loss: LossChoice) -> None:
-    """The loss: calls it on made-up numbers, so that what it refuses is refused now, and not after hours of work."""
-    within("loss.beta", loss.settings.get("beta"), 0.0, above=True)
-    within("loss.sft_weight", loss.sft_weight, 0.0)
-    by_sample = bool(loss.inputs & {"log_ratio", "desirable"})
-    if by_sample != (loss.mean_over == "samples"):
-        kind, wanted = ("response", "samples") if by_sample else ("pair", "pairs or queries")
-        raise UserError(
-            f"loss.mean_over={loss.mean_over}: loss={loss.name} has a value a {kind}, so it must be {wanted}"
-        )
-    if loss.pairs == "ranking" and loss.ranking == "labels" and config.align.min_responses > 2:
-        raise UserError(
-            "loss.ranking=labels ranks by the labelled pairs alone: use loss.ranking=reward, diff or scores"
-        )
-    if loss.sft_weight and (loss.pairs == "preferences" or loss.ranking == "labels") and config.rc.negative == "flip":
-        raise UserError(
-            "rc.negative=flip believes the scorer, but loss.sft_weight imitates the label's best response: use "
-            "loss.ranking=reward or diff, or loss.sft_weight=0"
-        )
-    inputs: dict[str, torch.Tensor] = {name: torch.ones(2) for name in loss.inputs - {"kl", "desirable"}}
-    if "kl" in loss.inputs:
-        inputs["kl"] = torch.zeros(())
-    if "desirable" in loss.inputs:
-        inputs["desirable"] = torch.tensor([True, False])
-    try:
-        loss.function(**inputs, **loss.settings)
-    except (UserError, ValueError) as error:
-        raise UserError(f"loss={loss.name}: {error}") from error
-
-
-def check_sources(config: Config) -> None:
-    """Where data and models come from, and whether they fit together."""
-    dataset, model = config.dataset, config.model
-    if dataset.source == "file" and not dataset.path:
-        raise UserError(f"dataset={dataset.name} needs dataset.path, a file of JSON lines (also .gz)")
-    if dataset.source == "hub" and not dataset.hub_name:
-        raise UserError(f"dataset={dataset.name} needs dataset.hub_name, for example Dahoas/rm-static")
-    if dataset.validation_share + dataset.test_share >= 1:
-        raise UserError("dataset.validation_share + dataset.test_share must be below 1: nothing is left to train on")
-    if len(model.difference_template) != 3:
-        raise UserError("model.difference_template: must be three texts, before query, first and second response")
-    if model.path:
-        return
-    if model.tokenizer == "path":
-        raise UserError(f"model={model.name} needs model.path, a folder or the name of a model on the hub")
-    if not config.sft.enabled:
-        raise UserError("sft.enabled=false takes model.path as the base policy, but model.path is not set")
-    if model.hidden_size % (2 * model.heads):
-        raise UserError(f"model.hidden_size={model.hidden_size}: must be an even multiple of model.heads={model.heads}")
-    if model.key_value_heads and model.heads % model.key_value_heads:
-        raise UserError(f"model.key_value_heads={model.key_value_heads}: must divide model.heads={model.heads}")
-    if model.tokenizer == "toy" and dataset.source != "toy":
-        raise UserError(
-            f"model={model.name} reads the toy world's words only: with dataset={dataset.name} use "
-            "model=small (from scratch), or model=hub model.path=NAME"
-        )
-
-
-def check_rc(config: Config) -> None:
-    """Coefficients and their controls."""
-    rc = config.rc
-    if rc.name == "oracle" and config.dataset.source != "toy":
-        raise UserError("rc=oracle knows the true reward, which only dataset=toy has; use rc=reward or rc=diff")
-    if rc.name == "none" and rc.control != "none":
-        raise UserError(f"rc.control={rc.control} is a control of coefficients, but rc=none has none")
-    if rc.control == "filter" and rc.negative != "clip":
-        raise UserError("rc.control=filter drops the pairs with R < 0, so rc.negative must be clip")
-    if rc.control == "filter" and rc.scale != "none":
-        raise UserError("rc.control=filter weighs no pair, so rc.scale must be none")
-
-
-def check_scorers(config: Config) -> None:
-    """The regularisers, which only one form of difference model has a use for."""
-    form = config.diffmodel.form
-    if form != "paper" and (config.diffmodel.beta0 or config.diffmodel.beta1):
-        raise UserError(
-            f"diffmodel.form={form} is antisymmetric by construction: set diffmodel.beta0=0 diffmodel.beta1=0"
-        )
 
 
 def plain(config: Config) -> dict[str, Any]:

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+import pyarrow as pa
 import torch
+from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rdo.models import check_positions, set_layout
-from rdo.progress import progress_bar
 from rdo.schema import EvalConfig
+from rdo.shards import Shards
 from rdo.training import stable_seed
+
+TABLE = pa.schema({"text": pa.string(), "ids": pa.list_(pa.int64()), "stopped": pa.bool_()})
 
 
 @dataclass(frozen=True)
@@ -30,36 +35,52 @@ def generate(
     prompts: Sequence[tuple[int, ...]],
     config: EvalConfig,
     seed: int,
+    folder: Path,
+    disk_full_minutes: float,
     title: str,
 ) -> list[Generation]:
-    """One response a prompt, in order. Each batch seeds its own random numbers, so the same config repeats exactly."""
+    """One response a prompt, in order. Each batch seeds its own random numbers, so the same config repeats exactly.
+
+    Finished batches are kept in the folder, for a run that is interrupted to go on from; raises as `Shards.make` does.
+    """
+    set_layout(model, "flat")
+    longest = max(map(len, prompts)) + config.max_new_tokens
+    check_positions(model, longest, "lower dataset.max_length or eval.max_new_tokens")
+
+    def rows(part: range, bar: tqdm) -> list[tuple[str, tuple[int, ...], bool]]:
+        torch.manual_seed(stable_seed(seed, "generate", part.start))
+        made = generate_batch(model, tokenizer, prompts[part.start : part.stop], config)
+        bar.update(len(part))
+        return [(one.text, one.ids, one.stopped) for one in made]
+
+    shards = Shards(folder, TABLE, len(prompts), config.batch_size, disk_full_minutes)
+    with torch.no_grad(), no_generation_defaults(model):
+        shards.make(title, lambda part: prompts[part.start : part.stop], rows)
+    found = (row for table in shards.tables() for row in table.to_pylist())
+    return [Generation(row["text"], tuple(row["ids"]), row["stopped"]) for row in found]
+
+
+def generate_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[tuple[int, ...]], config: EvalConfig
+) -> list[Generation]:
+    """The responses to a few prompts, drawn with torch's random numbers as they stand."""
     # Rows are padded on the left; without a pad token of its own the model never sees the id that stands there.
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     sampling = {"do_sample": False}
     if config.decoding == "sample":
         sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}  # type: ignore[dict-item]
-    set_layout(model, "flat")
-    longest = max(map(len, prompts)) + config.max_new_tokens
-    check_positions(model, longest, "lower dataset.max_length or eval.max_new_tokens")
-    results: list[Generation] = []
-    with torch.no_grad(), no_generation_defaults(model), progress_bar(len(prompts), title) as bar:
-        for start in range(0, len(prompts), config.batch_size):
-            batch = prompts[start : start + config.batch_size]
-            width = max(map(len, batch))
-            ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in batch])
-            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
-            torch.manual_seed(stable_seed(seed, "generate", start))
-            output = model.generate(  # type: ignore[operator]
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=config.max_new_tokens,
-                pad_token_id=pad,
-                eos_token_id=tokenizer.eos_token_id,
-                **sampling,
-            )
-            results.extend(cut(row, tokenizer) for row in output[:, width:].tolist())
-            bar.update(len(batch))
-    return results
+    width = max(map(len, batch))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in batch])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
+    output = model.generate(  # type: ignore[operator]
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=config.max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id,
+        **sampling,
+    )
+    return [cut(row, tokenizer) for row in output[:, width:].tolist()]
 
 
 @contextmanager

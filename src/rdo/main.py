@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import NoReturn
 
+import huggingface_hub
 import torch
 import transformers
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from rdo import interrupts
 from rdo.alignment import choose_loss
-from rdo.artifacts import Artifact, Provenance, is_finished
+from rdo.artifacts import Artifact, MissingInput, Provenance, is_finished
+from rdo.checks import without_effect
 from rdo.configuration import compose_config, plain, sweep_points, typed
-from rdo.errors import UserError
+from rdo.errors import DISK_FULL, UserError, explained
 from rdo.files import read_json
+from rdo.printable import credential_in, printable, scrubbed
 from rdo.report.console import describe_policy, describe_scorer
 from rdo.run import Cache, Run
+from rdo.schema import Config
 from rdo.stages.align import aligned_policy, needed_scores
 from rdo.stages.eval import EVALUATION, evaluate_policy, evaluate_scorers
+from rdo.stages.inspect import inspect_data
 from rdo.stages.report import make_report
 from rdo.stages.score import scores
 from rdo.stages.scorer import STAGE_OF, scorer
@@ -30,6 +43,10 @@ from rdo.stages.sft import base_policy
 
 # Jobs of one sweep in one process share loaded data.
 CACHE = Cache()
+# Our own option, and hydra's variable for the same: whole tracebacks.
+DEBUG, FULL_ERROR = "--debug", "HYDRA_FULL_ERROR"
+# Settings that are named like what a service's key is given as; none of ours is.
+SECRET_SETTING = re.compile(r"(?i)(^|[._])(token|api_?key|access_?key|secret\w*|password|passwd|credentials?)$")
 
 
 def score(run: Run) -> Artifact:
@@ -59,32 +76,47 @@ STAGES: dict[str, Callable[[Run], Artifact]] = {
 }
 
 
+@interrupts.stoppable
 def run_stage(composed: DictConfig) -> float | None:
-    """Runs the stage that the config names; prints a UserError as one line and exits with 1.
+    """Runs the stage that the config names; shows a mistake of the user's as one line and exits with 1.
 
     Returns what a sweep compares, from stage=eval: a scorer's label accuracy, or a policy's mean reward by the first
     of eval.judges.
     """
+    overrides = list(HydraConfig.get().overrides.task)
+    run_dir = None
     try:
         config = typed(composed)
-        prepare_process(config.engine.threads)
-        overrides = list(HydraConfig.get().overrides.task)
-        command = shlex.join(["python", "train.py", *overrides])
-        provenance = Provenance(Path(config.run_dir), command, plain(config), config.build_inputs)
-        run = Run(config, provenance, config.stage.name, CACHE)
-        started = time.perf_counter()
-        if config.stage.name in STAGES:
-            artifact = STAGES[config.stage.name](run)
-            print(f"{config.stage.name}: {artifact.folder} ({time.perf_counter() - started:.1f} s)", flush=True)
-            return finished(artifact)
-        else:
-            make_report(run, overrides, build=config.stage.name == "pipeline")
-    except UserError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    return None
+        run_dir = Path(config.run_dir)
+        return run_config(config, overrides)
+    except MissingInput as error:
+        fail(with_command(error, overrides))
+    except Exception as error:
+        interrupts.check()  # a library may make another error of a stop
+        fail(error, run_dir)
+
+
+def run_config(config: Config, overrides: list[str]) -> float | None:
+    """Runs the stage of a checked config."""
+    prepare_process(config.engine.threads)
+    for note in without_effect(config):
+        print(f"note: {note}", flush=True)
+    command = shlex.join(["python", "train.py", *overrides])
+    provenance = Provenance(
+        Path(config.run_dir), command, plain(config), config.build_inputs, config.engine.disk_full_minutes
+    )
+    run = Run(config, provenance, config.stage.name, CACHE)
+    if config.stage.name == "inspect":
+        inspect_data(run)
+        return None
+    if config.stage.name not in STAGES:
+        make_report(run, overrides, build=config.stage.name == "pipeline")
+        return None
+    run.device()  # one that is not there is said now, and not when the data is read
+    started = time.perf_counter()
+    artifact = STAGES[config.stage.name](run)
+    print(f"{config.stage.name}: {artifact.folder} ({time.perf_counter() - started:.1f} s)", flush=True)
+    return finished(artifact)
 
 
 def finished(artifact: Artifact) -> float | None:
@@ -100,21 +132,109 @@ def prepare_process(threads: int | None) -> None:
     """Quiets libraries that talk over the progress bars, and sets the number of threads where the config says."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()  # it retries, and what it ends in is an error of ours
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if threads is not None:
         torch.set_num_threads(threads)
 
 
-def check_command_line(arguments: list[str]) -> None:
-    """Composes a command line before hydra does, so that a mistake in it, or in any value of a sweep, is one line."""
-    overrides = [argument for argument in arguments if argument not in ("-m", "--multirun")]
-    if any(argument.startswith("-") for argument in overrides):
-        return  # --help, --cfg and the like are hydra's own
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fail(error: Exception, run_dir: Path | None = None) -> NoReturn:
+    """Shows an error as one line, a mistake of ours (with --debug: any) with its traceback, and exits with 1."""
+    if isinstance(error, BrokenPipeError):  # or Python would complain once more when it closes standard output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    debug, known = os.environ.get(FULL_ERROR) == "1", explained(error, run_dir)
+    if debug or known is None:
+        lines = "".join(traceback.format_exception(error, chain=debug))
+        print(printable(scrubbed(lines)), file=sys.stderr)
+    report = "a mistake in rdo: please report it with the lines above (--debug shows all of its causes)"
+    print(f"error: {known or UserError(f'{type(error).__name__}: {error}; {report}')}", file=sys.stderr)
+    sys.exit(1)
+
+
+def with_command(error: MissingInput, overrides: Sequence[str]) -> UserError:
+    """The error with the command that makes the input which is missing: of its own stage, the user's settings kept."""
+    found = re.match(r"the input (\w+) \((.*?)\) is not there", str(error))
+    if found is None:
+        return error
+    stage, label = found.groups()
+    kept = [text for text in overrides if text.partition("=")[0] not in ("build_inputs", "stage")]
+    if stage in ("sft", "rm", "diffmodel", "align") or (stage == "score" and label.endswith("-train")):
+        kept = [f"stage={stage}", *kept]
+    elif stage == "reference":  # of a policy's training, and made with it
+        kept = ["stage=align", *kept]
+    else:
+        kept = [*(text for text in overrides if text.startswith("stage=")), *kept]
+    program = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
+    return UserError(f"{found[0]}; make it: {shlex.join(['python', program, *kept])}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line, before hydra sees it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_command_line(arguments: list[str]) -> list[str]:
+    """Checks a command line before hydra works on it or writes anything, so that a mistake in it, or in any value of a
+    sweep, is one line. Returns it as hydra takes it: without our own --debug, options before settings."""
+    if DEBUG in arguments:
+        os.environ[FULL_ERROR] = "1"
+    arguments = [argument for argument in arguments if argument != DEBUG]
     try:
-        for point in [overrides] if overrides == arguments else sweep_points(overrides):
-            compose_config(point)
-    except UserError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        check_credentials(arguments)
+        return check_arguments(arguments)
+    except Exception as error:
+        fail(error)
+
+
+def check_credentials(arguments: Sequence[str]) -> None:
+    """Raises UserError, without repeating it, for a credential: the command line goes into logs and manifests."""
+    for argument in arguments:
+        key, _, value = argument.lstrip("+~-").partition("=")
+        problem = credential_in(argument)
+        if problem is None and value and SECRET_SETTING.search(key):
+            problem = "would be written into logs and manifests: put it into the environment (HF_TOKEN, WANDB_API_KEY)"
+        if problem:
+            raise UserError(f"{'the command line' if credential_in(key) else key} {problem}")
+
+
+def check_arguments(arguments: list[str]) -> list[str]:
+    """Composes every value of a command line, and looks whether its run_dir can be written to."""
+    try:
+        with redirect_stderr(StringIO()) as said:
+            options, others = get_args_parser().parse_known_args(arguments)
+    except SystemExit as ended:
+        if not ended.code:  # --version
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        raise UserError(f"{said.getvalue().strip().split('error: ')[-1]}; see --help") from None
+    for option in (*others, *options.overrides):
+        if option.startswith("-"):
+            raise UserError(f"{option}: there is no such option; a setting is KEY=VALUE, without dashes; see --help")
+    overrides = [*options.overrides, *others]
+    given = vars(options).items()
+    if not any(value for name, value in given if name not in ("overrides", "multirun", "run")):  # else hydra's own
+        points = sweep_points(overrides) if options.multirun else [overrides]
+        for run_dir in {compose_config(point).run_dir: None for point in points}:
+            check_run_dir(Path(run_dir))
+    return sorted(arguments, key=lambda argument: argument in overrides)
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """Raises UserError where results cannot be written, before any are made. Makes the folder."""
+    if run_dir.is_absolute() and not os.path.lexists(run_dir.parent):
+        raise UserError(f"run_dir={run_dir}: there is no folder {run_dir.parent}; make it first, or correct run_dir")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=run_dir) as file:
+            file.write(b"0")
+            file.flush()
+    except FileExistsError:
+        raise UserError(f"run_dir={run_dir}: is a file, not a folder; choose another run_dir") from None
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        way_out = "make room: nothing finished is lost" if error.errno in DISK_FULL else "mend that"
+        raise UserError(f"run_dir={run_dir}: cannot be written to ({reason}); {way_out}, or choose another") from error

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -25,6 +22,7 @@ from rdo.attention import ATTENTION_NAME, AttentionPlan
 from rdo.errors import UserError
 from rdo.files import replace_folder
 from rdo.forest import Flat, Forest, Layout, LayoutName
+from rdo.model_files import check_folder, unloadable
 from rdo.readout import Scalar, Span, combine, in_full_precision, scalar_values, span_log_probabilities
 from rdo.schema import ModelConfig
 
@@ -32,17 +30,6 @@ from rdo.schema import ModelConfig
 LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
 # Three sequences of one length, so that no padding is needed: two share four tokens, two share eight.
 TRIAL = [(*range(1, 17),), (*range(1, 5), *range(17, 29)), (*range(1, 5), *range(17, 21), *range(29, 37))]
-# What the libraries raise on a folder that holds no model that they can load.
-UNLOADABLE = (
-    OSError,
-    ValueError,
-    KeyError,
-    RuntimeError,
-    ImportError,
-    pickle.UnpicklingError,
-    SafetensorError,
-    StrictDataclassError,
-)
 
 
 def new_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -76,13 +63,20 @@ def load_policy(path: str | Path, config: ModelConfig) -> PreTrainedModel:
 
 
 def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub name; UserError where there is none."""
+    """The tokenizer of a model folder or hub name; UserError where there is none that can end a sequence."""
+    check_folder(path, "tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             path, trust_remote_code=config.trust_remote_code, revision=revision(path, config)
         )
-    except UNLOADABLE as error:
-        raise UserError(f"no tokenizer can be loaded from {path}: {first_line(error)}") from error
+    except Exception as error:  # a damaged file may end in anything
+        raise unloadable(path, "tokenizer", error) from error
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
+        raise UserError(
+            f"the tokenizer of {path} has no end-of-sequence token, so no response could end: set eos_token in its "
+            "tokenizer_config.json"
+        )
+    return tokenizer
 
 
 def new_scorer(policy: str | Path, form: str, config: ModelConfig, seed: int) -> PreTrainedModel:
@@ -118,9 +112,7 @@ def from_pretrained(
 
     No code from the hub runs unless the user says so, and none from a pickle ever does.
     """
-    local = os.path.isdir(path)
-    if not local and (str(path).startswith((".", "/", "~")) or str(path).count("/") > 1):
-        raise UserError(f"there is no model folder {path}")
+    check_folder(path)
     try:
         model, loading = factory.from_pretrained(
             path,
@@ -131,8 +123,8 @@ def from_pretrained(
             output_loading_info=True,
             **others,
         )
-    except UNLOADABLE as error:
-        raise UserError(f"no model can be loaded from {path}: {first_line(error)}") from error
+    except Exception as error:  # a damaged file may end in anything
+        raise unloadable(path, "model", error) from error
     backbone = f"{model.base_model_prefix}."
     missing = [
         name
@@ -140,7 +132,11 @@ def from_pretrained(
         if not new_head or (name.startswith(backbone) and ".pooler." not in name)
     ]
     if missing:
-        raise UserError(f"{path} lacks weights of {type(model).__name__}: {', '.join(missing[:5])}")
+        headless = set(missing) <= head_names(model)
+        hint = "; a language model is no scorer yet: train one on it (rm.backbone or diffmodel.backbone)"
+        raise UserError(
+            f"{path} lacks weights of {type(model).__name__}: {', '.join(missing[:5])}{hint if headless else ''}"
+        )
     return model
 
 
@@ -210,7 +206,7 @@ def why_not_forest(model: PreTrainedModel) -> str | None:
             together = in_full_precision(hidden_states(model, forest))[np.concatenate(forest.rows)]
     except Exception as error:  # whatever the code of an architecture that we do not know may raise
         model.set_attn_implementation(usual)
-        return str(error) if isinstance(error, UserError) else f"{type(model).__name__} fails: {first_line(error)}"
+        return str(error) if isinstance(error, UserError) else f"{type(model).__name__} fails: {error}"
     # A wrong path shows in tens of per cent; half precision rounds by a few.
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
     if not float((together - alone).norm()) <= tolerance * float(alone.norm()):
@@ -250,6 +246,7 @@ def hidden_states(model: PreTrainedModel, layout: Layout) -> torch.Tensor:
     """Last hidden states of a micro-batch, [rows, width], in the order that `layout.index` speaks of."""
     backbone = model.base_model
     check_positions(model, max(map(len, layout.sequences)))
+    check_ids(model, layout)
     device = model.device
     if isinstance(layout, Forest):
         output = backbone(
@@ -278,6 +275,7 @@ def read_scalars(model: PreTrainedModel, layout: Layout, values: Sequence[Sequen
     if isinstance(layout, Forest):
         raise UserError(f"{type(model).__name__} cannot run in a forest; use engine.layout=flat")
     check_positions(model, max(map(len, layout.sequences)))
+    check_ids(model, layout)
     outputs = model(input_ids=layout.ids.to(model.device), attention_mask=layout.mask.to(model.device)).logits
     rows = torch.tensor([read.sequence for value in values for read in value], device=model.device)
     return combine(in_full_precision(outputs[rows]), values)
@@ -288,6 +286,16 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     rows = len(input_embeddings(model))
     if len(tokenizer) > rows:
         raise UserError(f"{path}: the tokenizer has {len(tokenizer)} ids, the model only {rows} embeddings")
+
+
+def check_ids(model: PreTrainedModel, layout: Layout) -> None:
+    """Raises UserError for an id that the model has no embedding for, which would end in an index out of range."""
+    rows, largest = len(input_embeddings(model)), int(layout.ids.max())
+    if largest >= rows:
+        raise UserError(
+            f"the token id {largest}, but {model.name_or_path or type(model).__name__} has {rows} embeddings only: its "
+            "tokenizer belongs to another model"
+        )
 
 
 def check_logits(model: PreTrainedModel, path: str | Path) -> None:
@@ -313,10 +321,3 @@ def torch_dtype(name: str) -> torch.dtype:
     if name not in known:
         raise UserError(f"model.dtype={name}: must be one of {', '.join(sorted(known))}")
     return getattr(torch, name)
-
-
-def first_line(error: Exception) -> str:
-    """The gist of a library's error message, and our name for the one setting that such messages ask for."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    hint = "; model.trust_remote_code=true runs it" if "trust_remote_code" in str(error) else ""
-    return lines[0].rstrip(" .") + hint

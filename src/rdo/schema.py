@@ -116,6 +116,7 @@ class RcConfig:
     scale: str = "none"  # none | mean: divide by the mean weight over the training set
     order: str = "forward"  # forward | antisymmetric: which f of the difference model is R
     control: str = "none"  # none | shuffle | filter: controls of the toy study
+    scores: str | None = None  # the finished folder of a stage=score to read R from, instead of making it
 
 
 @dataclass

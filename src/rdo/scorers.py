@@ -19,8 +19,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rdo import interrupts
 from rdo.data.encoding import EncodedRecord, begin_id
 from rdo.errors import UserError
 from rdo.forest import LayoutName, TokenIds, make_layout
@@ -125,11 +127,21 @@ def merge(readings: Sequence[Reading]) -> tuple[list[tuple[int, ...]], list[Valu
 def read_all(
     model: PreTrainedModel, layout: LayoutName, readings: Sequence[Reading], budget: int, title: str
 ) -> list[list[float]]:
-    """Every value of every reading, without gradients, in the order given."""
+    """Every value of every reading, without gradients, in the order given. Raises Stopped between two batches when the
+    process is asked to stop."""
+    with progress_bar(len(readings), title) as bar:
+        return read_under(bar, model, layout, readings, budget)
+
+
+def read_under(
+    bar: tqdm, model: PreTrainedModel, layout: LayoutName, readings: Sequence[Reading], budget: int
+) -> list[list[float]]:
+    """The same under a bar that counts other readings, too."""
     results: list[list[float]] = [[] for _ in readings]
     sequences: list[list[TokenIds]] = [list(reading.sequences) for reading in readings]
-    with torch.no_grad(), progress_bar(len(readings), title) as bar:
+    with torch.no_grad():
         for batch in pack(sequences, layout, budget, by_length=True):
+            interrupts.check()
             chosen = [readings[number] for number in batch]
             ids, values = merge(chosen)
             numbers = read_scalars(model, make_layout(layout, ids), values).tolist()

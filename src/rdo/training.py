@@ -19,8 +19,10 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from rdo import interrupts
 from rdo.checkpoints import Checkpoints
 from rdo.errors import UserError
+from rdo.files import patiently
 from rdo.forest import LayoutName, TokenIds
 from rdo.models import check_positions, head_parameters, set_layout
 from rdo.packing import pack
@@ -134,7 +136,11 @@ def train(
     tracker: Tracker,
     title: str,
 ) -> None:
-    """Trains the model in place, going on from the folder's last checkpoint if there is one."""
+    """Trains the model in place, going on from the folder's last checkpoint if there is one.
+
+    Raises UserError where training is impossible, and Stopped, with a checkpoint of the last whole step, when the
+    process is asked to stop.
+    """
     if model.dtype not in (torch.float32, torch.float64):
         # An update below 1/256 of a weight is lost in bfloat16, and at 1e-6 nearly all are.
         raise UserError(f"weights of {model.dtype} cannot be trained exactly: use model.dtype=float32")
@@ -142,37 +148,62 @@ def train(
     plan = make_plan(config, len(task.record_ids), seed)
     check_positions(model, max(len(ids) for n in range(plan.records) for ids in task.item(n, 0).sequences))
     optimizer = make_optimizer(model, config)
-    checkpoints = Checkpoints(folder / "checkpoints", engine)
+    checkpoints = Checkpoints(folder / "checkpoints", engine, tracker.synchronize)
     done = checkpoints.restore(model, optimizer)
-    tracker.resume(done)
+    patiently(lambda: tracker.resume(done), engine.disk_full_minutes)
     print(f"[{title}] {plan.records} records, {plan.steps} steps, layout {layout}", flush=True)
-    with progress_bar(plan.steps, title, initial=done) as bar:
+    with interrupts.postponed(), progress_bar(plan.steps, title, initial=done) as bar:
         for step in range(done, plan.steps):
             started = time.perf_counter()
-            factor = learning_rate_factor(step, plan.steps, config)
-            for group in optimizer.param_groups:
-                group["lr"] = group["top_rate"] * factor
             epoch, numbers = plan.batch(step)
             items = [task.item(number, epoch) for number in numbers]
-            measured = training_step(task, model, layout, items, engine.tokens_per_micro_batch)
+            set_learning_rates(optimizer, learning_rate_factor(step, plan.steps, config))
+            try:
+                measured = training_step(task, model, layout, items, engine.tokens_per_micro_batch)
+            except interrupts.Stopped as stop:
+                raise interrupts.Stopped(stop.number, part(checkpoints, step, plan, model, optimizer)) from None
             measured["gradient_norm"] = clip(model, config.max_gradient_norm)
             check_finite(measured, items, step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            rates = {"learning_rate": optimizer.param_groups[0]["lr"]}
-            if len(optimizer.param_groups) > 1:
-                rates["head_learning_rate"] = optimizer.param_groups[-1]["lr"]
             seconds = round(time.perf_counter() - started, 4)
-            tracker.log(step + 1, {"epoch": epoch, **measured, **rates, "seconds": seconds})
+            tracker.log(step + 1, {"epoch": epoch, **measured, **learning_rates(optimizer), "seconds": seconds})
             bar.update(1)
             bar.set_postfix(loss=f"{measured['loss']:.4f}", refresh=False)
             checkpoints.maybe_save(step + 1, plan.steps, model, optimizer)
+        patiently(tracker.synchronize, engine.disk_full_minutes)
+
+
+def part(
+    checkpoints: Checkpoints, step: int, plan: Plan, model: PreTrainedModel, optimizer: torch.optim.Optimizer
+) -> str:
+    """Saves what a run that is asked to stop has done (a step that was broken off changed nothing); says what it is."""
+    if step and checkpoints.newest != checkpoints.file(step):
+        checkpoints.save(step, model, optimizer)
+    if checkpoints.newest is None:
+        return f"after {step} of {plan.steps} steps, none of them saved; the same command starts again"
+    return f"after {step} of {plan.steps} steps; saved in {checkpoints.newest}: the same command goes on from there"
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Sets each group's learning rate to a factor of its top rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["top_rate"] * factor
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The learning rates as metrics name them."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return dict(zip(("learning_rate", "head_learning_rate"), rates, strict=False))
 
 
 def training_step(
     task: Task, model: PreTrainedModel, layout: LayoutName, items: Sequence[Any], budget: int
 ) -> dict[str, float]:
-    """Accumulates the gradient of the step's mean loss, and returns the step's measures."""
+    """Accumulates the gradient of the step's mean loss, and returns the step's measures.
+
+    Raises Stopped between two micro-batches when the process is asked to stop.
+    """
     batches = [[items[n] for n in batch] for batch in pack([item.sequences for item in items], layout, budget)]
     counts = task.counts(items)
     prepared = task.prepare(model, layout, batches)
@@ -180,6 +211,7 @@ def training_step(
     sums: dict[str, torch.Tensor] = {}
     totals: Counts = {}
     for batch in batches:
+        interrupts.check()
         share, measures = task.losses(model, layout, batch, counts, prepared)
         share.backward()
         loss += share.detach().double().cpu()

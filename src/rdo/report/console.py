@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rdo.printable import printable
 from rdo.report.aggregate import aggregate
 from rdo.report.findings import policy_sentences, primary_judge, scorer_sentences
+
+
+def shown(lines: Iterable[str]) -> str:
+    """Lines for a terminal, which acts upon nothing that stands in them."""
+    return "\n".join(printable(line, keep="") for line in lines)
 
 
 def interval(estimate: Mapping[str, Any] | None, digits: int = 3) -> str:
@@ -35,7 +41,7 @@ def describe_scorer(evaluation: Mapping[str, Any]) -> str:
         f"preferred response shown first {interval({'value': first['value']})}, "
         f"second {interval({'value': second['value']})}; R < 0 in {evaluation['negative_share']:.1%}"
     )
-    return "\n".join(f"  {line}" for line in lines)
+    return shown(f"  {line}" for line in lines)
 
 
 def describe_policy(evaluation: Mapping[str, Any]) -> str:
@@ -46,7 +52,7 @@ def describe_policy(evaluation: Mapping[str, Any]) -> str:
     for judge, parts in (evaluation.get("against_base") or {}).items():
         shares = " / ".join(f"{100 * parts[part]['value']:.0f}" for part in ("win", "tie", "lose"))
         lines.append(f"win / tie / lose against the base policy by {judge}: {shares} %")
-    return "\n".join(f"  {line}" for line in lines)
+    return shown(f"  {line}" for line in lines)
 
 
 def describe_comparison(data: Mapping[str, Any]) -> str:
@@ -70,4 +76,4 @@ def describe_comparison(data: Mapping[str, Any]) -> str:
             lines.append(f"{name:<36}{interval(reward, 2):<24}{interval(kl, 2):<24}".rstrip())
     if data.get("missing"):
         lines += ["", f"not finished: {'; '.join(data['missing'])}"]
-    return "\n".join(lines)
+    return shown(lines)

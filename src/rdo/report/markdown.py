@@ -6,19 +6,20 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rdo.printable import printable
 from rdo.report.tables import Table
 
 
 def inline(text: object) -> str:
     """Text of unknown origin on one line, with everything escaped that Markdown or HTML would act upon."""
-    flat = " ".join(str(text).split())
+    flat = printable(" ".join(str(text).split()))
     flat = flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", flat)
 
 
 def code(text: object) -> str:
     """Text as inline code inside a table, fenced by more backticks than it contains in a row."""
-    flat = " ".join(str(text).replace("\\\n", " ").split())  # a command over several lines becomes one
+    flat = printable(" ".join(str(text).replace("\\\n", " ").split()))  # a command over several lines becomes one
     longest = max((len(run) for run in re.findall(r"`+", flat)), default=0)
     fence = "`" * (longest + 1)
     gap = " " if longest else ""

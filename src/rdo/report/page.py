@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from rdo.files import replace_file
+from rdo.printable import printable
 from rdo.report import curves, findings, plots, tables
 from rdo.report.aggregate import aggregate
 from rdo.report.markdown import render_markdown
@@ -30,6 +31,7 @@ def write_report(data: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=visible,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -44,6 +46,13 @@ def write_report(data: Mapping[str, Any], folder: Path) -> dict[str, Path]:
         with replace_file(folder / name) as temporary:
             temporary.write_text(body, encoding="utf-8")
     return {kind: folder / name for kind, (name, _) in content.items()}
+
+
+def visible(value: Any) -> Any:
+    """What the page shows of a value: of a text nothing that turns it round or cannot be seen."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return printable(value.replace("\r\n", "\n"))
 
 
 def _plain(value: Any) -> Any:
@@ -73,7 +82,7 @@ def build_view(data: Mapping[str, Any], worlds: Sequence[Mapping[str, Any]]) -> 
         "commands": [(str(name), str(command)) for name, command in (data.get("commands") or {}).items()],
         "settings": _settings(data),
         "tokens": tables.token_table(data.get("tokens") or []),
-        "missing": [str(name) for name in data.get("missing") or []],
+        "missing": [printable(name) for name in data.get("missing") or []],
     }
 
 
@@ -154,7 +163,7 @@ def _world(data: Mapping[str, Any], world: Mapping[str, Any], position: int) -> 
 
 def _figure(svg: str | None) -> Markup | None:
     """Matplotlib has escaped every name that it wrote into the figure."""
-    return None if svg is None else Markup(svg)
+    return None if svg is None else Markup(printable(svg))
 
 
 def _samples(policies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -108,7 +108,7 @@ def rc_settings(rc: RcConfig) -> dict[str, Any] | None:
     """The settings of the coefficients that have an effect, so that the others make no second run of the same."""
     if rc.name == "none":
         return None
-    ignored = {"order"} if rc.name != "diff" else set()
+    ignored = {"scores"} if rc.name == "diff" else {"scores", "order"}  # which scores: the key of the input says so
     if rc.negative != "floor":
         ignored.add("epsilon")
     if rc.control == "filter":

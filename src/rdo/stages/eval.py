@@ -12,16 +12,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rdo.artifacts import Artifact, produce
 from rdo.data import toy
 from rdo.data.encoding import EncodedRecord, encode
 from rdo.data.records import Record, query_key
+from rdo.data.table import Records
 from rdo.errors import UserError
 from rdo.evaluation.scorers import evaluate_scorer
 from rdo.evaluation.statistics import empty_estimate, mean_interval, win_tie_lose
-from rdo.files import read_json_lines, replace_file, write_json
+from rdo.files import patiently, read_json_lines, replace_file, write_json
 from rdo.generation import Generation, generate
 from rdo.models import set_layout
 from rdo.run import Run, select
@@ -30,7 +32,7 @@ from rdo.scorers import ComparisonTemplate, Reading, add_difference, add_reward,
 from rdo.stages.align import aligned_policy
 from rdo.stages.reference import log_probabilities
 from rdo.stages.score import read_scores, scores
-from rdo.stages.scorer import load_kind, scorer
+from rdo.stages.scorer import check_labels, load_kind, scorer
 from rdo.stages.sft import base_policy
 from rdo.training import stable_seed
 
@@ -48,7 +50,9 @@ def evaluate_scorers(run: Run, kind: str) -> Artifact:
         read = read_scores(scored)
         forward, backward, labels, oracle = [], [], [], []
         # By id, so that the coins which show a pair first or second do not depend on the order of the file.
-        for record in sorted(run.records(run.config.eval.split), key=lambda record: record.id):
+        records = run.records(run.config.eval.split)
+        ids = records.ids()
+        for record in records.only(np.array(sorted(range(len(ids)), key=ids.__getitem__), int)):
             for preference in record.preferences:
                 chosen, rejected = preference.chosen, preference.rejected
                 forward.append(read.output(record.id, chosen, rejected))
@@ -60,7 +64,7 @@ def evaluate_scorers(run: Run, kind: str) -> Artifact:
         # Only the toy world's scores are the truth; a data set's own scores are another model's opinion.
         truth = oracle if run.config.dataset.source == "toy" else None
         evaluation = evaluate_scorer(forward, backward, labels, truth, seed=stable_seed(run.config.seed, "order"))
-        write_json(folder / EVALUATION, evaluation)
+        patiently(lambda: write_json(folder / EVALUATION, evaluation), run.config.engine.disk_full_minutes)
         return {"metric": evaluation["label_accuracy"]["value"]}
 
     inputs = {"scores": scored, "scorer": model}
@@ -69,15 +73,18 @@ def evaluate_scorers(run: Run, kind: str) -> Artifact:
 
 def evaluate_policy(run: Run, subject: str) -> Artifact:
     """Responses of the base or the aligned policy to eval.split's prompts, judged and compared with the base's."""
-    base = base_policy(run)
-    policy = base if subject == "base" else aligned_policy(run)
     judges = list(run.config.eval.judges)
     if run.config.dataset.source != "toy":
         judges = [judge for judge in judges if judge != "oracle"]
-    inputs = {"policy": policy}
     if subject == "base":
         judges = [judge for judge in judges if judge != "diff"]  # which compares with the base policy
-    else:
+    for judge in judges:
+        if judge != "oracle":
+            check_labels(run, judge)  # before anything is trained
+    policy = base_policy(run) if subject == "base" else aligned_policy(run)
+    base = base_policy(run)
+    inputs = {"policy": policy}
+    if subject != "base":
         inputs |= {"base": base, "against": evaluate_policy(run, "base")}
     inputs |= {judge: scorer(run, judge) for judge in judges if judge != "oracle"}
     unread = {"subject", "judges", "samples"} | ({"temperature"} if run.config.eval.decoding == "greedy" else set())
@@ -98,13 +105,47 @@ def evaluate_policy(run: Run, subject: str) -> Artifact:
 
 
 def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: list[str], folder: Path) -> dict[str, Any]:
-    """Generates, judges, compares, and writes the two files."""
-    chosen = choose_prompts(run.records(run.config.eval.split), run.config.eval)
+    """Generates, judges, compares, and writes the two files. Raises as `Shards.make` does."""
+    config = run.config
+    records = run.records(config.eval.split)
+    places = choose_prompts(records, config.eval)
+    chosen = [records[n] for n in places]
     model, tokenizer = run.policy(inputs["policy"])
-    encoded = encoded_by_id(run, tokenizer)
-    prompts = [encoded[record.id].prompt for record in chosen]
-    responses = generate(model, tokenizer, prompts, run.config.eval, run.config.seed, f"generate {folder.name}")
-    against = read_json_lines(inputs["against"].folder / GENERATIONS) if "against" in inputs else None
+    encoded = run.encoded(config.eval.split, tokenizer)
+    prompts = [encoded[n].prompt for n in places]
+    patience, title = config.engine.disk_full_minutes, f"generate {folder.name}"
+    responses = generate(model, tokenizer, prompts, config.eval, config.seed, folder, patience, title)
+    against = read_json_lines(inputs["against"].file(GENERATIONS)) if "against" in inputs else None
+    judged, compared = judge_responses(run, inputs, judges, chosen, responses, against)
+    ratios = mean_interval(log_ratios(run, model, inputs.get("base"), prompts, responses))
+    unbiased = config.eval.decoding == "sample" and config.eval.temperature == 1.0
+    mean_rewards = {judge: mean_interval(values) for judge, values in judged.items()}
+    evaluation = {
+        "prompts": len(chosen),
+        "queries": len({query_key(record.query) for record in chosen}),
+        "rewards": mean_rewards,
+        "length": mean_interval([len(response.ids) for response in responses]),
+        "stopped": mean_interval([float(response.stopped) for response in responses]),
+        # Only samples of the policy itself estimate its KL; of any other responses this is a mere log-ratio.
+        "kl": ratios if unbiased else empty_estimate(),
+        "log_ratio": ratios,
+        "against_base": {judge: win_tie_lose(values) for judge, values in compared.items()} or None,
+        "mean_difference_to_base": {judge: mean_interval(values) for judge, values in compared.items()},
+    }
+    patiently(lambda: write_generations(folder / GENERATIONS, chosen, responses, judged), patience)
+    patiently(lambda: write_json(folder / EVALUATION, evaluation), patience)
+    return {"metric": next((estimate["value"] for estimate in mean_rewards.values()), None)}
+
+
+def judge_responses(
+    run: Run,
+    inputs: dict[str, Artifact],
+    judges: list[str],
+    chosen: list[Record],
+    responses: list[Generation],
+    against: list[dict[str, Any]] | None,
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """By judge: the responses' rewards, and how much better each is than the base policy's (`against`)."""
     judged: dict[str, list[float]] = {}
     compared: dict[str, list[float]] = {}
     for judge in judges:
@@ -121,21 +162,13 @@ def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: list[str], f
         for n, (response, other) in enumerate(zip(responses, against or [], strict=True)):
             if response.text == other["response"] and response.stopped == other["stopped"]:
                 values[n] = 0.0
-    ratios = mean_interval(log_ratios(run, model, inputs.get("base"), prompts, responses))
-    unbiased = run.config.eval.decoding == "sample" and run.config.eval.temperature == 1.0
-    mean_rewards = {judge: mean_interval(values) for judge, values in judged.items()}
-    evaluation = {
-        "prompts": len(chosen),
-        "queries": len({query_key(record.query) for record in chosen}),
-        "rewards": mean_rewards,
-        "length": mean_interval([len(response.ids) for response in responses]),
-        "stopped": mean_interval([float(response.stopped) for response in responses]),
-        # Only samples of the policy itself estimate its KL; of any other responses this is a mere log-ratio.
-        "kl": ratios if unbiased else empty_estimate(),
-        "log_ratio": ratios,
-        "against_base": {judge: win_tie_lose(values) for judge, values in compared.items()} or None,
-        "mean_difference_to_base": {judge: mean_interval(values) for judge, values in compared.items()},
-    }
+    return judged, compared
+
+
+def write_generations(
+    path: Path, chosen: list[Record], responses: list[Generation], judged: dict[str, list[float]]
+) -> None:
+    """One line a prompt, with the response and its rewards. Raises as `replace_file` does."""
     lines = [
         {
             "id": record.id,
@@ -146,29 +179,23 @@ def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: list[str], f
         }
         for n, (record, response) in enumerate(zip(chosen, responses, strict=True))
     ]
-    with replace_file(folder / GENERATIONS) as temporary:
+    with replace_file(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_json(folder / EVALUATION, evaluation)
-    return {"metric": next((estimate["value"] for estimate in mean_rewards.values()), None)}
 
 
-def choose_prompts(records: Sequence[Record], config: EvalConfig) -> list[Record]:
-    """The records whose queries are answered: as many different queries as there are, in the hash order of `select`,
-    and only where sampling gives another response each time further records of the same query."""
-    ordered = [records[n] for n in select(records, TrainingConfig())]
-    seen: Counter[str] = Counter()
+def choose_prompts(records: Sequence[Record], config: EvalConfig) -> list[int]:
+    """Places of the records whose queries are answered: as many different queries as there are, in the hash order of
+    `select`, and only where sampling gives another response each time further records of the same query."""
+    records = records if isinstance(records, Records) else Records.in_memory(records)
+    ordered = select(records, TrainingConfig())
+    seen: Counter[int] = Counter()
     turns = []
-    for record in ordered:
-        turns.append(seen[query_key(record.query)])
-        seen[query_key(record.query)] += 1
+    for query in records.query_keys()[ordered].tolist():
+        turns.append(seen[query])
+        seen[query] += 1
     by_turn = sorted(range(len(ordered)), key=lambda n: turns[n])
     usable = [n for n in by_turn if turns[n] == 0 or config.decoding == "sample"]
     return [ordered[n] for n in usable[: config.prompts]]
-
-
-def encoded_by_id(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, EncodedRecord]:
-    """The token ids of eval.split's records, by record id."""
-    return {record.id: record for record in run.encoded(run.config.eval.split, tokenizer)}
 
 
 def rewards(run: Run, judge: Artifact | None, records: list[Record], responses: list[Generation]) -> list[float]:

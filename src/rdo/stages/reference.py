@@ -7,27 +7,39 @@ fixed by a hash of the ids, not by the batch it happens to be in, so neither shu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+import numpy as np
+import pyarrow as pa
 import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
 
+from rdo import interrupts
 from rdo.artifacts import Artifact, produce
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Record
+from rdo.data.table import Records
 from rdo.errors import UserError
-from rdo.forest import make_layout
+from rdo.forest import LayoutName, make_layout
 from rdo.models import read_log_probabilities, set_layout
 from rdo.packing import pack
 from rdo.progress import progress_bar
 from rdo.readout import Span
 from rdo.run import Run, select
-from rdo.stages.score import write_table
+from rdo.shards import Shards
+from rdo.stages.score import read_table
 from rdo.stages.sft import base_policy
 
 REFERENCE = "reference.parquet"
+TABLE = pa.schema(
+    {"record_id": pa.string(), "response": pa.int64(), "mismatched": pa.bool_(), "log_probability": pa.float64()}
+)
+# A record, and the responses that are read under its prompt.
+Item = tuple[EncodedRecord, list[tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -38,14 +50,15 @@ class Reference:
     mismatched: dict[tuple[str, int], float]
 
 
-def partners(records: list[Record], chosen: list[int]) -> dict[int, int]:
+def partners(records: Sequence[Record], chosen: list[int]) -> dict[int, int]:
     """For each selected record another one, whose query differs, in a cycle through the hash order of `select`."""
     count = len(chosen)
+    queries = (records if isinstance(records, Records) else Records.in_memory(records)).query_keys()
     found: dict[int, int] = {}
     for position, n in enumerate(chosen):
         for step in range(1, count):
             other = chosen[(position + step) % count]
-            if records[other].query != records[n].query:
+            if queries[other] != queries[n]:
                 found[n] = other
                 break
         else:
@@ -72,35 +85,56 @@ def reference(run: Run, mismatched: bool) -> Artifact:
 
 
 def write_reference(run: Run, base: Artifact, mismatched: bool, folder: Path) -> dict[str, Any]:
-    """Runs the reference over the training responses and writes the Parquet file."""
+    """Runs the reference over the training responses, shard by shard, and joins them to the Parquet file.
+
+    Raises as `Shards.make` does.
+    """
     model, tokenizer = run.policy(base)
+    engine = run.config.engine
+    layout = set_layout(model, engine.layout)
     records, encoded = run.records("train"), run.encoded("train", tokenizer)
     chosen = select(records, run.config.align)
     other = partners(records, chosen) if mismatched else {}
-    items, keys = [], []
-    for n in chosen:
-        entries = [(response, False, ids) for response, ids in enumerate(encoded[n].responses)]
-        if mismatched:
-            entries += [(response, True, ids) for response, ids in enumerate(encoded[other[n]].responses)]
-        items.append((encoded[n], [ids for _, _, ids in entries]))
-        keys.append([(records[n].id, response, is_other) for response, is_other, _ in entries])
-    title = "reference log-probabilities"
-    numbers = log_probabilities(run, model, items, title)
-    flat = [value for values in numbers for value in values]
-    rows = [(*key, value) for key, value in zip((key for group in keys for key in group), flat, strict=True)]
-    write_table(folder / REFERENCE, ["record_id", "response", "mismatched", "log_probability"], rows)
-    return {"records": len(chosen), "values": len(rows)}
+
+    def rows(part: range, bar: tqdm) -> list[tuple[Any, ...]]:
+        items: list[Item] = []
+        keys: list[tuple[Any, ...]] = []
+        for place in chosen[part.start : part.stop]:
+            own = encoded[place]
+            entries = [(response, False, ids) for response, ids in enumerate(own.responses)]
+            if mismatched:
+                entries += [(response, True, ids) for response, ids in enumerate(encoded[other[place]].responses)]
+            items.append((own, [ids for _, _, ids in entries]))
+            keys += [(own.id, response, is_other) for response, is_other, _ in entries]
+        values = read_under(bar, model, layout, items, engine.tokens_per_micro_batch)
+        return [(*key, value) for key, value in zip(keys, (n for group in values for n in group), strict=True)]
+
+    def inputs(part: range) -> list[str]:
+        places = chosen[part.start : part.stop]
+        return records.only(np.array(places + [other[n] for n in places if mismatched], int)).ids()
+
+    shards = Shards(folder, TABLE, len(chosen), engine.records_per_shard, engine.disk_full_minutes)
+    shards.make("reference log-probabilities", inputs, rows)
+    return {"records": len(chosen), "values": shards.join(folder / REFERENCE)}
 
 
-def log_probabilities(
-    run: Run, model: Any, items: list[tuple[EncodedRecord, list[tuple[int, ...]]]], title: str
-) -> list[list[float]]:
-    """Log-probability of each response given its record's prompt, without gradients, in the order given."""
+def log_probabilities(run: Run, model: PreTrainedModel, items: Sequence[Item], title: str) -> list[list[float]]:
+    """Log-probability of each response given its record's prompt, without gradients, in the order given. Raises
+    Stopped between two batches when the process is asked to stop."""
     layout = set_layout(model, run.config.engine.layout)
+    with progress_bar(len(items), title) as bar:
+        return read_under(bar, model, layout, items, run.config.engine.tokens_per_micro_batch)
+
+
+def read_under(
+    bar: tqdm, model: PreTrainedModel, layout: LayoutName, items: Sequence[Item], budget: int
+) -> list[list[float]]:
+    """The same under a bar that counts other items, too."""
     sequences = [[(*record.prompt, *ids) for ids in responses] for record, responses in items]
     results: list[list[float]] = [[] for _ in items]
-    with torch.no_grad(), progress_bar(len(items), title) as bar:
-        for batch in pack(sequences, layout, run.config.engine.tokens_per_micro_batch, by_length=True):
+    with torch.no_grad():
+        for batch in pack(sequences, layout, budget, by_length=True):
+            interrupts.check()
             flat = [ids for n in batch for ids in sequences[n]]
             starts = [len(items[n][0].prompt) for n in batch for _ in sequences[n]]
             spans = [Span(number, start) for number, start in enumerate(starts)]
@@ -112,8 +146,8 @@ def log_probabilities(
 
 
 def read_reference(artifact: Artifact) -> Reference:
-    """The log-probabilities that `reference` wrote."""
-    table = pq.read_table(artifact.folder / REFERENCE).to_pydict()
+    """The log-probabilities that `reference` wrote. Raises UserError where they are damaged."""
+    table = read_table(artifact, REFERENCE)
     found = Reference({}, {})
     columns = zip(table["record_id"], table["response"], table["mismatched"], table["log_probability"], strict=True)
     for record_id, response, mismatched, value in columns:

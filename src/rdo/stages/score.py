@@ -6,25 +6,36 @@ model one row (record_id, first, second, forward, difference) an ordered pair.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
-from rdo.artifacts import Artifact, produce
+from rdo.artifacts import Artifact, is_finished, damaged, produce
 from rdo.data.records import Record
 from rdo.errors import UserError
-from rdo.files import replace_file
 from rdo.models import set_layout
 from rdo.run import Run, select
 from rdo.schema import TrainingConfig
-from rdo.scorers import ComparisonTemplate, Reading, add_difference, add_reward, check_form, read_all
+from rdo.scorers import ComparisonTemplate, Reading, add_difference, add_reward, check_form, read_under
+from rdo.shards import Shards
 from rdo.stages.scorer import load_kind, scorer
 
 SCORES = "scores.parquet"
+REWARDS = pa.schema({"record_id": pa.string(), "response": pa.int64(), "reward": pa.float64()})
+DIFFERENCES = pa.schema(
+    {
+        "record_id": pa.string(),
+        "first": pa.int64(),
+        "second": pa.int64(),
+        "forward": pa.bool_(),
+        "difference": pa.float64(),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -82,21 +93,64 @@ def pairs_to_score(record: Record, both_orders: bool) -> list[tuple[int, int]]:
 
 def scores(run: Run, kind: str, split: str, both_orders: bool, selection: TrainingConfig | None) -> Artifact:
     """The scores of a split's records (all, or the ones that a stage selects) by the scorer of a kind."""
+    settings = score_settings(run, kind, split, both_orders, selection)
+    if selection and run.config.rc.scores and run.config.rc.name == kind:
+        return given_scores(run.config.rc.scores, kind, settings)
     model = scorer(run, kind)
-    both_orders = both_orders and kind == "diff"
-    settings: dict[str, Any] = {
+
+    def make(folder: Path) -> dict[str, Any]:
+        return write_scores(run, kind, model, split, settings["both_orders"], selection, folder)
+
+    label = f"{kind}-{split}"
+    return produce(run.provenance, "score", label, settings, {"scorer": model}, make, run.requested == "score")
+
+
+def score_settings(
+    run: Run, kind: str, split: str, both_orders: bool, selection: TrainingConfig | None
+) -> dict[str, Any]:
+    """What, beside the scorer, determines scores."""
+    return {
         "data": run.data_settings(split),
-        "both_orders": both_orders,
+        "both_orders": both_orders and kind == "diff",
         "dtype": run.config.model.dtype,
         "selection": [selection.min_responses, selection.max_records] if selection else None,
         "difference_template": list(run.config.model.difference_template) if kind == "diff" else None,
     }
 
-    def make(folder: Path) -> dict[str, Any]:
-        return write_scores(run, kind, model, split, both_orders, selection, folder)
 
-    label = f"{kind}-{split}"
-    return produce(run.provenance, "score", label, settings, {"scorer": model}, make, run.requested == "score")
+def given_scores(path: str, kind: str, wanted: dict[str, Any]) -> Artifact:
+    """The finished folder of stage=score that rc.scores names. Raises UserError where there is none, or where it scores
+    anything else than `wanted`, the settings of the scores that this run would make."""
+    folder = Path(path)
+    if not is_finished(folder):
+        raise UserError(f"rc.scores={path}: there is no finished folder of stage=score")
+    artifact = Artifact(folder, "")
+    manifest = artifact.manifest()
+    if manifest["stage"] != "score":
+        raise UserError(f"rc.scores={path}: is a folder of stage={manifest['stage']}, not of stage=score")
+    if (manifest["results"]["form"] == "pointwise") != (kind == "reward"):
+        raise UserError(f"rc.scores={path}: holds scores of the form {manifest['results']['form']}, not for rc={kind}")
+    found = manifest["settings"]
+    found = {**found, **{f"data.{name}": value for name, value in found["data"].items()}}
+    wanted = {**wanted, **{f"data.{name}": value for name, value in wanted["data"].items()}}
+    for name, what in GIVEN.items():
+        if found[name] != wanted[name] and not (name == "both_orders" and found[name]):
+            both = "" if name == "data.records" else f": {found[name]}, not {wanted[name]}"
+            raise UserError(f"rc.scores={path}: was made {what}{both}; leave rc.scores out to have it made")
+    return Artifact(folder, manifest["key"])
+
+
+# What given scores must have in common with the run, and how they differ where they have not.
+GIVEN = {
+    "data.split": "of another split",
+    "data.records": "of other records (another data set, or other rows of it)",
+    "data.template": "with another dataset.template",
+    "data.max_length": "with another truncation, dataset.max_length",
+    "selection": "of another selection (align.min_responses, align.max_records)",
+    "both_orders": "in one order of each pair alone",
+    "difference_template": "with another model.difference_template",
+    "dtype": "with another model.dtype",
+}
 
 
 def write_scores(
@@ -108,48 +162,54 @@ def write_scores(
     selection: TrainingConfig | None,
     folder: Path,
 ) -> dict[str, Any]:
-    """Scores the records and writes the Parquet file."""
+    """Scores the records, shard by shard, and joins them to the Parquet file. Raises as `Shards.make` does."""
     model, tokenizer = load_kind(run, artifact, kind)
-    form = check_form(model)
-    layout = set_layout(model, run.config.engine.layout)
+    form, engine = check_form(model), run.config.engine
+    layout = set_layout(model, engine.layout)
     records, encoded = run.records(split), run.encoded(split, tokenizer)
-    chosen = select(records, selection) if selection else list(range(len(records)))
-    if not chosen:
+    chosen = np.array(select(records, selection), int) if selection else np.arange(len(records))
+    if not len(chosen):
         raise UserError("no record to score: see align.min_responses")
     template = ComparisonTemplate(run.config.model.difference_template, tokenizer)
-    readings: list[Reading] = []
-    rows: list[tuple[str | int, ...]] = []
-    for n in chosen:
-        reading = Reading()
-        if form == "pointwise":
-            for response in range(len(records[n].responses)):
-                add_reward(reading, encoded[n], response)
-                rows.append((records[n].id, response))
-        else:
-            forward = pairs_to_score(records[n], False)
-            for first, second in pairs_to_score(records[n], both_orders):
-                add_difference(reading, form, template, encoded[n], first, second)
-                rows.append((records[n].id, first, second, (first, second) in forward))
-        readings.append(reading)
-    outputs = read_all(model, layout, readings, run.config.engine.tokens_per_micro_batch, f"score {form} {split}")
-    columns = ["response", "reward"] if form == "pointwise" else ["first", "second", "forward", "difference"]
-    numbers = [number for output in outputs for number in output]
-    write_table(
-        folder / SCORES, ["record_id", *columns], [(*row, number) for row, number in zip(rows, numbers, strict=True)]
-    )
-    return {"form": form, "records": len(chosen), "values": len(numbers)}
+
+    def rows(part: range, bar: tqdm) -> list[tuple[Any, ...]]:
+        places = chosen[part.start : part.stop]
+        readings: list[Reading] = []
+        keys: list[tuple[Any, ...]] = []
+        for record, place in zip(records.only(places), places.tolist(), strict=True):
+            reading, own = Reading(), encoded[place]
+            if form == "pointwise":
+                for response in range(len(record.responses)):
+                    add_reward(reading, own, response)
+                    keys.append((record.id, response))
+            else:
+                forward = pairs_to_score(record, False)
+                for first, second in pairs_to_score(record, both_orders):
+                    add_difference(reading, form, template, own, first, second)
+                    keys.append((record.id, first, second, (first, second) in forward))
+            readings.append(reading)
+        outputs = read_under(bar, model, layout, readings, engine.tokens_per_micro_batch)
+        numbers = [number for output in outputs for number in output]
+        return [(*key, number) for key, number in zip(keys, numbers, strict=True)]
+
+    schema = REWARDS if form == "pointwise" else DIFFERENCES
+    shards = Shards(folder, schema, len(chosen), engine.records_per_shard, engine.disk_full_minutes)
+    shards.make(f"score {form} {split}", lambda part: records.only(chosen[part.start : part.stop]).ids(), rows)
+    return {"form": form, "records": len(chosen), "values": shards.join(folder / SCORES)}
 
 
-def write_table(path: Path, names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
-    """A Parquet file of these columns, written whole or not at all."""
-    columns = list(zip(*rows, strict=True))
-    with replace_file(path) as temporary:
-        pq.write_table(pa.table({name: list(column) for name, column in zip(names, columns, strict=True)}), temporary)
+def read_table(artifact: Artifact, name: str) -> dict[str, list[Any]]:
+    """The columns of a Parquet file of ours. Raises UserError where it is not what was written."""
+    path = artifact.file(name)
+    try:
+        return pq.read_table(path, page_checksum_verification=True).to_pydict()
+    except (OSError, pa.ArrowException) as error:
+        raise damaged(artifact.folder, f"{path} cannot be read ({error})") from error
 
 
 def read_scores(artifact: Artifact) -> Scores:
-    """The scores that `scores` wrote."""
-    table = pq.read_table(artifact.folder / SCORES).to_pydict()
+    """The scores that `scores` wrote. Raises UserError where they are damaged."""
+    table = read_table(artifact, SCORES)
     if "reward" in table:
         keys = zip(table["record_id"], table["response"], strict=True)
         return Scores(dict(zip(keys, table["reward"], strict=True)), {})

@@ -5,16 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rdo.checkpoints import Checkpoints
-from rdo.files import read_json_lines
+from rdo import interrupts
+from rdo.files import patiently, read_json_lines
+from rdo.models import save_model
 from rdo.schema import EngineConfig
 from rdo.tracking import METRICS
 
 
+def save_finished(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, engine: EngineConfig
+) -> None:
+    """Saves a trained model in its artifact's folder, waiting for room where the disk is full.
+
+    Raises UserError when that has taken engine.disk_full_minutes. A stop waits until the manifest is written, too.
+    """
+    with interrupts.postponed():
+        patiently(lambda: save_model(model, tokenizer, folder / "model"), engine.disk_full_minutes)
+
+
 def finish(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
-    """Clears the checkpoints of a run whose model is saved; its parameters, steps and last measures."""
-    Checkpoints(folder / "checkpoints", EngineConfig()).clear()
+    """Parameters, steps and last measures of a run whose model is saved."""
     lines = read_json_lines(folder / METRICS)
-    return {"parameters": model.num_parameters(), "steps": len(lines), "last": lines[-1] if lines else {}}
+    last = lines[-1] if lines else {}
+    return {"parameters": model.num_parameters(), "steps": last.get("step", 0), "last": last}

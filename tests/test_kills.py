@@ -1,0 +1,264 @@
+"""Whatever kills a process, the same command again ends as if nothing had happened, bit for bit.
+
+A stage runs in a forked child, which is killed: at random moments, and at every single rename and removal. RDO_KILLS=20
+kills each stage so often at random; `pytest -s` shows where the kills hit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tqdm import tqdm
+
+from rdo import files
+from rdo.artifacts import MANIFEST, Artifact, is_finished
+from rdo.run import Run
+from rdo.stages.align import aligned_policy
+from rdo.stages.eval import evaluate_policy
+from rdo.stages.reference import reference
+from rdo.stages.score import scores
+from rdo.stages.scorer import scorer
+from rdo.stages.sft import base_policy
+from tiny import metrics, tiny_run
+
+torch.set_num_threads(1)
+tqdm.monitor_interval = 0  # no thread beside the one that forks
+
+KILLS = int(os.environ.get("RDO_KILLS", "3"))
+
+ALWAYS = (
+    "engine.checkpoint_every_steps=1",
+    "engine.records_per_shard=16",
+    *(f"{section}.max_steps=4" for section in ("sft", "rm", "diffmodel", "align")),
+    *(f"{section}.batch_size=8" for section in ("rm", "diffmodel", "align")),
+    "eval.batch_size=2",
+    "eval.judges=[oracle]",
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage, its settings, and what it reads."""
+
+    make: Callable[[Run], Artifact]
+    overrides: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ("sft",)
+
+
+STAGES: dict[str, Stage] = {
+    "sft": Stage(base_policy, inputs=()),
+    "rm": Stage(lambda run: scorer(run, "reward")),
+    "diffmodel": Stage(lambda run: scorer(run, "diff")),
+    "dpo": Stage(aligned_policy, ("loss=dpo", "rc=oracle"), ("sft", "reference")),
+    "kto": Stage(aligned_policy, ("loss=kto", "rc=none"), ("sft", "reference")),
+    "score-reward": Stage(lambda run: scores(run, "reward", "train", False, None), inputs=("sft", "rm")),
+    "score-diff": Stage(lambda run: scores(run, "diff", "train", True, None), inputs=("sft", "diffmodel")),
+    "reference": Stage(lambda run: reference(run, mismatched=True)),
+    "generation": Stage(lambda run: evaluate_policy(run, "base")),
+}
+
+
+class Place:
+    """A run folder with what a stage needs, and what the stage makes there."""
+
+    def __init__(self, stage: Stage, run_dir: Path):
+        self.stage = stage
+        self.run = tiny_run(run_dir, *ALWAYS, *stage.overrides)
+        self.run.splits()  # the children find the data made
+
+    def make(self) -> Artifact:
+        return self.stage.make(self.run)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Artifact, float]]:
+    """Each stage's result without interruption, and the seconds that it takes a child."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    found: dict[str, tuple[Artifact, float]] = {}
+
+    def get(name: str) -> tuple[Artifact, float]:
+        if name not in found:
+            place = Place(STAGES[name], run_dir)
+            artifact = place.make()
+            shutil.rmtree(artifact.folder)
+            started = time.monotonic()
+            assert in_child(place.make) == 0
+            found[name] = (artifact, time.monotonic() - started)
+        return found[name]
+
+    return get
+
+
+def prepared(name: str, whole: Artifact, run_dir: Path) -> tuple[Place, Path]:
+    """A copy of the run folder in which the stage's result is missing, and where that belongs."""
+    origin = whole.folder.parents[1]
+    for stage in STAGES[name].inputs:
+        shutil.copytree(origin / stage, run_dir / stage)
+    return Place(STAGES[name], run_dir), run_dir / whole.folder.relative_to(origin)
+
+
+def start(work: Callable[[], Any]) -> int:
+    """Runs it in a child of its own; the child's process number."""
+    child = os.fork()
+    if child:
+        return child
+    report = os.dup(2)
+    try:
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        os.dup2(silence, 2)
+        work()
+        os._exit(0)
+    except BaseException:
+        os.write(report, traceback.format_exc().encode())
+    finally:
+        os._exit(1)
+
+
+def in_child(work: Callable[[], Any]) -> int:
+    """Runs it in a child to its end: 0, 1 after a failure, or minus the number of the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(start(work), 0)[1])
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """Everything that a stage left, but for the clock's part."""
+    listed = json.loads((folder / MANIFEST).read_text())
+    logged = metrics(Artifact(folder, "")) if (folder / "metrics.jsonl").exists() else []
+    results = {key: value for key, value in listed["results"].items() if key != "last"}
+    return {"metrics": logged, "results": results} | {
+        name: (folder / name).read_bytes() for name in listed["files"] if name != "metrics.jsonl"
+    }
+
+
+def check(folder: Path, wanted: Artifact) -> None:
+    """That the folder holds what the uninterrupted run left, and nothing of what an interrupted one goes on from."""
+    found, right = content(folder), content(wanted.folder)
+    assert found.keys() == right.keys()
+    assert [name for name in found if found[name] != right[name]] == []
+    steps = [line["step"] for line in found["metrics"]]
+    assert steps == list(range(1, len(steps) + 1))
+    left = {path.name for path in folder.iterdir()} - {path.name for path in wanted.folder.iterdir()}
+    assert left <= {".holder.json"}
+
+
+def where(folder: Path) -> str:
+    """How far a killed run had come."""
+    if (folder / MANIFEST).exists():
+        return "after the manifest"
+    if (folder / "model").exists() or list(folder.glob("*.parquet")) or (folder / "generations.jsonl").exists():
+        return "at the end"
+    parts = len(list(folder.glob("checkpoints/step_*.pt"))) or len(list(folder.glob("shards/*.parquet")))
+    return "in the work" if parts else "before any checkpoint or shard"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_kills_at_random_moments_change_nothing(name, whole, tmp_path):
+    wanted, seconds = whole(name)
+    place, folder = prepared(name, wanted, tmp_path)
+    moments = random.Random(name)
+    hits: Counter[str] = Counter()
+    ends = 0
+    while hits.total() < KILLS:
+        child = start(place.make)
+        time.sleep(moments.uniform(0.0, seconds))
+        os.kill(child, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, -signal.SIGKILL)
+        if status:
+            hits[where(folder)] += 1
+        if folder.exists() and is_finished(folder):
+            place.make()  # finds it, and tidies up what the last kill left
+            check(folder, wanted)
+            shutil.rmtree(folder)
+            ends += 1
+    assert place.make().folder == folder
+    check(folder, wanted)
+    print(f"\n{name}: {hits.total()} kills in runs of {seconds:.1f} s, {ends} runs to their end; {dict(hits)}")
+
+
+def killed_at(call: int, functions: tuple[str, ...], after: bool, work: Callable[[], Any]) -> Callable[[], None]:
+    """Work whose process is killed at its so-manieth call of these functions of `os`: instead of it, or right after."""
+
+    def run() -> None:
+        calls = 0
+
+        def fatal(function: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(*arguments: Any, **named: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls < call:
+                    return function(*arguments, **named)
+                if after:
+                    function(*arguments, **named)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            return wrapped
+
+        for name in functions:
+            setattr(os, name, fatal(getattr(os, name)))
+        work()
+
+    return run
+
+
+RENAMES, REMOVALS = ("rename", "replace"), ("unlink", "rmdir")
+
+
+@pytest.mark.parametrize(
+    ("name", "functions", "fewest"),
+    # The holder's note, three checkpoints or four shards, the model or the scores, the manifest.
+    [("sft", RENAMES, 6), ("score-reward", RENAMES, 7), ("sft", REMOVALS, 6)],
+    ids=["sft-renames", "score-renames", "sft-removals"],
+)
+def test_a_kill_at_any_rename_or_removal_changes_nothing(name, functions, fewest, whole, tmp_path):
+    """Between a temporary file and its place, for checkpoints, shards, the model folder and the manifest."""
+    wanted, _ = whole(name)
+    place, folder = prepared(name, wanted, tmp_path)
+    for call in itertools.count(1):
+        status = in_child(killed_at(call, functions, call % 2 == 0, place.make))
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        place.make()
+        check(folder, wanted)
+        shutil.rmtree(folder)
+    check(folder, wanted)
+    assert call > fewest
+
+
+@pytest.mark.parametrize("name", ["sft", "score-reward", "generation"])
+def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_or_shard_before_it(name, whole, tmp_path, monkeypatch):
+    wanted, _ = whole(name)
+    place, folder = prepared(name, wanted, tmp_path)
+    write = files.Sealing.write
+
+    def half(sealing: files.Sealing, data: Any) -> int:
+        if len(bytes(data)) > 200 and list(folder.glob("*/[!.]*.*")):
+            sealing.file.write(bytes(data)[:100])
+            sealing.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(sealing, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files.Sealing, "write", half)
+        for _ in range(2):
+            assert in_child(place.make) == -signal.SIGKILL
+    assert list(folder.glob("*/.*.part"))
+    assert list(folder.glob("*/[!.]*.*"))
+    assert not is_finished(folder)
+    place.make()
+    check(folder, wanted)

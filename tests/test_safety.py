@@ -1,0 +1,368 @@
+"""Nothing leaks and nothing acts: credentials stay where they are, texts of the data are texts, and no port is open."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import test_report
+from rdo import configuration
+from rdo.configuration import CONF, compose_config
+from rdo.errors import UserError
+from rdo.main import check_command_line
+from rdo.printable import credential_in, printable, scrubbed, single_line
+from rdo.report.console import describe_comparison, describe_policy
+from rdo.report.page import write_report
+from rdo.stages.sft import base_policy
+from rdo.tracking import Tracker
+from test_report import EVIL, Page, full
+from test_tracking import wandb_records
+from tiny import TINY, tiny_run
+
+# Put together here, so that no scanner takes them for real ones.
+DIGITS = "0123456789abcdef" * 3
+TOKENS = {
+    "hugging face": "hf_" + "aB3" * 11 + "x",
+    "wandb": DIGITS[:40],
+    "wandb, new": "wandb_v1_" + "aB3" * 20,
+    "openai": "sk-" + "aB3" * 16,
+    "openai project": "sk-proj-" + "aB3-_" * 8,
+    "amazon": "AKIA" + "ABCDEFGH" * 2,
+    "github": "ghp_" + "aB3" * 12,
+    "github, fine": "github_pat_" + "aB3" * 12,
+    "gitlab": "glpat-" + "aB3" * 7,
+    "google": "AIza" + "aB3-_" * 7,
+    "user and password": "https://someone:" + "pass" + "word@example.org/data.jsonl",
+    "user alone": "https://" + "abc123@example.org/data.jsonl",
+    "signed address": "https://example.org/data?X-Amz-" + "Signature=abc123",
+    "private key": "-----BEGIN RSA " + "PRIVATE KEY-----",
+}
+HARMLESS = [
+    "hf_transformers/small", "hf-internal-testing/tiny-random-gpt2", "openai/summarize_from_feedback", "task-sk-1",
+    "sk-learn/models-for-everyone", "/data/disk-0123456789/pairs.jsonl", "https://example.org/data?split=test",
+    f"/cache/models--a--b/snapshots/{DIGITS[:40]}", "me@example.org", "model.tokenizer", f"revision {DIGITS[:40]}",
+    DIGITS[:32], f"{DIGITS[:40]}{DIGITS[:24]}", "AKIAlike", "ghp_short",
+]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Credentials
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("form", ["model.path={}", "+anything={}", "dataset.path=data/{}", "'{}'", "--config-dir={}"])
+def test_a_credential_on_the_command_line_is_refused_and_not_repeated(tmp_path, monkeypatch, capsys, name, form):
+    if name == "wandb" and form.startswith("dataset.path"):
+        pytest.skip("as a part of a path it is a commit")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        check_command_line(["stage=sft", form.format(TOKENS[name])])
+    assert ended.value.code == 1
+    shown = capsys.readouterr()
+    (line,) = shown.err.splitlines()
+    assert "holds what looks like an access token or a password" in line
+    assert TOKENS[name][8:] not in shown.err + shown.out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_a_credential_in_any_text_is_found_and_taken_out(name):
+    text = f"401 for {TOKENS[name]} (Request ID: 1)"
+    assert credential_in(text)
+    assert TOKENS[name] not in scrubbed(text)
+    assert credential_in(scrubbed(text)) is None
+    assert scrubbed(text).startswith("401 for ")
+
+
+@pytest.mark.parametrize("text", HARMLESS)
+def test_what_is_no_credential_is_left_alone(text):
+    assert credential_in(text) is None
+    assert scrubbed(text) == text
+
+
+@pytest.mark.parametrize("setting", ["+hf_token=abc", "tracker.api_key=abc", "++wandb.password=abc", "+HF_TOKEN=abc"])
+def test_a_setting_that_is_named_like_a_key_is_refused(capsys, setting):
+    with pytest.raises(SystemExit):
+        check_command_line([setting])
+    line = capsys.readouterr().err
+    assert "put it into the environment" in line
+    assert "abc" not in line
+
+
+def test_a_credential_in_a_file_of_conf_is_refused_and_not_repeated(tmp_path, monkeypatch):
+    shutil.copytree(CONF, tmp_path / "conf")
+    monkeypatch.setattr(configuration, "CONF", tmp_path / "conf")
+    files = {
+        "model/hub.yaml": f"name: hub\npath: {TOKENS['hugging face']}\ntokenizer: path\n",
+        "tracker/wandb.yaml": f"name: wandb\ngroup: {TOKENS['wandb']}\n",
+        "experiment/none.yaml": f"# @package _global_\nreport: {{rows: {{a: ['model.path={TOKENS['github']}']}}}}\n",
+    }
+    for file, text in files.items():
+        (tmp_path / "conf" / file).write_text(text)
+        group = file.split("/")[0]
+        with pytest.raises(
+            UserError, match=r"^(model\.path|tracker\.group|report\.rows\.a) holds what looks"
+        ) as caught:
+            compose_config([f"{group}={Path(file).stem}"])
+        assert not any(token in str(caught.value) for token in TOKENS.values())
+        shutil.copy(CONF / file, tmp_path / "conf" / file)
+
+
+def test_a_commit_is_no_key_where_a_revision_is_asked_for():
+    given = [f"model.revision={DIGITS[:40]}", "model.path=someone/model"]
+    assert compose_config(given).model.revision == DIGITS[:40]
+    check_command_line(["--cfg", "job", *given])
+
+
+def test_values_of_secret_variables_are_never_shown(monkeypatch):
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "a plain word that says nothing")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false and long")
+    assert str(UserError("url: a plain word that says nothing!")) == "url: [removed]!"
+    assert scrubbed("false and long") == "false and long"
+    with pytest.raises(UserError, match=r"^report\.title holds the value of a secret environment variable"):
+        compose_config(["report.title='a plain word that says nothing'"])
+    with pytest.raises(UserError, match=r"^model\.path holds the value"):
+        compose_config(["model.path=${oc.env:MY_SERVICE_TOKEN}"])
+
+
+def test_what_a_library_says_is_scrubbed_in_every_error():
+    quoted = f"401 Client Error for url: https://me:pw@huggingface.co/x?token={TOKENS['hugging face']}"
+    error = UserError(f"no model can be loaded from x:\n{quoted}")
+    assert str(error) == (
+        "no model can be loaded from x: 401 Client Error for url: https://[removed]@huggingface.co/x?[removed]"
+    )
+
+
+def test_no_file_of_a_run_holds_a_secret_of_the_environment(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", TOKENS["hugging face"])
+    monkeypatch.setenv("WANDB_API_KEY", TOKENS["wandb"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "stage=sft", *TINY, f"run_dir={tmp_path}"])
+    runpy.run_path(str(Path(__file__).parents[1] / "train.py"), run_name="__main__")
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert {"overrides.yaml", "hydra.yaml", "manifest.json"} <= {file.name for file in files}
+    for text in [*(file.read_bytes() for file in files), *(part.encode() for part in capsys.readouterr())]:
+        assert TOKENS["hugging face"].encode() not in text
+        assert TOKENS["wandb"].encode() not in text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# wandb and ports
+# ---------------------------------------------------------------------------------------------------------------------
+
+TRACKED = """
+import os, sys
+from pathlib import Path
+from rdo.schema import TrackerConfig
+from rdo.tracking import Tracker
+from test_safety import listeners
+
+with Tracker(TrackerConfig("wandb", "own", "group"), Path(sys.argv[1]), "a name", {"align": {"epochs": 3}}) as tracker:
+    print("text on the terminal")
+    tracker.log(1, {"loss": 0.5})
+    print("listening:", *listeners())
+"""
+
+
+def descendants(parent: int) -> list[int]:
+    """A process and all that it started."""
+    found = [parent]
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            after = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(after[1]) == parent:
+            found += descendants(int(stat.parent.name))
+    return found
+
+
+def listeners() -> list[str]:
+    """Addresses, in hexadecimal as the kernel has them, that this process or one that it started listens at."""
+    inodes = set()
+    for process in descendants(os.getpid()):
+        for file in Path(f"/proc/{process}/fd").glob("*"):
+            try:
+                target = os.readlink(file)
+            except OSError:
+                continue
+            if target.startswith("socket:["):
+                inodes.add(target[8:-1])
+    found = []
+    for table in ("tcp", "tcp6"):
+        path = Path("/proc/net") / table
+        for line in path.read_text().splitlines()[1:] if path.exists() else []:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                found.append(fields[1].partition(":")[0])
+    return found
+
+
+LOCAL = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+needs_proc = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's tables of sockets")
+
+
+@needs_proc
+def test_listeners_are_found():
+    import socket
+
+    with socket.socket() as server:
+        server.bind(("0.0.0.0", 0))
+        server.listen()
+        assert "00000000" in listeners()
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        assert set(listeners()) <= LOCAL
+
+
+@needs_proc
+@pytest.mark.skipif(shutil.which("git") is None, reason="plants a git remote")
+def test_wandb_gets_no_secret_and_listens_to_nobody_else(tmp_path):
+    """In a checkout whose remote holds a token, with secrets in the environment and among the arguments."""
+    planted = {"WANDB_API_KEY": TOKENS["wandb"], "HF_TOKEN": TOKENS["hugging face"], "MY_VARIABLE": "planted-variable"}
+    run = tmp_path / "align-123"
+    run.mkdir()
+    for command in (
+        "init -q",
+        "-c user.name=n -c user.email=planted@example.org commit -q --allow-empty -m planted-message",
+        f"remote add origin https://{TOKENS['github']}@example.org/planted-repository.git",
+    ):
+        subprocess.run(["git", "-C", str(tmp_path), *command.split()], check=True, capture_output=True)
+    (tmp_path / "script.py").write_text(f"# planted-code\n{TRACKED}")
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py"), str(run), "--argument=planted-argument"],
+        env={
+            "PATH": os.environ["PATH"],
+            "HOME": str(tmp_path),
+            "PYTHONPATH": paths,
+            "WANDB_MODE": "offline",
+            **planted,
+        },
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    _, _, addresses = done.stdout.partition("listening:")
+    assert set(addresses.split()) <= LOCAL
+    files = [file for file in run.rglob("*") if file.is_file()]
+    forbidden = ["planted", "text on the terminal", *planted.values(), TOKENS["github"]]
+    for file in files:
+        content = file.read_bytes()
+        assert not [text for text in forbidden if text.encode() in content], file
+    names = {file.name for file in files}
+    assert not names & {"wandb-metadata.json", "requirements.txt", "output.log", "script.py", "diff.patch"}
+    assert hosts(*(file for file in files if file.suffix == ".wandb")) == [""]
+
+
+def hosts(file: Path) -> list[str]:
+    """The names of the machine in a .wandb file."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = []
+    for data in wandb_records(file.read_bytes()):
+        record = Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "run":
+            found.append(record.run.host)
+    return found
+
+
+@needs_proc
+def test_a_training_run_opens_no_port(tmp_path, monkeypatch):
+    before, during = set(listeners()), []
+    log = Tracker.log
+
+    def look(tracker: Tracker, step: int, values: dict[str, Any]) -> None:
+        during.append(set(listeners()) - before)
+        log(tracker, step, values)
+
+    monkeypatch.setattr(Tracker, "log", look)
+    base_policy(tiny_run(tmp_path, "sft.max_steps=2"))
+    assert during == [set(), set()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts that would act
+# ---------------------------------------------------------------------------------------------------------------------
+
+HOSTILE = [
+    "<script>alert(1)</script>", "</script>", "\x1b]0;title\x07", "\x1b[2J", "=cmd|' /C calc'!A0", "| pipe `tick`",
+    "\u202eevil", "\u200bnothing", "\x00", "\x9b31m", "\u2066isolate", "<!-- x --> -->", "]]>", "![x](http://x)",
+    "{{ 7 * 7 }}", "\x7f", "\u2028",
+]  # fmt: skip
+
+
+def hidden(text: str) -> set[str]:
+    """The characters of a text that a terminal would act upon or that nobody sees."""
+    return {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\n\t"}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain, Grüße, 漢字, 👍", "plain, Grüße, 漢字, 👍"),
+        ("a\tb\nc", "a\tb\nc"),
+        ("\x1b[2J", "\\x1b[2J"),
+        ("\x00\x07\x7f\x9b\r", "\\x00\\x07\\x7f\\x9b\\x0d"),
+        ("\u202eevil\u2069\u200b\ufeff", "\\u202eevil\\u2069\\u200b\\ufeff"),
+        ("\U000e0041\ud800", "\\U000e0041\\ud800"),
+    ],
+)
+def test_what_would_act_or_cannot_be_seen_is_shown_as_an_escape(text, shown):
+    assert printable(text) == shown
+    assert hidden(printable(text)) == set()
+    assert printable("a\tb\nc", keep="") == "a\\x09b\\x0ac"
+
+
+def test_an_error_is_one_line_whatever_it_quotes():
+    error = UserError("row 3:\n  " + "\n".join(HOSTILE))
+    assert str(error) == single_line(error)
+    assert hidden(str(error)) == set()
+    assert "\n" not in str(error)
+    assert "\\x1b[2J" in str(error)
+    assert "\\u202eevil" in str(error)
+
+
+@pytest.fixture
+def hostile(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The data of a report all of whose texts are hostile."""
+    monkeypatch.setattr(test_report, "EVIL", " ".join([EVIL, *HOSTILE]))
+    return full()
+
+
+@pytest.mark.filterwarnings("ignore")  # the plots' font has no such glyphs
+def test_a_report_shows_hostile_texts_as_texts(tmp_path, hostile):
+    paths = write_report(hostile, tmp_path)
+    html = paths["html"].read_text(encoding="utf-8")
+    markdown = paths["markdown"].read_text(encoding="utf-8")
+    page = Page(html)
+    assert not {"script", "img", "iframe", "object", "link"} & set(page.tags)
+    assert all(address.startswith("#") for address in page.addresses)
+    assert not re.search(r"<script|alert\(1\)<|<!--(?! Created with matplotlib)", re.sub(r"<!DOCTYPE[^>]*>", "", html))
+    assert "{{ 7 * 7 }}" in html
+    for text in (html, markdown):
+        assert hidden(text) == set()
+        assert "\\u202eevil" in text.replace("\\\\", "\\")
+    outside_code = re.sub(r"(`+).*?(?<!`)\1(?!`)", "", markdown)
+    assert "<script" not in outside_code
+    assert not re.search(r"(?<!\\)\[x(?<!\\)\]\(", outside_code)
+
+
+def test_the_terminal_shows_hostile_texts_as_texts(hostile):
+    for text in (describe_comparison(hostile), describe_policy(hostile["policies"][2]["evaluation"])):
+        assert hidden(text) == set()
+    assert "\\x1b[2J" in describe_comparison(hostile)
