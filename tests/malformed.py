@@ -30,7 +30,7 @@ import torch
 TRAIN = Path(__file__).parents[1] / "train.py"
 sys.path.insert(0, str(TRAIN.parent / "src"))  # where this file is run by itself
 
-from tiny import TINY, tiny_run
+from tiny import TINY, tiny_run  # noqa: E402
 
 ASK = "\n\nHuman: Which bread?\n\nAssistant:"
 TRL = {"prompt": "Which bread?", "chosen": " Rye.", "rejected": " No idea."}

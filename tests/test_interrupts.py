@@ -18,6 +18,8 @@ import pytest
 
 from rdo import interrupts
 from rdo.artifacts import Provenance, is_finished, produce
+from rdo.checkpoints import Checkpoints
+from rdo.files import DiskFull
 from rdo.interrupts import Stopped, check, handled, postponed, requested, stoppable, wait
 from rdo.stages.eval import evaluate_policy
 from rdo.stages.reference import reference
@@ -263,12 +265,34 @@ def test_training_saves_the_last_whole_step(stop, steps, tmp_path, monkeypatch):
     assert len(micro_batches) == steps + 1
     assert micro_batches[-1] == (0 if stop == "after a step" else 2)  # and not all that the step has
     if steps:
-        assert f"after {steps} of 5 steps; saved in {whole.folder}/checkpoints/step_0000000{steps}" in str(caught.value)
+        saved = whole.folder / "checkpoints" / f"step_0000000{steps}.pt"
+        assert f"after {steps} of 5 steps; {saved} is saved, and the same command goes on" in str(caught.value)
         assert [line["step"] for line in metrics(whole)] == list(range(1, steps + 1))
     else:
         assert "after 0 of 5 steps, none of them saved; the same command starts again" in str(caught.value)
     assert weights(base_policy(run)) == wanted
     assert metrics(whole) == wanted_metrics
+
+
+def test_a_stop_on_a_full_disk_names_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+    run = tiny_run(tmp_path, "sft.max_steps=5", "engine.checkpoint_every_steps=2")
+    log, save = Tracker.log, Checkpoints.save
+
+    def logging(tracker: Tracker, step: int, values: dict[str, Any]) -> None:
+        log(tracker, step, values)
+        if step == 3:
+            send(signal.SIGTERM)
+
+    def saving(checkpoints: Checkpoints, step: int, *parts: Any) -> None:
+        if step == 3:
+            raise DiskFull("there is no room")
+        save(checkpoints, step, *parts)
+
+    monkeypatch.setattr(Tracker, "log", logging)
+    monkeypatch.setattr(Checkpoints, "save", saving)
+    with handled(), pytest.raises(Stopped, match=r"after 3 of 5 steps; .*/step_00000002\.pt is saved, and the same"):
+        base_policy(run)
+    assert "warning: there is no room" in capsys.readouterr().err
 
 
 def test_a_stop_while_the_model_is_saved_waits_for_the_manifest(tmp_path, monkeypatch):

@@ -82,15 +82,24 @@ class Checkpoints:
         )
 
     def maybe_save(self, step: int, steps: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-        """Saves when enough steps or minutes have passed; not after the last step, when the model itself is saved."""
+        """Saves when enough steps or minutes have passed; not after the last step, when the model itself is saved.
+
+        A full disk is said, and costs this checkpoint alone.
+        """
         now = time.monotonic()
         minutes = (now - self.last_saved) / 60
         due = step % self.engine.checkpoint_every_steps == 0 or minutes >= self.engine.checkpoint_every_minutes
-        if step < steps and due and now >= self.retry_at:
+        if step == steps or not due or now < self.retry_at:
+            return
+        try:
             self.save(step, model, optimizer)
+        except DiskFull as error:
+            self.retry_at = time.monotonic() + RETRY_SECONDS
+            last = f"the last good checkpoint is {self.newest}" if self.newest else "there is no checkpoint yet"
+            warn(f"{error}; {last}; training goes on, and saving is tried again")
 
     def save(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-        """Saves now. A full disk is said, and leaves `newest` and all other checkpoints as they are."""
+        """Saves now, and removes the oldest when that is done. Raises DiskFull, and leaves everything as it is."""
         path = self.file(step)
         state: dict[str, Any] = {
             "step": step,
@@ -98,15 +107,9 @@ class Checkpoints:
             "optimizer": optimizer.state_dict(),
             "random": torch.get_rng_state(),
         }
-        try:
-            self.before_saving()
-            with replace_sealed(path) as file:
-                torch.save(state, file)  # type: ignore[arg-type]
-        except DiskFull as error:
-            self.retry_at = time.monotonic() + RETRY_SECONDS
-            last = f"the last good checkpoint is {self.newest}" if self.newest else "there is no checkpoint yet"
-            warn(f"{error}; {last}; training goes on, and saving is tried again")
-            return
+        self.before_saving()
+        with replace_sealed(path) as file:
+            torch.save(state, file)  # type: ignore[arg-type]
         if self.retry_at:
             say(f"there is room again: {path} is saved")
         self.retry_at = 0.0

@@ -225,8 +225,6 @@ def check_arguments(arguments: list[str]) -> list[str]:
 
 def check_run_dir(run_dir: Path) -> None:
     """Raises UserError where results cannot be written, before any are made. Makes the folder."""
-    if run_dir.is_absolute() and not os.path.lexists(run_dir.parent):
-        raise UserError(f"run_dir={run_dir}: there is no folder {run_dir.parent}; make it first, or correct run_dir")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=run_dir) as file:

@@ -22,11 +22,11 @@ from transformers import PreTrainedModel
 from rdo import interrupts
 from rdo.checkpoints import Checkpoints
 from rdo.errors import UserError
-from rdo.files import patiently
+from rdo.files import DiskFull, patiently
 from rdo.forest import LayoutName, TokenIds
 from rdo.models import check_positions, head_parameters, set_layout
 from rdo.packing import pack
-from rdo.progress import progress_bar
+from rdo.progress import progress_bar, warn
 from rdo.schema import EngineConfig, ScorerConfig, TrainingConfig
 from rdo.tracking import Tracker
 
@@ -179,10 +179,13 @@ def part(
 ) -> str:
     """Saves what a run that is asked to stop has done (a step that was broken off changed nothing); says what it is."""
     if step and checkpoints.newest != checkpoints.file(step):
-        checkpoints.save(step, model, optimizer)
+        try:
+            checkpoints.save(step, model, optimizer)
+        except DiskFull as error:
+            warn(str(error))
     if checkpoints.newest is None:
         return f"after {step} of {plan.steps} steps, none of them saved; the same command starts again"
-    return f"after {step} of {plan.steps} steps; saved in {checkpoints.newest}: the same command goes on from there"
+    return f"after {step} of {plan.steps} steps; {checkpoints.newest} is saved, and the same command goes on from there"
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

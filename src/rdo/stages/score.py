@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from rdo.artifacts import Artifact, is_finished, damaged, produce
+from rdo.artifacts import Artifact, damaged, found, produce
 from rdo.data.records import Record
 from rdo.errors import UserError
 from rdo.models import set_layout
@@ -122,7 +122,7 @@ def given_scores(path: str, kind: str, wanted: dict[str, Any]) -> Artifact:
     """The finished folder of stage=score that rc.scores names. Raises UserError where there is none, or where it scores
     anything else than `wanted`, the settings of the scores that this run would make."""
     folder = Path(path)
-    if not is_finished(folder):
+    if not found(folder):
         raise UserError(f"rc.scores={path}: there is no finished folder of stage=score")
     artifact = Artifact(folder, "")
     manifest = artifact.manifest()
@@ -130,14 +130,18 @@ def given_scores(path: str, kind: str, wanted: dict[str, Any]) -> Artifact:
         raise UserError(f"rc.scores={path}: is a folder of stage={manifest['stage']}, not of stage=score")
     if (manifest["results"]["form"] == "pointwise") != (kind == "reward"):
         raise UserError(f"rc.scores={path}: holds scores of the form {manifest['results']['form']}, not for rc={kind}")
-    found = manifest["settings"]
-    found = {**found, **{f"data.{name}": value for name, value in found["data"].items()}}
-    wanted = {**wanted, **{f"data.{name}": value for name, value in wanted["data"].items()}}
+    settings = flat_data(manifest["settings"])
+    wanted = flat_data(wanted)
     for name, what in GIVEN.items():
-        if found[name] != wanted[name] and not (name == "both_orders" and found[name]):
-            both = "" if name == "data.records" else f": {found[name]}, not {wanted[name]}"
+        if settings[name] != wanted[name] and not (name == "both_orders" and settings[name]):
+            both = "" if name == "data.records" else f": {settings[name]}, not {wanted[name]}"
             raise UserError(f"rc.scores={path}: was made {what}{both}; leave rc.scores out to have it made")
     return Artifact(folder, manifest["key"])
+
+
+def flat_data(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of scores, those of the data beside the others, as data.NAME."""
+    return {**settings, **{f"data.{name}": value for name, value in settings["data"].items()}}
 
 
 # What given scores must have in common with the run, and how they differ where they have not.

@@ -13,7 +13,7 @@ from rdo.artifacts import Artifact, given, produce
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
 from rdo.errors import UserError
-from rdo.models import load_tokenizer, new_scorer
+from rdo.models import check_vocabulary, load_tokenizer, new_scorer
 from rdo.run import Run, model_path, select
 from rdo.schema import DifferenceConfig, ScorerConfig
 from rdo.scorers import ComparisonTemplate, check_form
@@ -87,6 +87,7 @@ def train_scorer(run: Run, kind: str, base: Artifact, folder: Path) -> dict[str,
     form = form_of(section)
     tokenizer = load_tokenizer(model_path(base), config.model)
     model = new_scorer(model_path(base), form, config.model, config.seed)
+    check_vocabulary(model, tokenizer, model_path(base))
     check_form(model)
     records, encoded = run.records("train"), run.encoded("train", tokenizer)
     places = select(records, section)

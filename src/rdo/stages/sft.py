@@ -13,7 +13,7 @@ from rdo.artifacts import Artifact, given, produce
 from rdo.data.records import Record
 from rdo.errors import UserError
 from rdo.losses import best_response
-from rdo.models import load_policy, load_tokenizer, new_policy
+from rdo.models import check_vocabulary, load_policy, load_tokenizer, new_policy
 from rdo.run import Run, model_path, select
 from rdo.stages.training import finish, save_finished
 from rdo.tasks import ById, Demonstration, SftTask
@@ -52,6 +52,7 @@ def train_base(run: Run, split: str, folder: Path) -> dict[str, Any]:
         path = model_path(given(config.model.path, config.model.revision))
         model = load_policy(path, config.model)
         tokenizer = load_tokenizer(path, config.model)
+        check_vocabulary(model, tokenizer, path)
     else:
         tokenizer = make_tokenizer(config.model, training_texts(records))
         model = new_policy(config.model, tokenizer, config.seed)
