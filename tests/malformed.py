@@ -10,6 +10,7 @@ import errno
 import gzip
 import io
 import json
+import math
 import os
 import pickle
 import runpy
@@ -541,8 +542,21 @@ def out_of_memory(folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr("rdo.training.training_step", step)
 
 
+def write_breads(folder: Path) -> None:
+    (folder / "data.jsonl").write_bytes(lines(*[TRL | {"prompt": f"Which bread {n}?"} for n in range(40)]))
+
+
 def not_a_number(folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr("rdo.losses.sft", lambda policy, length, *, reduction: policy * float("nan"))
+    write_breads(folder)
+
+
+def no_score(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    from rdo.stages import score
+
+    real = score.read_under
+    patch.setattr(score, "read_under", lambda *given: [[value * math.inf for value in row] for row in real(*given)])
+    write_breads(folder)
 
 
 def kill_a_worker(folder: Path, patch: pytest.MonkeyPatch) -> None:
@@ -557,7 +571,7 @@ def kill_a_worker(folder: Path, patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(tokens, "encode_batch", dying)
     patch.setattr(tokens, "RECORDS_PER_WORKER", 1)
-    (folder / "data.jsonl").write_bytes(lines(*[TRL | {"prompt": f"Which bread {n}?"} for n in range(40)]))
+    write_breads(folder)
 
 
 ON_FILE = ("dataset=file", "dataset.path=FOLDER/data.jsonl", "dataset.workers=2", "model=small", *SMALL)
@@ -565,7 +579,10 @@ machine("a full disk", r"no space|No space|disk is full", full, "stage=sft", "en
 machine("a read-only folder", r"run_dir=.*[Rr]ead-only", read_only, "stage=sft")
 machine("run_dir is a file", r"run_dir=.*file", lambda folder, patch: (folder / "runs").write_text("x"), "stage=sft")
 machine("out of memory", r"engine\.tokens_per_micro_batch", out_of_memory, "stage=sft")
-machine("a loss that is not a number", r"step 1: loss nan.*records \w+", not_a_number, "stage=sft")
+NO_NUMBER = r"step 1: loss nan.*records \w+ \(.*data\.jsonl, line \d\)"
+machine("a loss that is not a number", NO_NUMBER, not_a_number, "stage=sft", *ON_FILE)
+NO_SCORE = r"values are no finite number; records \w+ \(.*data\.jsonl, line \d\)"
+machine("a score that is not a number", NO_SCORE, no_score, "stage=score", "rc=reward", *ON_FILE)
 machine("a killed worker", r"was killed.*dataset\.workers=1", kill_a_worker, "stage=sft", *ON_FILE)
 machine(
     "no such device",
@@ -581,7 +598,8 @@ def table() -> None:
     print("| area | input | message |\n|---|---|---|")
     for entry in CASES:
         with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-            overrides = entry.make(Path(folder), patch)
+            with contextlib.redirect_stdout(io.StringIO()):
+                overrides = entry.make(Path(folder), patch)
             patch.setattr(sys, "argv", [str(TRAIN), *overrides, f"run_dir={folder}/runs"])
             said = io.StringIO()
             quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said)

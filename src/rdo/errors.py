@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -27,6 +28,14 @@ class UserError(Exception):
 
 class DataError(UserError):
     """A row or file of input data cannot be used; the message names the file, the line and the field."""
+
+
+class NotFiniteError(UserError):
+    """A number that came out as NaN or infinite; `record_ids` are the records that it came from."""
+
+    def __init__(self, what: str, record_ids: Sequence[str], way_out: str):
+        super().__init__(f"{what}; records {', '.join(record_ids)}; {way_out}")
+        self.what, self.record_ids, self.way_out = what, record_ids, way_out
 
 
 def explained(error: BaseException, run_dir: Path | None = None) -> UserError | None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+import threading
 from contextlib import suppress
 from typing import Any
 
 from tqdm import tqdm
+
+# tqdm's own lock is shared with forked processes: one that is killed while it holds the lock would stop all others.
+tqdm.set_lock(threading.RLock())
 
 
 def progress_bar(total: int | None, title: str, initial: int = 0, unit: str = "it") -> tqdm:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from rdo.data.loading import Splits, load_splits
 from rdo.data.records import Record
 from rdo.data.table import Records
 from rdo.data.tokens import MappedTokens, encode_into, order_fingerprint
-from rdo.errors import UserError
+from rdo.errors import NotFiniteError, UserError
 from rdo.models import check_vocabulary, load_policy, load_scorer, load_tokenizer
 from rdo.schema import Config, TrainingConfig
 from rdo.tracking import Tracker
@@ -150,6 +151,18 @@ class Run:
     def tracker(self, folder: Path, name: str) -> Tracker:
         """Where a training run in this folder logs to."""
         return Tracker(self.config.tracker, folder, name, self.provenance.config)
+
+    @contextmanager
+    def locating(self, split: str) -> Iterator[None]:
+        """Work on a split's records: a NotFiniteError gets the places of its records, where they have any."""
+        try:
+            yield
+        except NotFiniteError as error:
+            records = self.records(split)
+            number = {record_id: n for n, record_id in enumerate(records.ids())}
+            found = [records[number[record_id]] for record_id in error.record_ids]
+            names = [f"{record.id} ({record.place})" if record.place else record.id for record in found]
+            raise NotFiniteError(error.what, names, error.way_out) from error
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -6,6 +6,7 @@ or not. Each part is a sealed Parquet file that names its range and what it was 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from rdo import interrupts
 from rdo.artifacts import fingerprint
+from rdo.errors import NotFiniteError
 from rdo.files import Damaged, patiently, read_sealed, replace_file, replace_sealed
 from rdo.progress import progress_bar, say, warn
 
@@ -70,7 +72,8 @@ class Shards:
         return (found or {}).get(INPUTS) == fingerprint(inputs).encode()
 
     def write(self, part: range, inputs: Any, rows: list[tuple[Any, ...]]) -> None:
-        """Keeps a finished part, waiting for room where the disk is full."""
+        """Keeps a finished part, waiting for room where the disk is full. Raises NotFiniteError as `check_finite`."""
+        check_finite(rows)
         columns = list(zip(*rows, strict=True)) or [()] * len(self.schema)
         arrays = [pa.array(values, field.type) for values, field in zip(columns, self.schema, strict=True)]
         table = pa.Table.from_arrays(arrays, schema=self.schema.with_metadata({INPUTS: fingerprint(inputs)}))
@@ -111,3 +114,12 @@ class Shards:
     def file(self, part: range) -> Path:
         """Where a part lies."""
         return self.folder / f"{part.start:09d}-{part.stop:09d}.parquet"
+
+
+def check_finite(rows: list[tuple[Any, ...]]) -> None:
+    """Raises NotFiniteError, with the record ids of the first column, where a number of the last is NaN or infinite."""
+    wrong = [row[0] for row in rows if isinstance(row[-1], float) and not math.isfinite(row[-1])]
+    if wrong:
+        names = list(dict.fromkeys(wrong))[:20]
+        what = f"{len(wrong)} of {len(rows)} values are no finite number"
+        raise NotFiniteError(what, names, "look at the model that computed them, and at these records")

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from rdo import interrupts
 from rdo.checkpoints import Checkpoints
-from rdo.errors import UserError
+from rdo.errors import NotFiniteError, UserError
 from rdo.files import DiskFull, patiently
 from rdo.forest import LayoutName, TokenIds
 from rdo.models import check_positions, head_parameters, set_layout
@@ -234,8 +234,8 @@ def clip(model: PreTrainedModel, largest: float | None) -> float:
 def check_finite(measured: dict[str, float], items: Sequence[Item], step: int) -> None:
     """A loss or gradient that is not a number ends the run and names the records of its step."""
     if not (math.isfinite(measured["loss"]) and math.isfinite(measured["gradient_norm"])):
-        names = ", ".join(item.record_id for item in items[:20])
-        raise UserError(
-            f"step {step + 1}: loss {measured['loss']}, gradient norm {measured['gradient_norm']}; records {names}; "
-            "lower the learning rate, or look at these records"
+        raise NotFiniteError(
+            f"step {step + 1}: loss {measured['loss']}, gradient norm {measured['gradient_norm']}",
+            [item.record_id for item in items[:20]],
+            "lower the learning rate, or look at these records",
         )

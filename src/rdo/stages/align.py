@@ -151,7 +151,7 @@ def train_policy(run: Run, loss: LossChoice, inputs: dict[str, Artifact], folder
         return alignment_record(encoded[chosen[n]], partner, known, weighted[n], labels[n].samples, best)
 
     task = AlignmentTask(ById([labels[n].record_id for n in used], make), loss)
-    with run.tracker(folder, folder.name) as tracker:
+    with run.locating("train"), run.tracker(folder, folder.name) as tracker:
         train(task, model, config.align, config.engine, config.seed, folder, tracker, label(loss, config.rc))
     save_finished(model, tokenizer, folder, config.engine)
     return {**finish(folder, model), "coefficients": statistics, "records": len(used), "samples": samples}

@@ -114,7 +114,8 @@ def write_reference(run: Run, base: Artifact, mismatched: bool, folder: Path) ->
         return records.only(np.array(places + [other[n] for n in places if mismatched], int)).ids()
 
     shards = Shards(folder, TABLE, len(chosen), engine.records_per_shard, engine.disk_full_minutes)
-    shards.make("reference log-probabilities", inputs, rows)
+    with run.locating("train"):
+        shards.make("reference log-probabilities", inputs, rows)
     return {"records": len(chosen), "values": shards.join(folder / REFERENCE)}
 
 

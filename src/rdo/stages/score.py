@@ -198,7 +198,8 @@ def write_scores(
 
     schema = REWARDS if form == "pointwise" else DIFFERENCES
     shards = Shards(folder, schema, len(chosen), engine.records_per_shard, engine.disk_full_minutes)
-    shards.make(f"score {form} {split}", lambda part: records.only(chosen[part.start : part.stop]).ids(), rows)
+    with run.locating(split):
+        shards.make(f"score {form} {split}", lambda part: records.only(chosen[part.start : part.stop]).ids(), rows)
     return {"form": form, "records": len(chosen), "values": shards.join(folder / SCORES)}
 
 

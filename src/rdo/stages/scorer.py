@@ -108,7 +108,7 @@ def train_scorer(run: Run, kind: str, base: Artifact, folder: Path) -> dict[str,
         betas = (section.beta0, section.beta1)
     keys = [(record_id, preference.chosen, preference.rejected) for record_id, _, preference in pairs]
     task = ScorerTask(ById(keys, make), form, template, *betas, config.seed)
-    with run.tracker(folder, stage) as tracker:
+    with run.locating("train"), run.tracker(folder, stage) as tracker:
         train(task, run.on_device(model), section, config.engine, config.seed, folder, tracker, stage)
     save_finished(model, tokenizer, folder, config.engine)
     return finish(folder, model)

@@ -62,7 +62,7 @@ def train_base(run: Run, split: str, folder: Path) -> dict[str, Any]:
         return Demonstration(encoded[places[number]], imitated[number])
 
     task = SftTask(ById(ids, make))
-    with run.tracker(folder, "sft") as tracker:
+    with run.locating(split), run.tracker(folder, "sft") as tracker:
         train(task, run.on_device(model), config.sft, config.engine, config.seed, folder, tracker, "sft")
     save_finished(model, tokenizer, folder, config.engine)
     return finish(folder, model)
