@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 import rdo.checkpoints
 import rdo.files
 import rdo.stages.training
+from engines import save_when_due, torch_engine
 from rdo.artifacts import Provenance, is_finished, produce
 from rdo.checkpoints import Checkpoints
 from rdo.errors import UserError
@@ -166,47 +167,45 @@ def test_waiting_ends_with_a_signal():
 
 
 def test_a_checkpoint_for_which_there_is_no_room_costs_no_other(tmp_path, monkeypatch, capsys):
-    model = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
+    engine = torch_engine()
     checkpoints = Checkpoints(tmp_path, EngineConfig(checkpoint_every_steps=1, keep_checkpoints=2))
     for step in (1, 2, 3):
-        checkpoints.maybe_save(step, 100, model, optimizer)
+        save_when_due(checkpoints, step, engine)
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
     assert len(before) == 2
     disk = Disk(Sealing.write, 5, 10**6)
     with monkeypatch.context() as patched:
         patched.setattr(Sealing, "write", disk)
-        checkpoints.maybe_save(4, 100, model, optimizer)
+        save_when_due(checkpoints, 4, engine)
         assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
         said = capsys.readouterr().err
         assert "step_00000004.pt cannot be written: no space left on device" in said
         assert "MiB free" in said
         assert f"the last good checkpoint is {tmp_path / 'step_00000003.pt'}" in said
         calls = disk.calls
-        checkpoints.maybe_save(5, 100, model, optimizer)  # at most once a minute
+        save_when_due(checkpoints, 5, engine)  # at most once a minute
         assert disk.calls == calls
         assert capsys.readouterr().err == ""
-    checkpoints.maybe_save(6, 100, model, optimizer)
+    save_when_due(checkpoints, 6, engine)
     assert len(list(tmp_path.iterdir())) == 2
     checkpoints.retry_at -= 60
-    checkpoints.maybe_save(7, 100, model, optimizer)
+    save_when_due(checkpoints, 7, engine)
     assert [file.name for file in checkpoints.files()] == ["step_00000003.pt", "step_00000007.pt"]
     assert "there is room again" in capsys.readouterr().out
 
 
 def test_a_checkpoint_waits_for_the_metrics_up_to_its_step(tmp_path, monkeypatch):
     """Else a resumed run would lack their lines."""
-    model = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
+    engine = torch_engine()
     tracker = Tracker(TrackerConfig(), tmp_path, "a run", {})
     checkpoints = Checkpoints(tmp_path / "checkpoints", EngineConfig(checkpoint_every_steps=1), tracker.synchronize)
     with monkeypatch.context() as patched:
         patched.setattr("rdo.tracking.append_text", lambda *_: out_of_room())
         tracker.log(1, {"loss": 1.0})
-        checkpoints.maybe_save(1, 100, model, optimizer)
+        save_when_due(checkpoints, 1, engine)
     assert not checkpoints.files()
     checkpoints.retry_at = 0.0
-    checkpoints.maybe_save(2, 100, model, optimizer)
+    save_when_due(checkpoints, 2, engine)
     assert checkpoints.files()
     assert (tmp_path / METRICS).read_text() == '{"step": 1, "loss": 1.0}\n'
 

@@ -236,8 +236,15 @@ def test_what_the_system_refuses_names_the_path(number, named):
     assert refusal(OSError(number, os.strerror(number), "a/file")).startswith(named)
 
 
-def test_a_closed_pipe_is_said():
-    assert "write it to a file" in refusal(BrokenPipeError(errno.EPIPE, "Broken pipe"))
+def test_a_closed_pipe_is_said_where_it_is_standard_output(monkeypatch):
+    broken = BrokenPipeError(errno.EPIPE, "Broken pipe")
+    assert explained(broken) is None  # a connection to another process, say
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert explained(broken) is None
+        os.close(reader)
+        assert "write it to a file" in refusal(broken)
 
 
 def test_a_finished_folder_that_lost_a_file_is_named():

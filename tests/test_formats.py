@@ -108,6 +108,82 @@ ARENA = {
     "turn": 1,
 }
 
+ORCA = {"system": "Be brief.", "question": "Which bread?", "chosen": "Rye.", "rejected": "White."}
+LLAMA_FACTORY = {
+    "instruction": "Translate into German.",
+    "input": "bread",
+    "chosen": "Brot",
+    "rejected": "Rot",
+    "history": [["Which bread?", "Rye."]],
+}
+SHAREGPT = {
+    "conversations": [{"from": "human", "value": "Which bread?"}],
+    "chosen": {"from": "gpt", "value": "Rye."},
+    "rejected": {"from": "gpt", "value": "White."},
+}
+STACK = {
+    "qid": 5,
+    "question": "Which bread?",
+    "answers": [
+        {"answer_id": 1, "pm_score": 1, "selected": False, "text": "White."},
+        {"answer_id": 2, "pm_score": 4, "selected": True, "text": "Rye."},
+    ],
+    "date": "2014/05/14",
+}
+ALPACA_FARM = {
+    "instruction": "Translate.",
+    "input": "",
+    "output_1": "Brot",
+    "output_2": "Rot",
+    "preference": 2,
+    "raw_preference": 2,
+}
+SAFE = {
+    "prompt": "Which bread?",
+    "response_0": "White.",
+    "response_1": "Rye.",
+    "is_response_0_safe": True,
+    "is_response_1_safe": True,
+    "better_response_id": 1,
+    "safer_response_id": 0,
+}
+HELPSTEER2 = {
+    "split": "train",
+    "prompt": "Which bread?",
+    "response_1": "Rye.",
+    "response_2": "White.",
+    "preference_strength": -2,
+    "preference_statement": "Response 1 is better.",
+}
+HELPSTEER3 = {
+    "domain": "general",
+    "language": "english",
+    "context": QUERY,
+    "response1": "Because.",
+    "response2": "It keeps.",
+    "overall_preference": 1,
+    "individual_preference": [{"score": 1, "reasoning": "r"}],
+}
+WEBGPT = {
+    "question": {"dataset": "eli5", "id": "x", "full_text": "Which bread?"},
+    "quotes_0": {"title": [], "extract": []},
+    "answer_0": "Rye.",
+    "score_0": 0.5,
+    "answer_1": "White.",
+    "score_1": -0.5,
+}
+VOTES = {
+    "id": 30192,
+    "model_a": "x",
+    "model_b": "y",
+    "prompt": '["Which bread?"]',
+    "response_a": '["Rye."]',
+    "response_b": '["White."]',
+    "winner_model_a": 1,
+    "winner_model_b": 0,
+    "winner_tie": 0,
+}
+
 # One row, or more, of every format.
 ROWS: dict[str, list[dict[str, Any]]] = {
     "hh": [{"chosen": f"{DIALOGUE} It keeps.", "rejected": f"{DIALOGUE} No idea."}],
@@ -124,6 +200,9 @@ ROWS: dict[str, list[dict[str, Any]]] = {
             "score_chosen": 8.0,
             "score_rejected": 5.0,
         },
+        ORCA,
+        LLAMA_FACTORY,
+        SHAREGPT,
     ],
     "trl_implicit": [
         {"chosen": [*QUERY, KEEPS], "rejected": [*QUERY, DUNNO]},
@@ -145,6 +224,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"prompt": "Which bread?", "ranked_responses": ["Rye.", "White.", "Bread."]},
         {"query": QUERY, "responses": ["No idea.", "It keeps.", "Because."], "ranks": [2, 1, 2]},
         {"prompt": DIALOGUE, "answers": [{"answer": "a", "rank": 2.0, "model": "m"}, {"answer": "b", "rank": 1.0}]},
+        STACK,
     ],
     "openai": [TLDR],
     "qa_feedback": [QA],
@@ -155,6 +235,12 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "oasst": [{"message_tree_id": "m1", "tree_state": "ready_for_export", "prompt": TREE}],
     "shp": [SHP],
     "arena": [ARENA],
+    "arena_votes": [VOTES],
+    "alpaca": [ALPACA_FARM, {"instruction": "Translate.", "input": "Brot", "output": ["Bread", "Rye"], "system": ""}],
+    "safe_rlhf": [SAFE],
+    "helpsteer": [HELPSTEER2, HELPSTEER3],
+    "webgpt": [WEBGPT],
+    "stack_paired": [{"qid": 1, "question": "Which bread?", "response_j": "Rye.", "response_k": "White."}],
 }
 EVERY_ROW = [pytest.param(name, row, id=f"{name}-{n}") for name, rows in ROWS.items() for n, row in enumerate(rows)]
 
@@ -239,10 +325,26 @@ def test_a_prompt_that_only_the_first_row_lacks_makes_no_implicit_one():
 
 
 def test_texts_beside_a_column_that_may_be_the_query_are_refused():
-    row = {"system": "s", "question": "Which bread?", "chosen": "The rye.", "rejected": "The white."}
-    with pytest.raises(DataError, match=r"^rows, line 7: the query seems to stand in 'question'.*rename.*trl_implicit"):
+    row = {"context": "Which bread?", "chosen": "The rye.", "rejected": "The white."}
+    with pytest.raises(DataError, match=r"^rows, line 7: the query seems to stand in 'context'.*rename.*trl_implicit"):
         find_format(row, "rows, line 7")
     assert only(row, "trl_implicit").query == "The"
+
+
+@pytest.mark.parametrize("columns", [("Prompt", "CHOSEN", "rejected"), (" prompt", "chosen ", "rejected")])
+def test_columns_that_differ_in_case_or_spaces_alone_are_named(columns):
+    row = dict(zip(columns, ("The bread is", "The bread is rye.", "The bread is white."), strict=True))
+    with pytest.raises(DataError, match=rf"^x: columns .* did you mean: '{columns[0]}' \('prompt'\)"):
+        find_format(row, "x")
+    assert find_format({"prompt": "x", "chosen": "a", "rejected": "b", "Question": "q", "LABEL": 1}, "x") == "trl"
+
+
+def test_whole_conversations_or_dialogues_beside_a_question_hold_the_query_themselves():
+    assert find_format({"question": "Why?", "chosen": [*QUERY, KEEPS], "rejected": [*QUERY, DUNNO]}, "x") == (
+        "trl_implicit"
+    )
+    assert find_format({"question": "Why?", "chosen": [KEEPS], "rejected": [DUNNO]}, "x") == "trl"
+    assert find_format({"question": "Why?", **HH}, "x") == "hh"
 
 
 def test_columns_of_two_formats_are_refused():
@@ -335,6 +437,73 @@ def test_trl_whole_conversations_beside_a_prompt_in_text():
     assert record.query == "Be brief.\n\nHuman: Which bread?\n\nAssistant:"
 
 
+def test_orca_pairs_with_a_system_column():
+    messages = (Message(SYSTEM, "Be brief."), Message(USER, "Which bread?"))
+    wanted = Record("", text_of(messages), ("Rye.", "White."), (Preference(0, 1),), messages=messages)
+    assert only(ORCA) == wanted
+    assert only({**ORCA, "question": [ASK]}) == wanted
+    assert only({**ORCA, "question": [says(SYSTEM, "Be brief."), ASK]}) == wanted
+    for nothing in ("", None):
+        assert only({**ORCA, "system": nothing}) == Record("", "Which bread?", ("Rye.", "White."), (Preference(0, 1),))
+    with pytest.raises(DataError, match=r"field 'system': stands beside another system's message; keep one"):
+        only({**ORCA, "question": [says(SYSTEM, "Be long."), ASK]})
+
+
+@pytest.mark.parametrize("column", ["question", "query", "instruction", "input"])
+def test_the_prompt_may_be_called_otherwise(column):
+    row = {column: "Which bread?", "chosen": "Rye.", "rejected": "White."}
+    assert only(row) == only({"prompt": "Which bread?", "chosen": "Rye.", "rejected": "White."})
+    assert only({**row, "prompt": "Which?"}).query == "Which?"
+
+
+def test_llama_factory_rows():
+    said = (Message(USER, "Which bread?"), Message(ASSISTANT, "Rye."), Message(USER, "Translate into German.\nbread"))
+    assert only(LLAMA_FACTORY) == Record("", text_of(said), ("Brot", "Rot"), (Preference(0, 1),), messages=said)
+    alone = only({**LLAMA_FACTORY, "history": [], "input": ""})
+    assert alone == Record("", "Translate into German.", ("Brot", "Rot"), (Preference(0, 1),))
+    asked = (Message(USER, "Which bread?"),)
+    wanted = Record("", "Which bread?", ("Rye.", "White."), (Preference(0, 1),), messages=asked)
+    assert only(SHAREGPT) == wanted
+    assert only({"prompt": [ASK], "chosen": REPLY, "rejected": says(ASSISTANT, "White.")}) == wanted
+    system = only({**SHAREGPT, "system": "Be brief."})
+    assert system.messages == (Message(SYSTEM, "Be brief."), *asked)
+
+
+def test_alpaca():
+    farm, factory = ROWS["alpaca"]
+    assert only(farm) == Record("", "Translate.", ("Brot", "Rot"), (Preference(1, 0),))
+    assert only({**farm, "preference": 1.0}).preferences == (Preference(0, 1),)
+    assert only({**farm, "preference": 1.5}).preferences == (Preference(0, 1, tie=True),)
+    assert only(factory) == Record("", "Translate.\nBrot", ("Bread", "Rye"), (Preference(0, 1),))
+
+
+def test_two_responses_and_a_verdict():
+    assert only(SAFE) == Record("", "Which bread?", ("White.", "Rye."), (Preference(1, 0),))
+    assert only({**SAFE, "better_response_id": 0}).preferences == (Preference(0, 1),)
+    assert only(HELPSTEER2) == Record("", "Which bread?", ("Rye.", "White."), (Preference(0, 1, strength=2.0),))
+    tie = Preference(0, 1, tie=True, strength=0.0)
+    assert only({**HELPSTEER2, "preference_strength": 0}).preferences == (tie,)
+    wanted = Record("", DIALOGUE, ("Because.", "It keeps."), (Preference(1, 0, strength=1.0),), messages=MESSAGES)
+    assert only(HELPSTEER3) == wanted
+    assert only(WEBGPT) == Record("", "Which bread?", ("Rye.", "White."), (Preference(0, 1, strength=1.0),), (0.5, -0.5))
+    assert only({**WEBGPT, "score_0": 0, "score_1": 0}).preferences == (tie,)
+    assert only(ROWS["stack_paired"][0]) == Record("", "Which bread?", ("Rye.", "White."), (Preference(0, 1),))
+
+
+def test_stack_exchange_answers_are_ordered_by_their_votes():
+    record = only(STACK)
+    assert record == Record("", "Which bread?", ("White.", "Rye."), (Preference(1, 0, strength=3.0),), (1.0, 4.0))
+
+
+def test_arena_votes_in_a_table():
+    record = only(VOTES)
+    messages = (Message(USER, "Which bread?"),)
+    assert record == Record("", "Which bread?", ("Rye.", "White."), (Preference(0, 1),), messages=messages)
+    assert only({**VOTES, "prompt": "Which bread?", "response_a": ["Rye."]}) == record
+    assert only({**VOTES, "winner_model_a": 0, "winner_tie": 1}).preferences == (Preference(0, 1, tie=True),)
+    assert only({**VOTES, "winner_model_a": 0, "winner_model_b": 1}).preferences == (Preference(1, 0),)
+
+
 def test_trl_rows_that_repeat_the_prompt_are_refused():
     with pytest.raises(DataError, match=r"field 'chosen': repeats the prompt.*dataset\.format=hh"):
         only({"prompt": DIALOGUE, **ROWS["hh"][0]})
@@ -397,7 +566,7 @@ def test_ranked_best_first():
 
 
 def test_ranked_by_number():
-    _, ranks, nectar = (only(row) for row in ROWS["ranked"])
+    _, ranks, nectar, _ = (only(row) for row in ROWS["ranked"])
     assert ranks.messages == MESSAGES
     assert ranks.responses == ("No idea.", "It keeps.", "Because.")
     assert ranks.preferences == (Preference(1, 0), Preference(0, 2, tie=True), Preference(1, 2))
@@ -597,7 +766,7 @@ def preferring(*preferences: object) -> dict[str, Any]:
 HH, TRL, CHAT = ROWS["hh"][0], ROWS["trl"][0], ROWS["trl"][2]
 IMPLICIT, UNPAIRED, UNPAIRED_CHAT = ROWS["trl_implicit"][0], *ROWS["trl_unpaired"]
 SCORED = {"query": "q", "responses": ["a", "b", "c"], "scores": [0.5, -1, 2.25]}
-RANKED, RANKS, NECTAR = ROWS["ranked"]
+RANKED, RANKS, NECTAR, _ = ROWS["ranked"]
 ULTRA, FLAT = ROWS["ultrafeedback"]
 
 
@@ -824,6 +993,20 @@ BAD_ROWS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "winner unknown": ("arena", {**ARENA, "winner": "both"}, "winner", "must be one of model_a, model_b, tie, tie"),
     "winner no text": ("arena", {**ARENA, "winner": 1}, "winner", "must be of type str, found int"),
     "conversation no list": ("arena", {**ARENA, "conversation_b": "x"}, "conversation_b", "must be of type list"),
+    "trl other name missing": ("trl", {**ORCA, "question": None}, "question", "missing"),
+    "trl system no text": ("trl", {**ORCA, "system": 1}, "system", "must be of type str, found int"),
+    "trl history": ("trl", {**LLAMA_FACTORY, "history": [["a"]]}, "history[0]", "must be .the user's text, the reply"),
+    "trl message empty": ("trl", {**SHAREGPT, "chosen": {}}, "chosen[0].role", "missing"),
+    "one output": ("alpaca", {"instruction": "i", "output": "a"}, "output", "is one text, so there is no preference"),
+    "three outputs": ("alpaca", {"instruction": "i", "output": ["a", "b", "c"]}, "output", "must be .chosen, rejected"),
+    "farm 3": ("alpaca", {**ALPACA_FARM, "preference": 3}, "preference", "must be 1, 2 or 1.5"),
+    "better 2": ("safe_rlhf", {**SAFE, "better_response_id": 2}, "better_response_id", "must be 0 or 1"),
+    "helpsteer text": ("helpsteer", {**HELPSTEER2, "preference_strength": "2"}, "preference_strength", "must be a fin"),
+    "webgpt text": ("webgpt", {**WEBGPT, "question": "q"}, "question", "must be of type dict, found str"),
+    "webgpt NaN": ("webgpt", {**WEBGPT, "score_1": NAN}, "score_1", "must be a finite number"),
+    "no score": ("ranked", {**STACK, "answers": [{"text": "a"}, {"text": "b"}]}, "answers[0].pm_score", "must be a f"),
+    "two winners": ("arena_votes", {**VOTES, "winner_tie": 1}, "winner_tie", "exactly one of winner_model_a, winner_m"),
+    "null reply": ("arena_votes", {**VOTES, "response_b": "[null]"}, "response_b", "missing"),
 }
 
 
@@ -880,6 +1063,13 @@ UNUSABLE: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "conversation_b",
         "separate_conversations",
     ),
+    "arena_votes": (
+        "arena_votes",
+        {**VOTES, "prompt": '["a", "b"]', "response_a": '["a", "b"]', "response_b": '["a", "b"]'},
+        "prompt",
+        "separate_conversations",
+    ),
+    "helpsteer": ("helpsteer", {**HELPSTEER3, "response2": ""}, "response2", "blank_responses"),
 }
 
 

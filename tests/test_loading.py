@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from rdo.artifacts import Provenance, is_finished
+from rdo.data import containers
 from rdo.data.loading import INVALID, PARQUET_BRANCH, Splits, load_splits
 from rdo.data.records import SPLITS, content_id, fingerprint_records, query_key
 from rdo.data.templates import TEMPLATES
@@ -205,6 +207,59 @@ def test_a_file_is_read_once_until_it_or_the_reading_changes(tmp_path, monkeypat
         with pytest.raises(TypeError):
             load(tmp_path, **settings, on_invalid="skip")
     assert load_file(tmp_path, rows[:-1]).counts["rows_read"] == 19
+
+
+def test_the_content_of_a_file_counts_and_not_its_time(tmp_path, monkeypatch):
+    rows = [row(f"query {number}") for number in range(20)]
+    first = load_file(tmp_path, rows)
+    path = tmp_path / "rows.jsonl"
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_text(path.read_text().replace("good", "fine"))
+    os.utime(path, ns=times)
+    changed = load(tmp_path, source="file", path=str(path))
+    assert changed.source != first.source
+    assert {record.responses for record in changed.splits["train"]} == {("fine", "bad")}
+    assert changed.splits["train"].fingerprint() != first.splits["train"].fingerprint()
+    os.utime(path, ns=(0, 0))
+    monkeypatch.setattr("rdo.data.loading.read_into", None)
+    assert load(tmp_path, source="file", path=str(path)).source == changed.source
+
+
+@pytest.mark.parametrize("change", ["append", "replace", "remove"])
+@pytest.mark.parametrize("row_is_torn", [False, True])
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch, change, row_is_torn):
+    path = tmp_path / "rows.jsonl"
+    text = "".join(json.dumps(row(f"query {number}")) + "\n" for number in range(20))
+    path.write_text(text)
+
+    def reading(file: Path):
+        yield from containers.rows(file)
+        if change == "append":
+            with file.open("a") as stream:
+                stream.write(text)
+        elif change == "replace":
+            (tmp_path / "new").write_text(text)
+            os.replace(tmp_path / "new", file)
+        else:
+            file.unlink()
+        if row_is_torn:
+            yield "the end", DataError("is not JSON")
+
+    monkeypatch.setattr("rdo.data.loading.rows", reading)
+    with pytest.raises(DataError, match=r"rows\.jsonl: changed while it was read; run again"):
+        load(tmp_path, source="file", path=str(path))
+    assert list((tmp_path / "runs" / "data").iterdir()) == []
+
+
+def test_a_folder_in_which_reading_failed_goes_again_but_for_a_list_of_invalid_rows(tmp_path):
+    good = [row(f"query {number}") for number in range(9)]
+    with pytest.raises(DataError, match="line 10"):
+        load_file(tmp_path, [*good, {"prompt": 3}])
+    made = tmp_path / "runs" / "data"
+    assert list(made.iterdir()) == []
+    with pytest.raises(DataError, match="line 10"):
+        load_file(tmp_path, [*good, {"prompt": 3}], on_invalid="skip")
+    assert [path.name for path in made.glob("*/*")] == [INVALID]
 
 
 def test_several_files_make_one_set_and_rows_are_named_by_their_file(tmp_path):

@@ -15,9 +15,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from helpers import configuration, policy, tokenizer
 from rdo.checkpoints import Checkpoints
 from rdo.configuration import compose_config
+from rdo.engine.torch_engine import TorchEngine
 from rdo.errors import UserError, explained
 from rdo.files import replace_sealed
-from rdo.models import load_policy, load_scorer, load_tokenizer, new_scorer, save_model
+from rdo.pretrained import load_policy, load_scorer, load_tokenizer, new_scorer, save_model
 from rdo.schema import EngineConfig, ModelConfig
 
 CONFIG = ModelConfig()
@@ -119,7 +120,7 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path, part: str):
     with replace_sealed(tmp_path / "step_00000001.pt") as file:
         torch.save({"step": 1, **state, part: Touch(touched)}, file)
     with pytest.raises(pickle.UnpicklingError) as caught:
-        Checkpoints(tmp_path, EngineConfig()).restore(model, optimizer)
+        Checkpoints(tmp_path, EngineConfig()).restore(TorchEngine(model, optimizer, None, EngineConfig()))
     assert not touched.exists()
     assert str(explained(caught.value, tmp_path)).startswith(f"{tmp_path}: a checkpoint there holds something else")
 

@@ -25,17 +25,19 @@ from rdo.models import (
     check_vocabulary,
     head_names,
     hidden_states,
+    read_log_probabilities,
+    read_scalars,
+    set_layout,
+    without_dropout,
+)
+from rdo.pretrained import (
     load_policy,
     load_scorer,
     load_tokenizer,
     new_policy,
     new_scorer,
-    read_log_probabilities,
-    read_scalars,
     save_model,
-    set_layout,
     torch_dtype,
-    without_dropout,
 )
 from rdo.readout import Scalar, Span
 from rdo.schema import ModelConfig

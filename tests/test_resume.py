@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from engines import save_when_due, torch_engine
 from rdo.artifacts import Artifact, is_finished
+from rdo.checkpoints import Checkpoints
 from rdo.errors import UserError
 from rdo.files import read_json_lines
 from rdo.run import Run
@@ -24,7 +26,6 @@ from rdo.stages.align import aligned_policy
 from rdo.stages.scorer import scorer
 from rdo.stages.sft import base_policy
 from rdo.tracking import Tracker
-from rdo.training import Checkpoints
 from tiny import TINY, metrics, tiny_run, weights
 
 ROOT = Path(__file__).parents[1]
@@ -153,34 +154,25 @@ def test_a_killed_process_leaves_a_state_to_go_on_from(tmp_path):
 
 @pytest.mark.parametrize("keep", [1, 3])
 def test_only_the_last_checkpoints_are_kept(tmp_path, keep):
-    engine = EngineConfig(checkpoint_every_steps=2, keep_checkpoints=keep)
-    checkpoints = Checkpoints(tmp_path / "checkpoints", engine)
-    model, optimizer = parts()
-    for step in range(1, 11):
-        checkpoints.maybe_save(step, 10, model, optimizer)
+    config = EngineConfig(checkpoint_every_steps=2, keep_checkpoints=keep)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", config)
+    engine = torch_engine()
+    for step in range(1, 10):
+        save_when_due(checkpoints, step, engine)
     kept = [f"step_{step:08d}.pt" for step in (2, 4, 6, 8)][-keep:]  # none after the last step: the model is saved
     assert [file.name for file in checkpoints.files()] == kept
 
 
 def test_a_checkpoint_is_saved_when_enough_minutes_have_passed(tmp_path):
-    engine = EngineConfig(checkpoint_every_steps=1000, checkpoint_every_minutes=1.0)
-    checkpoints = Checkpoints(tmp_path / "checkpoints", engine)
-    model, optimizer = parts()
-    checkpoints.maybe_save(1, 10, model, optimizer)
+    config = EngineConfig(checkpoint_every_steps=1000, checkpoint_every_minutes=1.0)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", config)
+    engine = torch_engine()
+    save_when_due(checkpoints, 1, engine)
     assert not checkpoints.files()
     checkpoints.last_saved -= 61
-    checkpoints.maybe_save(2, 10, model, optimizer)
-    checkpoints.maybe_save(3, 10, model, optimizer)
+    save_when_due(checkpoints, 2, engine)
+    save_when_due(checkpoints, 3, engine)
     assert [file.name for file in checkpoints.files()] == ["step_00000002.pt"]
-
-
-def parts(width: int = 2) -> tuple[Any, torch.optim.Optimizer]:
-    model = torch.nn.Linear(width, width)
-    model.device = torch.device("cpu")
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(width)).sum().backward()
-    optimizer.step()
-    return model, optimizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,17 +186,17 @@ def saved(tmp_path) -> tuple[Checkpoints, dict[int, dict[str, torch.Tensor]]]:
     checkpoints = Checkpoints(tmp_path / "checkpoints", EngineConfig(checkpoint_every_steps=1, keep_checkpoints=3))
     states = {}
     for step in (1, 2, 3):
-        model, optimizer = parts()
-        checkpoints.maybe_save(step, 10, model, optimizer)
-        states[step] = model.state_dict()
+        engine = torch_engine()
+        save_when_due(checkpoints, step, engine)
+        states[step] = engine.model.state_dict()
     return checkpoints, states
 
 
 def restored(checkpoints: Checkpoints) -> tuple[int, dict[str, torch.Tensor]]:
     """The step that a run goes on from, and its weights."""
-    model, optimizer = parts()
-    step = checkpoints.restore(model, optimizer)
-    return step, model.state_dict()
+    engine = torch_engine()
+    step = checkpoints.restore(engine)
+    return step, engine.model.state_dict()
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -273,26 +265,25 @@ def test_if_all_checkpoints_are_damaged_training_starts_again_and_says_so(tmp_pa
 def test_a_damaged_checkpoint_never_displaces_a_good_one(tmp_path):
     """It has the highest step, and the ones that are kept are the highest."""
     checkpoints = Checkpoints(tmp_path, EngineConfig(checkpoint_every_steps=1, keep_checkpoints=1))
-    model, optimizer = parts()
-    checkpoints.save(4, model, optimizer)
+    engine = torch_engine()
+    checkpoints.save(4, engine)
     (tmp_path / "step_00000009.pt").write_bytes(b"garbage")
     assert restored(checkpoints)[0] == 4
-    checkpoints.maybe_save(5, 10, model, optimizer)
+    save_when_due(checkpoints, 5, engine)
     assert [file.name for file in checkpoints.files()] == ["step_00000005.pt"]
     assert restored(checkpoints)[0] == 5
 
 
 def test_a_checkpoint_of_another_model_is_one_clear_error(tmp_path):
     checkpoints = Checkpoints(tmp_path, EngineConfig())
-    checkpoints.save(4, *parts())
+    checkpoints.save(4, torch_engine())
     with pytest.raises(
         UserError, match=r"another model \(weight: \(2, 2\) there, \(3, 3\) here\); delete .*: the same"
     ):
-        checkpoints.restore(*parts(3))
-    model, _ = parts()
-    groups = torch.optim.AdamW([{"params": [model.weight]}, {"params": [model.bias]}])
+        checkpoints.restore(torch_engine(3))
+    grouped = torch_engine(groups=lambda model: [{"params": [model.weight]}, {"params": [model.bias]}])
     with pytest.raises(UserError, match="another model"):
-        checkpoints.restore(model, groups)
+        checkpoints.restore(grouped)
 
 
 def test_a_checkpoint_is_a_file_that_torch_reads_alone(saved):

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from helpers import TEXTS, relative_error, scorer, tokenizer
@@ -15,7 +16,7 @@ from rdo.errors import UserError
 from rdo.forest import LayoutName, make_layout
 from rdo.models import read_scalars, set_layout
 from rdo.readout import Scalar
-from rdo.scorers import FORMS, ComparisonTemplate, Reading, add_difference, add_reward, check_form, merge, read_all
+from rdo.scorers import FORMS, ComparisonTemplate, Reading, add_difference, add_reward, check_form, merge, read_under
 from rdo.tasks import learns_from
 
 TOLERANCE = 1e-5
@@ -137,14 +138,14 @@ def test_order_budget_and_layout_change_no_score(form: str):
     model = scorer("llama-grouped", form)
     readings = [differences(form, number, pairs) for number in range(3) for pairs in (PAIRS, PAIRS[:1], PAIRS[2:5])]
     set_layout(model, "forest")
-    wanted = read_all(model, "forest", readings, budget=100_000, title="scoring")
+    wanted = read_under(tqdm(disable=True), model, "forest", readings, 100_000)
     assert [len(values) for values in wanted] == [len(reading.values) for reading in readings]
     order = list(range(len(readings)))
     random.Random(5).shuffle(order)
     for layout in LAYOUTS:
         set_layout(model, layout)
         for budget in (1, 700, 100_000):
-            shuffled = read_all(model, layout, [readings[n] for n in order], budget, "scoring")
+            shuffled = read_under(tqdm(disable=True), model, layout, [readings[n] for n in order], budget)
             for place, number in enumerate(order):
                 assert shuffled[place] == pytest.approx(wanted[number], rel=TOLERANCE, abs=TOLERANCE)
 

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,3 +70,26 @@ def test_a_killed_worker_is_named_and_the_rest_is_kept(records, tmp_path, monkey
     monkeypatch.setattr(tokens, "encode_batch", real)
     encode_into(tmp_path, records, tokenizer(), "hh", 60, False, 2)
     assert [MappedTokens(tmp_path)[n] for n in range(len(records))] == encode(records, tokenizer(), "hh", 60)[0]
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_whichever_process_is_killed_the_message_is_the_same(records, tmp_path, monkeypatch, number):
+    """Two workers, and the manager process that `datasets` starts last."""
+    parent = os.getpid()
+    real = tokens.encode_batch
+
+    def killing(batch, *arguments, **options):
+        if os.getpid() != parent:
+            with suppress(FileExistsError):
+                (tmp_path / "killed").touch(exist_ok=False)
+                children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+                assert len(children) == 3
+                os.kill(int(sorted(children, key=int)[number]), signal.SIGKILL)
+            time.sleep(0.2)
+        return real(batch, *arguments, **options)
+
+    monkeypatch.setattr(tokens, "encode_batch", killing)
+    monkeypatch.setattr(tokens, "RECORDS_PER_CALL", 5)
+    with pytest.raises(UserError, match=r"was killed.*dataset\.workers=1"):
+        encode_into(tmp_path, records, tokenizer(), "hh", 60, False, 2)
+    assert (tmp_path / "killed").exists()

@@ -14,12 +14,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
+from engines import one_step
+from rdo import losses
 from rdo.alignment import AlignmentRecord, AlignmentTask, Pair, choose_loss
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
 from rdo.forest import make_layout
 from rdo.losses import rrhf_pairs
-from rdo.models import load_tokenizer, read_log_probabilities, set_layout
+from rdo.models import read_log_probabilities, set_layout
+from rdo.plan import learning_rate_factor, make_plan
+from rdo.pretrained import load_tokenizer
 from rdo.readout import Span
 from rdo.run import Run, model_path
 from rdo.schema import EngineConfig, TrackerConfig, TrainingConfig
@@ -30,7 +34,7 @@ from rdo.stages.scorer import scorer
 from rdo.stages.sft import base_policy
 from rdo.tasks import ById, Demonstration, ScorerTask, SftTask, learns_from
 from rdo.tracking import Tracker
-from rdo.training import learning_rate_factor, make_plan, train, training_step
+from rdo.training import train
 from tiny import tiny_run
 
 torch.set_num_threads(1)
@@ -136,7 +140,7 @@ def step(name: str, records: list[EncodedRecord], layout: str, budget: int) -> t
     task = make_task(name, records)
     chosen = set_layout(model, layout)
     items = [task.item(index, 0) for index in range(len(task.record_ids))]
-    measures = training_step(task, model, chosen, items, budget)
+    measures = one_step(task, model, chosen, items, budget)
     return measures, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -215,20 +219,27 @@ def test_loss_is_ln2_where_policy_is_the_reference() -> None:
         items.append(AlignmentRecord(record, (Pair(0, 1),), tuple(reference.tolist())))
     task = AlignmentTask(ById([item.record_id for item in items], items.__getitem__), choose_loss(SETTINGS["dpo"]))
     for budget in (1, 10**9):
-        measures = training_step(task, model, layout, items, budget)
+        measures = one_step(task, model, layout, items, budget)
         assert measures["loss"] == pytest.approx(math.log(2), abs=2e-6)
         assert measures["implicit_reward_margin"] == pytest.approx(0, abs=2e-5)
 
 
-def test_kto_estimates_its_kl_over_the_whole_step() -> None:
+def test_kto_estimates_its_kl_over_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """z0 = max(0, mean over ALL mismatched responses), not a mean of each micro-batch's maximum."""
     model = llama()
     layout = set_layout(model, "flat")
     task = alignment_task("kto", encoded(6, 2))
     records = list(task.records)
-    whole = task.prepare(model, layout, [records])["kl"]
-    parts = task.prepare(model, layout, [[record] for record in records])["kl"]
-    assert float(parts) == pytest.approx(float(whole), rel=1e-5)
+    seen: list[torch.Tensor] = []
+    assert task.preparation is not None
+    with torch.no_grad():
+        parts = [task.preparation.values(model, layout, [record]) for record in records]
+    whole = task.preparation.combined(torch.cat(parts))["kl"]
+    monkeypatch.setattr(losses, "kto_kl", lambda ratios: seen.append(ratios) or whole)
+    for budget in (1, 10**9):
+        one_step(task, model, layout, records, budget)
+    assert [len(ratios) for ratios in seen] == [12, 12]
+    assert all(torch.allclose(ratios.sort().values, torch.cat(parts).sort().values, atol=1e-5) for ratios in seen)
     assert float(whole) > 0.0
     ratios = []
     for record in records:
@@ -257,7 +268,7 @@ def test_dpo_step_equals_the_naive_formula() -> None:
         margin = (sums[0] - item.reference[0]) - (sums[1] - item.reference[1])
         expected += item.pairs[0].weight * math.log1p(math.exp(-0.2 * margin)) / 5
     layout = set_layout(model, "forest")
-    assert training_step(task, model, layout, items, 50)["loss"] == pytest.approx(expected, rel=1e-5)
+    assert one_step(task, model, layout, items, 50)["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_difference_pairs_are_shown_in_random_order_reseeded_every_epoch() -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from engines import one_step
 from rdo.alignment import AlignmentRecord, AlignmentTask, LossChoice, Pair, Sample, choose_loss
 from rdo.data.encoding import EncodedRecord
 from rdo.models import set_layout
 from rdo.readout import Span
 from rdo.tasks import ById
-from rdo.training import training_step
 from test_training import assert_same_gradient, encoded, llama
 
 
@@ -76,7 +76,7 @@ ARRANGED = {
 def test_a_step_golden(arranged: str, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However the samples come, loss, gradient and z0 are KTO's; pairs are measured where there are some."""
     known, items = KnownRatios(monkeypatch), ARRANGED[arranged]
-    measures = training_step(task_of(items, kto()), None, "flat", items, budget)  # type: ignore[arg-type]
+    measures = one_step(task_of(items, kto()), None, "flat", items, budget)
     assert measures["loss"] == pytest.approx(0.518573, abs=6e-7)
     assert measures["alignment_loss"] == pytest.approx(sum(GOLDEN) / 4, abs=6e-7)
     assert measures["kl_estimate"] == pytest.approx(0.75)
@@ -100,7 +100,7 @@ def test_a_step_golden_with_lambda(
 ) -> None:
     KnownRatios(monkeypatch)
     items = ARRANGED["unpaired"]
-    measures = training_step(task_of(items, kto(**settings)), None, "flat", items, 10**6)  # type: ignore[arg-type]
+    measures = one_step(task_of(items, kto(**settings)), None, "flat", items, 10**6)
     assert measures["loss"] == pytest.approx(expected, abs=6e-7)
 
 
@@ -108,7 +108,7 @@ def test_only_pairs_carry_coefficients(monkeypatch: pytest.MonkeyPatch) -> None:
     """[2 (0.493750 + 0.456361) + 0.543639 + 0.580542] / 4: both members of the pair, and no one else."""
     KnownRatios(monkeypatch)
     items = [golden_item("a", [0, 2], (Pair(0, 1, 2.0),)), golden_item("b", [1]), golden_item("c", [3])]
-    measures = training_step(task_of(items, kto()), None, "flat", items, 10**6)  # type: ignore[arg-type]
+    measures = one_step(task_of(items, kto()), None, "flat", items, 10**6)
     assert measures["loss"] == pytest.approx(0.756101, abs=6e-7)
     assert measures["weight_mean"] == 1.5
 
@@ -117,7 +117,7 @@ def test_only_pairs_carry_coefficients(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_of_one_kind_only(number: int, label: str, monkeypatch: pytest.MonkeyPatch) -> None:
     known = KnownRatios(monkeypatch)
     items = [golden_item("a", [number])]
-    measures = training_step(task_of(items, kto()), None, "flat", items, 10**6)  # type: ignore[arg-type]
+    measures = one_step(task_of(items, kto()), None, "flat", items, 10**6)
     z0 = max(0.0, MISMATCHED[number])
     ratio, desirable = SAMPLES[number]
     expected = 1 / (1 + math.exp(0.1 * (ratio - z0) * (1 if desirable else -1)))
@@ -138,7 +138,7 @@ def step(items: Sequence[AlignmentRecord], layout: str, budget: int, loss: LossC
     model = llama()
     task = task_of(items, loss)
     ordered = [task.item(n, 0) for n in range(len(task.record_ids))]
-    measures = training_step(task, model, set_layout(model, layout), ordered, budget)
+    measures = one_step(task, model, set_layout(model, layout), ordered, budget)
     return measures, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

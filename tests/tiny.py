@@ -38,6 +38,7 @@ def weights(artifact: Artifact) -> bytes:
 
 
 def metrics(artifact: Artifact) -> list[dict[str, Any]]:
-    """What was logged, without what a clock says."""
+    """What was logged, without what a clock or the machine says."""
     lines = read_json_lines(artifact.folder / "metrics.jsonl")
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    machine = {"seconds", "tokens_per_second", "memory_bytes"}
+    return [{key: value for key, value in line.items() if key not in machine} for line in lines]

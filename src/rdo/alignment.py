@@ -21,8 +21,8 @@ from rdo.errors import UserError
 from rdo.forest import LayoutName, make_layout
 from rdo.models import read_log_probabilities
 from rdo.readout import Span
+from rdo.step import Counts, Measures, Preparation
 from rdo.tasks import ById
-from rdo.training import Counts, Measures
 
 # What a loss may ask for, one value for each pair; log_ratio and desirable one for each sample, kl one for all.
 INPUTS = {
@@ -190,6 +190,8 @@ class AlignmentTask:
 
     def __init__(self, records: ById[AlignmentRecord], loss: LossChoice):
         self.records, self.record_ids, self.loss = records, records.keys, loss
+        kto = Preparation(self.mismatched_ratios, lambda ratios: {"kl": losses.kto_kl(ratios)})
+        self.preparation = kto if loss.needs_kl else None
 
     def item(self, index: int, epoch: int) -> AlignmentRecord:
         return self.records[index]
@@ -200,25 +202,17 @@ class AlignmentTask:
         best = sum(item.best is not None for item in items)
         return {"pairs": max(1, pairs), "samples": max(1, samples), "queries": len(items), "best": max(1, best)}
 
-    def prepare(
-        self, model: PreTrainedModel, layout: LayoutName, batches: Sequence[Sequence[AlignmentRecord]]
-    ) -> dict[str, Any]:
-        """KTO's z0: max(0, mean log-ratio of the mismatched responses) over the whole step."""
-        if not self.loss.needs_kl:
-            return {}
-        ratios = []
-        for batch in batches:
-            sequences: list[tuple[int, ...]] = []
-            spans, references = [], []
-            for item in batch:
-                for response, reference in item.mismatched:
-                    spans.append(Span(len(sequences), len(item.encoded.prompt)))
-                    sequences.append((*item.encoded.prompt, *response))
-                    references.append(reference)
-            with torch.no_grad():
-                policy, _ = read_log_probabilities(model, make_layout(layout, sequences), spans)
-            ratios.append(policy - policy.new_tensor(references))
-        return {"kl": losses.kto_kl(torch.cat(ratios))}
+    def mismatched_ratios(self, model: PreTrainedModel, layout: LayoutName, items: Sequence[AlignmentRecord]) -> Tensor:
+        """Log-ratios [mismatched responses] of which KTO's z0 = max(0, mean) is made, over the whole step."""
+        sequences: list[tuple[int, ...]] = []
+        spans, references = [], []
+        for item in items:
+            for response, reference in item.mismatched:
+                spans.append(Span(len(sequences), len(item.encoded.prompt)))
+                sequences.append((*item.encoded.prompt, *response))
+                references.append(reference)
+        policy, _ = read_log_probabilities(model, make_layout(layout, sequences), spans)
+        return policy - policy.new_tensor(references)
 
     def losses(
         self,
@@ -273,11 +267,19 @@ class AlignmentTask:
         measures: Measures = {
             "alignment_loss": (values.sum(), len(values)),
             "weight_mean": (weight.sum(), len(weight)),
+            "weight_square_mean": (weight.square().sum(), len(weight)),
+            "weight_zero_share": ((weight == 0).sum(), len(weight)),
             "policy_margin": (policy.sum(), pairs),
             "policy_chosen": (tensors["policy_chosen"].sum(), pairs),
             "policy_rejected": (tensors["policy_rejected"].sum(), pairs),
+            "chosen_length": (tensors["chosen_length"].sum(), pairs),
+            "rejected_length": (tensors["rejected_length"].sum(), pairs),
         }
         if self.loss.needs_reference:
+            for name in ("chosen", "rejected"):
+                # In nats. The data's responses are not the policy's own, so this is no KL: stage eval estimates that.
+                log_ratio = tensors[f"policy_{name}"] - tensors[f"reference_{name}"]
+                measures[f"log_ratio_{name}"] = (log_ratio.sum(), pairs)
             margin = policy - (tensors["reference_chosen"] - tensors["reference_rejected"])
             # A tie counts as half right: at the first step policy and reference are the same, but for rounding.
             tie = margin.abs() < TIE

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -24,10 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from rdo import interrupts
+from rdo.adapter_files import adapter_base, is_adapter
+from rdo.distributed import from_first, meet, world
 from rdo.errors import UserError
 from rdo.files import held, patiently, read_json, remove_leftovers, write_errors, write_json
 from rdo.progress import progress_bar
 from rdo.schema import EngineConfig
+from rdo.tracking.publish import publish
 
 # Raised whenever a stage's output changes its meaning, so that older folders are not mistaken for it.
 ARTIFACT_VERSION = 2
@@ -84,8 +88,12 @@ def produce(
     inputs: Mapping[str, Artifact],
     make: Callable[[Path], dict[str, Any] | None],
     requested: bool = True,
+    together: bool = True,
 ) -> Artifact:
     """The artifact of a stage: found if it is there, made by `make(folder)` if not.
+
+    Every process of the run calls this. All of them run `make` (together=False: the first alone), and the results
+    that count are the first one's.
 
     `make` may find a part-way state of its own in the folder and go on from it; what it returns goes into the
     manifest, which is written last and alone marks the folder as finished. `requested` is false for the inputs of
@@ -96,23 +104,29 @@ def produce(
     key = fingerprint([described, {name: artifact.key for name, artifact in sorted(inputs.items())}])
     folder = provenance.run_dir / stage / f"{label}-{key[:10]}"
     artifact = Artifact(folder, key)
-    if found(folder):
+    first = world().first
+    if from_first(lambda: found(folder)):
         if requested:
             print(f"[{stage}] done already: {folder}", flush=True)
-        remove_partial(folder)
+        if first:
+            remove_partial(folder)
+            publish(folder, provenance.run_dir, provenance.config)
         return artifact
     if not requested and not provenance.build_inputs:
         command = provenance.command.replace(" build_inputs=false", "")
         raise MissingInput(f"the input {stage} ({label}) is not there; make it: {command}")
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with held(folder, provenance.command):
-        if found(folder):
+    with held(folder, provenance.command) if first else nullcontext():
+        if from_first(lambda: found(folder)):
             return artifact
-        remove_leftovers(folder)
+        if first:
+            remove_leftovers(folder)
+        meet()
         print(f"[{stage}] {folder}", flush=True)
         started = time.perf_counter()
-        results = make(folder) or {}
+        results = (make(folder) if together else from_first(lambda: make(folder))) or {}
+        meet()
         manifest = {
             **described,
             "label": label,
@@ -121,8 +135,12 @@ def produce(
             "results": results,
         }
         with interrupts.postponed():
-            finish(folder, manifest, started, provenance)
+            if first:
+                finish(folder, manifest, started, provenance)
+            meet()
         interrupts.check(f"{folder} is finished, and the same command goes on")
+        if first:
+            publish(folder, provenance.run_dir, provenance.config)
     return artifact
 
 
@@ -238,9 +256,13 @@ def given(path: str, revision: str | None = None, setting: str = "model.path") -
             raise UserError(f"{setting}={path}: there is no such folder")
         return Artifact(folder, fingerprint(["hub", path, revision]))
     # A finished folder of ours has its model in a subfolder, which alone counts.
-    own = folder / "model"
-    files = sorted(f for f in (own if own.is_dir() else folder).iterdir() if f.is_file() and f.name[0] != ".")
-    return Artifact(folder, content_hash(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files)))
+    own = folder / "model" if (folder / "model").is_dir() else folder
+    files = sorted(f for f in own.iterdir() if f.is_file() and f.name[0] != ".")
+    facts = tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    key = from_first(lambda: content_hash(facts))
+    if is_adapter(own):  # its base counts, too
+        key = fingerprint([key, given(adapter_base(own), setting=setting).key])
+    return Artifact(folder, key)
 
 
 @cache

@@ -1,20 +1,19 @@
 """Checkpoints of a training run: written whole or not at all, the last few kept, exact on resuming.
 
-A full disk costs a checkpoint and not the run; a damaged checkpoint is refused, and the one before it is taken.
+A full disk costs a checkpoint and not the run; a damaged checkpoint is refused, and the one before it is taken. What
+is in a checkpoint is the engine's matter; which there are, and which is taken, is decided here, for all processes.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-
-from rdo.errors import UserError
-from rdo.files import Damaged, DiskFull, check_seal, replace_sealed
+from rdo.distributed import from_first, meet, world
+from rdo.engine import Engine
+from rdo.files import Damaged, DiskFull
 from rdo.progress import say, warn
 from rdo.schema import EngineConfig
 
@@ -23,108 +22,97 @@ RETRY_SECONDS = 60.0
 
 
 class Checkpoints:
-    """The checkpoints of one run: `step_00000200.pt` and so on in one folder."""
+    """The checkpoints of one run: `step_00000200.pt`, or a folder `step_00000200` of several processes, and so on."""
 
-    def __init__(self, folder: Path, engine: EngineConfig, before_saving: Callable[[], None] = lambda: None):
+    def __init__(self, folder: Path, config: EngineConfig, before_saving: Callable[[], None] = lambda: None):
         """before_saving: brings to the disk what a checkpoint implies (the metrics up to its step)."""
         self.folder = folder
-        self.engine = engine
+        self.config = config
         self.before_saving = before_saving
         self.last_saved = time.monotonic()
         self.retry_at = 0.0
         self.newest: Path | None = None
 
-    def restore(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
-        """Loads the newest whole checkpoint into model and optimizer; the steps it had done (0: there is none).
+    def restore(self, engine: Engine) -> int:
+        """Takes up the newest whole checkpoint; the steps it had done (0: there is none).
 
-        Raises UserError where it is another model's.
+        Raises UserError where it is another model's, engine's or number of processes'.
         """
         damaged: list[str] = []
-        for file in reversed(self.files()):
+        for name in from_first(lambda: [path.name for path in reversed(self.files())]):
+            path = self.folder / name
             try:
-                check_seal(file)
+                step = engine.load(path)
             except Damaged as reason:
-                damaged.append(f"{file} is damaged ({reason})")
+                damaged.append(f"{path} is damaged ({reason})")
                 continue
-            state = torch.load(file, map_location=model.device, weights_only=True)
-            self.check_fits(file, state["model"], model)
-            model.load_state_dict(state["model"])
-            try:
-                optimizer.load_state_dict(state["optimizer"])
-            except ValueError as error:
-                raise self.foreign(file, str(error)) from error
-            torch.set_rng_state(state["random"].cpu())
             if damaged:
-                warn(f"{'; '.join(damaged)}; going on from {file}, step {state['step']}")
+                warn(f"{'; '.join(damaged)}; going on from {path}, step {step}")
             else:
-                say(f"going on from {file}")
-            self.newest = file
-            return int(state["step"])
+                say(f"going on from {path}")
+            self.newest = path
+            return step
         if damaged:
             warn(f"{'; '.join(damaged)}; there is no other checkpoint: training starts again from step 0")
         return 0
 
-    def check_fits(self, file: Path, saved: dict[str, torch.Tensor], model: PreTrainedModel) -> None:
-        """Raises UserError unless the saved weights are those of such a model."""
-        there = {name: tuple(tensor.shape) for name, tensor in saved.items()}
-        here = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        for name in (*here, *there):
-            if there.get(name) != here.get(name):
-                raise self.foreign(
-                    file, f"{name}: {there.get(name, 'nothing')} there, {here.get(name, 'nothing')} here"
-                )
+    def minutes_are_over(self) -> bool:
+        """Whether engine.checkpoint_every_minutes have passed since the last checkpoint."""
+        return time.monotonic() - self.last_saved >= 60 * self.config.checkpoint_every_minutes
 
-    def foreign(self, file: Path, reason: str) -> UserError:
-        """What to say of another model's checkpoint."""
-        return UserError(
-            f"{file} is a checkpoint of another model ({reason}); delete {self.folder}: the same command then starts "
-            "from step 0"
-        )
+    def is_due(self, step: int) -> bool:
+        """Whether this step, or the time, asks for a checkpoint, and the disk is not known to be full."""
+        due = step % self.config.checkpoint_every_steps == 0 or self.minutes_are_over()
+        return due and time.monotonic() >= self.retry_at
 
-    def maybe_save(self, step: int, steps: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-        """Saves when enough steps or minutes have passed; not after the last step, when the model itself is saved.
-
-        A full disk is said, and costs this checkpoint alone.
-        """
-        now = time.monotonic()
-        minutes = (now - self.last_saved) / 60
-        due = step % self.engine.checkpoint_every_steps == 0 or minutes >= self.engine.checkpoint_every_minutes
-        if step == steps or not due or now < self.retry_at:
-            return
+    def try_saving(self, step: int, engine: Engine) -> None:
+        """Saves; a full disk is said, and costs this checkpoint alone."""
         try:
-            self.save(step, model, optimizer)
+            self.save(step, engine)
         except DiskFull as error:
             self.retry_at = time.monotonic() + RETRY_SECONDS
             last = f"the last good checkpoint is {self.newest}" if self.newest else "there is no checkpoint yet"
             warn(f"{error}; {last}; training goes on, and saving is tried again")
 
-    def save(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    def save(self, step: int, engine: Engine) -> None:
         """Saves now, and removes the oldest when that is done. Raises DiskFull, and leaves everything as it is."""
-        path = self.file(step)
-        state: dict[str, Any] = {
-            "step": step,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "random": torch.get_rng_state(),
-        }
-        self.before_saving()
-        with replace_sealed(path) as file:
-            torch.save(state, file)  # type: ignore[arg-type]
+        path = self.file(step, engine)
+        if reason := from_first(self.not_ready):
+            raise DiskFull(reason)
+        engine.save(path, step)
         if self.retry_at:
             say(f"there is room again: {path} is saved")
         self.retry_at = 0.0
         self.last_saved = time.monotonic()
         self.newest = path
+        if world().first:
+            self.remove_others(path)
+        meet()
+
+    def not_ready(self) -> str | None:
+        """What keeps `before_saving` from being done, if anything."""
+        try:
+            self.before_saving()
+        except DiskFull as error:
+            return str(error)
+        return None
+
+    def remove_others(self, path: Path) -> None:
+        """Removes all but the last few up to this one."""
         files = self.files()
         upto = files.index(path) + 1
         # Of a later step are only those that were damaged when this run began.
-        for other in (*files[:upto][: -self.engine.keep_checkpoints], *files[upto:]):
-            other.unlink(missing_ok=True)
+        for other in (*files[:upto][: -self.config.keep_checkpoints], *files[upto:]):
+            if other.is_dir():
+                other = other.rename(other.with_name(f".{other.name}.old"))  # whole or not at all
+                shutil.rmtree(other, ignore_errors=True)
+            else:
+                other.unlink(missing_ok=True)
 
-    def file(self, step: int) -> Path:
-        """Where the checkpoint of a step lies."""
-        return self.folder / f"step_{step:08d}.pt"
+    def file(self, step: int, engine: Engine) -> Path:
+        """Where an engine's checkpoint of a step lies."""
+        return self.folder / f"step_{step:08d}{engine.suffix}"
 
     def files(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
-        return sorted(self.folder.glob("step_*.pt"))
+        return sorted(self.folder.glob("step_*"), key=lambda path: path.stem)

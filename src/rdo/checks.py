@@ -17,7 +17,7 @@ from rdo.alignment import LossChoice
 from rdo.errors import UserError
 from rdo.printable import credential_in, printable
 from rdo.refusals import hinted
-from rdo.schema import Config
+from rdo.schema import Config, LoraConfig
 
 UNBOUNDED = float("inf")
 
@@ -189,6 +189,24 @@ def check_data(config: Config) -> None:
         raise UserError("dataset.validation_share + dataset.test_share must be below 1: nothing is left to train on")
 
 
+def check_lora(config: Config) -> None:
+    """Settings of an adapter without one, and an adapter without a model to adapt."""
+    lora, default = config.model.lora, LoraConfig()
+    if lora.rank is None:
+        for field in fields(lora):
+            value = getattr(lora, field.name)
+            if value != getattr(default, field.name):
+                raise UserError(f"model.lora.{field.name}={value} has no effect without model.lora.rank, such as 8")
+        return
+    if not lora.target_modules:
+        raise UserError("model.lora.target_modules is empty: name modules, such as [q_proj,v_proj], or [all-linear]")
+    if config.stage.name == "sft" and not config.model.path:
+        raise UserError(
+            f"model.lora.rank={lora.rank} adapts a trained model, and stage=sft makes model={config.model.name} from "
+            "scratch, whole: leave it out, or set model.path"
+        )
+
+
 def check_model(config: Config) -> None:
     """Where models come from, and whether they fit the data."""
     dataset, model = config.dataset, config.model
@@ -258,6 +276,20 @@ def check_scorers(config: Config) -> None:
         )
     if len(set(config.eval.judges)) < len(config.eval.judges):
         raise UserError(f"eval.judges={','.join(config.eval.judges)}: names a judge twice")
+
+
+def check_metric(config: Config) -> None:
+    """What a stage is to return to a sweep; whether it is there, `stage_metric` says when the stage is done."""
+    if config.metric is None:
+        return
+    if config.stage.name in ("inspect", "report", "pipeline"):
+        raise UserError(
+            f"metric={config.metric} is what one stage returns to a sweep, and stage={config.stage.name} returns "
+            "nothing: leave it out, or sweep over stage=eval"
+        )
+    first, _, judge = config.metric.partition(".")
+    if config.stage.name == "eval" and first in ("rewards", "mean_difference_to_base", "against_base"):
+        one_of(f"the judge of metric={config.metric}", judge.partition(".")[0], config.eval.judges)
 
 
 def check_report(config: Config) -> None:

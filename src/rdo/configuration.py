@@ -35,7 +35,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rc.scale": ("none", "mean"),
     "rc.order": ("forward", "antisymmetric"),
     "rc.control": ("none", "shuffle", "filter"),
-    "engine.name": ("torch",),
+    "engine.name": ("torch", "zero1", "zero2", "zero3", "zero3_offload"),
+    "engine.precision": ("float32", "bfloat16", "float16", "auto"),
     "engine.layout": ("auto", "forest", "flat"),
     "engine.device": ("auto", "cpu", "cuda"),
     "dataset.source": ("toy", "file", "hub"),
@@ -80,7 +81,7 @@ RANGES: dict[str, tuple[float, float]] = {
 LARGEST = 2**31 - 1  # of a count; beyond it libraries fail in ways of their own
 AT_LEAST_1 = (
     "dataset.max_records", "dataset.toy.pairs", "dataset.toy.test_pairs",
-    "dataset.toy.demonstrations", "inspect.records",
+    "dataset.toy.demonstrations", "inspect.records", "model.lora.rank",
     "model.hidden_size", "model.intermediate_size", "model.layers", "model.heads", "model.key_value_heads",
     "model.max_positions", "eval.prompts", "eval.max_new_tokens", "eval.batch_size", "engine.tokens_per_micro_batch",
     "engine.checkpoint_every_steps", "engine.keep_checkpoints", "engine.records_per_shard",
@@ -88,7 +89,7 @@ AT_LEAST_1 = (
       for key in ("batch_size", "epochs", "max_steps", "min_responses", "max_records")),
 )  # fmt: skip
 ABOVE_0 = (
-    "rc.epsilon", "dataset.toy.temperature", "eval.temperature", "engine.checkpoint_every_minutes",
+    "model.lora.alpha", "rc.epsilon", "dataset.toy.temperature", "eval.temperature", "engine.checkpoint_every_minutes",
     *(f"{section}.{key}" for section in TRAINING
       for key in ("learning_rate", "max_gradient_norm")),
     "rm.head_learning_rate", "diffmodel.head_learning_rate",
@@ -170,9 +171,11 @@ def check(config: Config) -> None:
     checks.check_loss(config, loss)
     checks.check_data(config)
     checks.check_model(config)
+    checks.check_lora(config)
     checks.check_rc(config)
     checks.check_scorers(config)
     checks.check_unread(config)
+    checks.check_metric(config)
     checks.check_report(config)
 
 

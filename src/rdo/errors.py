@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import re
+import select
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -53,7 +55,7 @@ def explained(error: BaseException, run_dir: Path | None = None) -> UserError | 
             f"{run_dir or 'run_dir'}: a checkpoint there holds something else than numbers, which could run code, and "
             "was not loaded; remove it (checkpoints/ in the stage's folder), and run again"
         )
-    if isinstance(error, BrokenPipeError):
+    if isinstance(error, BrokenPipeError) and standard_output_closed():
         return UserError("standard output was closed by its reader; write it to a file instead: ... > log.txt")
     number = error.errno if isinstance(error, OSError) else None
     place = str(error.filename) if isinstance(error, OSError) and error.filename is not None else None
@@ -74,6 +76,16 @@ def explained(error: BaseException, run_dir: Path | None = None) -> UserError | 
         reason = (getattr(error, "strerror", None) or type(error).__name__).lower()
         return UserError(f"{place}: {reason}; correct the path, or choose another one")
     return None
+
+
+def standard_output_closed() -> bool:
+    """Whether standard output is a pipe whose reader has gone; a connection to another process may break as well."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)  # errors are reported unasked
+    except (OSError, ValueError, AttributeError):
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def missing_file(file: Path, run_dir: Path | None) -> UserError | None:

@@ -147,7 +147,10 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
+            readable = temporary.stat().st_mode & 0o666  # what the umask grants; safetensors asks for less
             for path in (*temporary.rglob("*"), temporary):
+                if path.is_file():
+                    path.chmod(readable)
                 synchronize(path)
             old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
             shutil.rmtree(old, ignore_errors=True)  # a killed process of the same number may have left one

@@ -13,9 +13,9 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rdo.models import check_positions, set_layout
+from rdo.plan import stable_seed
 from rdo.schema import EvalConfig
 from rdo.shards import Shards
-from rdo.training import stable_seed
 
 TABLE = pa.schema({"text": pa.string(), "ids": pa.list_(pa.int64()), "stopped": pa.bool_()})
 

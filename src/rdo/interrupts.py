@@ -1,8 +1,9 @@
-"""Ctrl-C and SIGTERM: the first stops where nothing is lost, a second Ctrl-C stops at once.
+"""Ctrl-C, SIGTERM and a scheduler's notice: the first stops where nothing is lost, a second Ctrl-C stops at once.
 
 A stretch of work that can be broken off only at certain points runs as `postponed()` and asks `check()` at these
 points; everywhere else the first signal ends the work right away. Either way `Stopped` is raised, and `stoppable`
-turns it into one line and an exit code. SIGUSR1 and SIGUSR2 are left to the scheduler.
+turns it into one line and an exit code. SIGUSR2 is heeded where a scheduler's library handles it (submitit, which puts
+the job back into the queue): its own handler follows once everything is saved.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from types import FrameType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NOTE = "what is finished is kept, and the same command goes on"
@@ -62,19 +63,22 @@ _state = State()
 
 
 @contextmanager
-def handled() -> Iterator[None]:
-    """Handles SIGINT and SIGTERM while it is open, in the main thread; what was ignored (nohup) stays ignored."""
+def handled() -> Iterator[dict[int, Any]]:
+    """Handles SIGINT and SIGTERM while it is open, in the main thread, and SIGUSR2 where Python code did; what was
+    ignored (nohup) stays ignored. Yields the handlers that it stands in for."""
     global _state
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield {}
         return
     outer, _state = _state, State(process=os.getpid())
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+    if callable(notice := signal.getsignal(signal.SIGUSR2)):
+        before[signal.SIGUSR2] = notice
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, handle)
     try:
-        yield
+        yield before
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -136,9 +140,20 @@ def postponed() -> Iterator[None]:
         _state.postponed -= 1
 
 
+def is_postponed() -> bool:
+    """Whether a stop is held back just now, until someone asks `check()`."""
+    return _state.postponed > 0
+
+
 def requested() -> bool:
     """Whether the process was asked to stop."""
     return _state.requested is not None
+
+
+def request(number: int = signal.SIGTERM) -> int:
+    """Asks this process to stop, if nobody has; the number of the signal that did."""
+    _state.requested = _state.requested or number
+    return _state.requested
 
 
 def check(note: str = NOTE) -> None:
@@ -161,11 +176,13 @@ def stoppable(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def wrapped(*arguments: P.args, **named: P.kwargs) -> T:
-        with handled():
+        with handled() as before:
             try:
                 return function(*arguments, **named)
             except Stopped as stop:
                 print(stop, file=sys.stderr, flush=True)
+                if stop.number == signal.SIGUSR2:
+                    before[stop.number](stop.number, None)  # puts the job back into the queue
                 sys.exit(stop.exit_code)
             except BaseException as error:
                 # Libraries that wait for their processes may raise something else while Stopped passes through them.

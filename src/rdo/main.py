@@ -22,13 +22,14 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from rdo import interrupts
+from rdo import distributed, interrupts
 from rdo.alignment import choose_loss
-from rdo.artifacts import Artifact, MissingInput, Provenance, is_finished
+from rdo.artifacts import Artifact, MissingInput, Provenance
 from rdo.checks import without_effect
 from rdo.configuration import compose_config, plain, sweep_points, typed
 from rdo.errors import DISK_FULL, UserError, explained
 from rdo.files import read_json
+from rdo.metric import stage_metric
 from rdo.printable import credential_in, printable, scrubbed
 from rdo.report.console import describe_policy, describe_scorer
 from rdo.run import Cache, Run
@@ -106,26 +107,36 @@ def run_config(config: Config, overrides: list[str]) -> float | None:
         Path(config.run_dir), command, plain(config), config.build_inputs, config.engine.disk_full_minutes
     )
     run = Run(config, provenance, config.stage.name, CACHE)
+    check_processes(config)
+    distributed.start(run.device().type)
     if config.stage.name == "inspect":
         inspect_data(run)
         return None
     if config.stage.name not in STAGES:
         make_report(run, overrides, build=config.stage.name == "pipeline")
         return None
-    run.device()  # one that is not there is said now, and not when the data is read
     started = time.perf_counter()
     artifact = STAGES[config.stage.name](run)
     print(f"{config.stage.name}: {artifact.folder} ({time.perf_counter() - started:.1f} s)", flush=True)
-    return finished(artifact)
+    return finished(artifact, config.metric)
 
 
-def finished(artifact: Artifact) -> float | None:
-    """Shows what an evaluation found; what a sweep compares, if the stage has such a number."""
+def check_processes(config: Config) -> None:
+    """Raises UserError where several processes were started for what one does."""
+    count = distributed.found_world(os.environ).size
+    if count > 1 and config.stage.name == "inspect":
+        raise UserError(f"stage=inspect is one process's work, and {count} were started")
+    if count > 1 and config.engine.name == "torch":
+        raise UserError(f"engine=torch is one process, and {count} were started: use engine=zero2 (or zero1, zero3)")
+
+
+def finished(artifact: Artifact, metric: str | None) -> float | None:
+    """Shows what an evaluation found; what a sweep compares, as `stage_metric` has it."""
     if (artifact.folder / EVALUATION).exists():
         evaluation = read_json(artifact.folder / EVALUATION)
         describe = describe_scorer if "label_accuracy" in evaluation else describe_policy
         print(f"{describe(evaluation)}\n  {artifact.folder / EVALUATION}", flush=True)
-    return artifact.manifest()["results"].get("metric") if is_finished(artifact.folder) else None
+    return stage_metric(artifact, metric)
 
 
 def prepare_process(threads: int | None) -> None:
@@ -147,12 +158,17 @@ def fail(error: Exception, run_dir: Path | None = None) -> NoReturn:
     """Shows an error as one line, a mistake of ours (with --debug: any) with its traceback, and exits with 1."""
     if isinstance(error, BrokenPipeError):  # or Python would complain once more when it closes standard output
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if not distributed.fail():  # another process has failed before, and says why
+        os._exit(1)
     debug, known = os.environ.get(FULL_ERROR) == "1", explained(error, run_dir)
     if debug or known is None:
         lines = "".join(traceback.format_exception(error, chain=debug))
         print(printable(scrubbed(lines)), file=sys.stderr)
     report = "a mistake in rdo: please report it with the lines above (--debug shows all of its causes)"
-    print(f"error: {known or UserError(f'{type(error).__name__}: {error}; {report}')}", file=sys.stderr)
+    message = known or UserError(f"{type(error).__name__}: {error}; {report}")
+    process = f"process {distributed.world().rank}: " if distributed.world().size > 1 else ""
+    print(f"error: {process}{message}", file=sys.stderr, flush=True)
+    distributed.farewell()
     sys.exit(1)
 
 

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from rdo import adapter_files
 from rdo.errors import UserError, explained
 
 CONFIG = "config.json"
-ADAPTER = "adapter_config.json"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # What the libraries raise on files that are not what their names say.
 DAMAGE = (json.JSONDecodeError, LookupError, TypeError, AttributeError, SafetensorError)
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "merges.txt", "*.tiktoken", "tekken.json")
@@ -33,14 +32,11 @@ def check_folder(path: str | Path, what: str = "model") -> None:
             raise UserError(f"there is no model folder {path}")
         return
     files = sorted(folder.iterdir())
-    weights = {file for pattern in WEIGHTS for file in folder.glob(pattern)}
-    if (folder / ADAPTER).exists() and not {file for file in weights if file.name not in ADAPTER_WEIGHTS}:
-        raise UserError(
-            f"{refusal}: it is an adapter (LoRA); merge it into its model first (peft: merge_and_unload), and give the "
-            "folder of the merged one"
-        )
+    if adapter_files.is_adapter(folder):
+        check_adapter(folder, refusal)
+        return
     if what == "tokenizer":
-        if not any(file for pattern in TOKENIZERS for file in folder.glob(pattern)):
+        if not has_tokenizer(folder):
             raise UserError(f"{refusal}: it has no tokenizer (tokenizer.json); save the model's tokenizer there, too")
         return
     if not (folder / CONFIG).exists():
@@ -48,6 +44,23 @@ def check_folder(path: str | Path, what: str = "model") -> None:
         hint = f"; did you mean {nested}?" if nested else gguf(files)
         raise UserError(f"{refusal}: it has no {CONFIG}, so it is not a model in Hugging Face format{hint}")
     check_json(folder / CONFIG, refusal)
+
+
+def check_adapter(folder: Path, refusal: str) -> None:
+    """Raises UserError unless the folder holds an adapter's weights, and no whole model beside them."""
+    if not any((folder / name).exists() for name in adapter_files.WEIGHTS):
+        raise UserError(f"{refusal}: it is an adapter (LoRA) without its weights, {adapter_files.WEIGHTS[0]}")
+    others = {file.name for pattern in WEIGHTS for file in folder.glob(pattern)} - {*adapter_files.WEIGHTS}
+    if others:
+        raise UserError(
+            f"{refusal}: it holds an adapter ({adapter_files.CONFIG}) and a whole model ({min(others)}); move one of "
+            "them elsewhere"
+        )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder holds a tokenizer's files."""
+    return any(file for pattern in TOKENIZERS for file in folder.glob(pattern))
 
 
 def check_json(file: Path, refusal: str) -> None:

@@ -1,169 +1,55 @@
-"""Policies (causal language models) and scorers (a scalar head on a decoder or an encoder), in Hugging Face format."""
+"""A micro-batch through a model: layouts, hidden states, and what is read off policies and scorers."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    LlamaConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rdo.attention import ATTENTION_NAME, AttentionPlan
 from rdo.errors import UserError
-from rdo.files import replace_folder
 from rdo.forest import Flat, Forest, Layout, LayoutName
-from rdo.model_files import check_folder, unloadable
 from rdo.readout import Scalar, Span, combine, in_full_precision, scalar_values, span_log_probabilities
-from rdo.schema import ModelConfig
 
-# Settings by which some decoders change logits after the head; we read the head itself, so they would be lost.
-LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
 # Three sequences of one length, so that no padding is needed: two share four tokens, two share eight.
 TRIAL = [(*range(1, 17),), (*range(1, 5), *range(17, 29)), (*range(1, 5), *range(17, 21), *range(29, 37))]
 
 
-def new_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """A Llama with random weights, from the sizes in the config; the seed fixes the weights."""
-    torch.manual_seed(seed)
-    llama = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.key_value_heads or config.heads,
-        max_position_embeddings=config.max_positions,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,
-    )
-    return without_dropout(AutoModelForCausalLM.from_config(llama, dtype=torch_dtype(config.dtype)))
-
-
-def load_policy(path: str | Path, config: ModelConfig) -> PreTrainedModel:
-    """A causal language model from a folder or the hub, without dropout."""
-    model = from_pretrained(AutoModelForCausalLM, path, config)
-    for name, neutral in LOGIT_CHANGES.items():
-        if getattr(model.config, name, neutral) not in (neutral, None):
-            raise UserError(f"model.path={path}: its {name} changes the logits after the head: not supported")
-    without_dropout(model)
-    check_logits(model, path)
-    return model
-
-
-def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub name; UserError where there is none that can end a sequence."""
-    check_folder(path, "tokenizer")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=config.trust_remote_code, revision=revision(path, config)
-        )
-    except Exception as error:  # a damaged file may end in anything
-        raise unloadable(path, "tokenizer", error) from error
-    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
-        raise UserError(
-            f"the tokenizer of {path} has no end-of-sequence token, so no response could end: set eos_token in its "
-            "tokenizer_config.json"
-        )
-    return tokenizer
-
-
-def new_scorer(policy: str | Path, form: str, config: ModelConfig, seed: int) -> PreTrainedModel:
-    """A scorer of the given form (see scorers.FORMS) on the backbone of a policy; its head starts at zero.
-
-    The residual form reads two outputs of one head: 0 the pointwise reward, 1 the comparison.
-    """
-    torch.manual_seed(seed)
-    model = from_pretrained(
-        AutoModelForSequenceClassification, policy, config, new_head=True, num_labels=2 if form == "residual" else 1
-    )
-    with torch.no_grad():
-        for parameter in head_parameters(model):
-            parameter.zero_()
-    model.config.rdo_form = form
-    return without_dropout(model)
-
-
-def load_scorer(path: str | Path, config: ModelConfig) -> PreTrainedModel:
-    """A scorer that we saved, or any sequence classifier with one output (then: a pointwise reward model)."""
-    model = from_pretrained(AutoModelForSequenceClassification, path, config)
-    if not hasattr(model.config, "rdo_form"):
-        if model.config.num_labels != 1:
-            raise UserError(f"{path}: a reward model has one output, this one has {model.config.num_labels}")
-        model.config.rdo_form = "pointwise"
-    return without_dropout(model)
-
-
-def from_pretrained(
-    factory: Any, path: str | Path, config: ModelConfig, new_head: bool = False, **others: Any
-) -> PreTrainedModel:
-    """Loads weights, which must all be there (new_head: but for the head and what pools for it).
-
-    No code from the hub runs unless the user says so, and none from a pickle ever does.
-    """
-    check_folder(path)
-    try:
-        model, loading = factory.from_pretrained(
-            path,
-            dtype=torch_dtype(config.dtype),
-            trust_remote_code=config.trust_remote_code,
-            revision=revision(path, config),
-            weights_only=True,
-            output_loading_info=True,
-            **others,
-        )
-    except Exception as error:  # a damaged file may end in anything
-        raise unloadable(path, "model", error) from error
-    backbone = f"{model.base_model_prefix}."
-    missing = [
-        name
-        for name in sorted(loading["missing_keys"])
-        if not new_head or (name.startswith(backbone) and ".pooler." not in name)
-    ]
-    if missing:
-        headless = set(missing) <= head_names(model)
-        hint = "; a language model is no scorer yet: train one on it (rm.backbone or diffmodel.backbone)"
-        raise UserError(
-            f"{path} lacks weights of {type(model).__name__}: {', '.join(missing[:5])}{hint if headless else ''}"
-        )
-    return model
-
-
-def revision(path: str | Path, config: ModelConfig) -> str:
-    """model.revision belongs to model.path; any other folder or hub name is taken as it is."""
-    return config.revision or "main" if str(path) == config.path and not os.path.isdir(path) else "main"
-
-
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes model and tokenizer in Hugging Face format (safetensors), all or nothing."""
-    with replace_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-
-
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """Turns dropout off for good: it would put noise into every log-ratio."""
+    """Turns dropout off for good, in training mode too: it would put noise into every log-ratio."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
     for name, value in list(vars(model.config).items()):
-        if "dropout" in name and isinstance(value, float):
+        if "drop" in name and isinstance(value, float):
             setattr(model.config, name, 0.0)
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
     return model.eval()
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Gradient checkpointing: layers keep their inputs alone, and run once more in the backward pass.
+
+    transformers does so in layers in training mode only, and these alone are put there; the model stays in evaluation
+    mode otherwise (`eval()` takes all of it back). Raises UserError where a model has no such layers.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers or not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"engine.gradient_checkpointing=true: {type(model).__name__} has no layers that can be run again; leave it "
+            "out, and lower engine.tokens_per_micro_batch"
+        )
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    # What it adds for frozen embeddings, only reentrant checkpointing needs: inputs that require gradients.
+    model.disable_input_require_grads()
+    for layer in layers:
+        layer.training = True
 
 
 def is_decoder_scorer(model: PreTrainedModel) -> bool:
@@ -185,6 +71,11 @@ def head_names(model: PreTrainedModel) -> set[str]:
         if found:
             return found
     return set()
+
+
+def beside_backbone(model: PreTrainedModel, name: str) -> bool:
+    """Whether a weight is a head's, or one that pools for it: what a pre-trained backbone brings not."""
+    return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
 
 
 def why_not_forest(model: PreTrainedModel) -> str | None:
@@ -313,11 +204,3 @@ def check_logits(model: PreTrainedModel, path: str | Path) -> None:
 def input_embeddings(model: PreTrainedModel) -> torch.Tensor:
     """The matrix [ids, width] that token ids are looked up in."""
     return model.get_input_embeddings().get_parameter("weight")
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of model.dtype."""
-    known = {"float32", "bfloat16", "float16", "float64"}
-    if name not in known:
-        raise UserError(f"model.dtype={name}: must be one of {', '.join(sorted(known))}")
-    return getattr(torch, name)

@@ -38,3 +38,24 @@ def pack(
             batches.append([number])
             tokens, rows = costs[number][0], len(items[number])
     return batches
+
+
+def deal(items: Sequence[Sequence[TokenIds]], layout: LayoutName, budget: int, processes: int) -> list[list[list[int]]]:
+    """Each process's micro-batches, as numbers of the items: `pack` of the items that it is dealt.
+
+    The largest goes first, always to who has least to do (longest processing time first, Graham 1969).
+    """
+    if processes == 1:
+        return [pack(items, layout, budget)]
+    costs = [cost(item, layout)[0] for item in items]
+    hands: list[list[int]] = [[] for _ in range(processes)]
+    loads = [0] * processes
+    for number in sorted(range(len(items)), key=lambda number: -costs[number]):
+        least = loads.index(min(loads))
+        hands[least].append(number)
+        loads[least] += costs[number]
+    dealt = []
+    for hand in map(sorted, hands):
+        batches = pack([items[number] for number in hand], layout, budget)
+        dealt.append([[hand[n] for n in batch] for batch in batches])
+    return dealt

@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from rdo.distributed import world
+
 # tqdm's own lock is shared with forked processes: one that is killed while it holds the lock would stop all others.
 tqdm.set_lock(threading.RLock())
 
@@ -26,6 +28,7 @@ def progress_bar(total: int | None, title: str, initial: int = 0, unit: str = "i
         dynamic_ncols=True,
         delay=1.0,
         file=None if terminal else Forgiving(),
+        disable=not world().first,
     )
 
 

@@ -18,8 +18,10 @@ from rdo.data.loading import Splits, load_splits
 from rdo.data.records import Record
 from rdo.data.table import Records
 from rdo.data.tokens import MappedTokens, encode_into, order_fingerprint
+from rdo.distributed import world
 from rdo.errors import NotFiniteError, UserError
-from rdo.models import check_vocabulary, load_policy, load_scorer, load_tokenizer
+from rdo.models import check_vocabulary
+from rdo.pretrained import load_policy, load_scorer, load_tokenizer
 from rdo.schema import Config, TrainingConfig
 from rdo.tracking import Tracker
 
@@ -114,7 +116,7 @@ class Run:
             return encode_into(folder, records, tokenizer, template, longest, parse_special, dataset.workers)
 
         always = replace(self.provenance, build_inputs=True)
-        tokens = MappedTokens(produce(always, "tokens", split, settings, {}, make, requested=False).folder)
+        tokens = MappedTokens(produce(always, "tokens", split, settings, {}, make, False, together=False).folder)
         return tokens, tokens.report()
 
     def truncation(self) -> dict[str, Any] | None:
@@ -129,7 +131,7 @@ class Run:
             wanted = "cuda" if torch.cuda.is_available() else "cpu"
         if wanted == "cuda" and not torch.cuda.is_available():
             raise UserError("engine.device=cuda: there is no CUDA device here; use engine.device=cpu (or auto)")
-        return torch.device(wanted)
+        return torch.device(wanted, world().local_rank) if wanted == "cuda" else torch.device(wanted)
 
     def policy(self, artifact: Artifact) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """A policy and its tokenizer, on the run's device."""

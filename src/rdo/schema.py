@@ -45,6 +45,16 @@ class DatasetConfig:
 
 
 @dataclass
+class LoraConfig:
+    """LoRA (rdo/adapters.py). It has no dropout, which would put noise into every log-ratio."""
+
+    rank: int | None = None  # null: all weights are trained; RDO's KTO runs used 8 (its section A.1.1)
+    alpha: float = 16.0  # what an adapter adds is scaled by alpha / rank
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # or names, such as [q_proj,v_proj]
+    merge: bool = False  # save the whole model with the adapter in it, instead of the adapter
+
+
+@dataclass
 class ModelConfig:
     """Where the policy comes from: `path` (local or hub), or else a Llama built from scratch."""
 
@@ -61,6 +71,7 @@ class ModelConfig:
     heads: int = 4
     key_value_heads: int | None = None  # fewer than heads: grouped queries
     max_positions: int = 512
+    lora: LoraConfig = field(default_factory=LoraConfig)
     # Texts around query, first and second response in the difference model's input (RDO section 3.1).
     difference_template: list[str] = field(default_factory=lambda: ["Query: ", "; Response 1: ", "; Response 2: "])
 
@@ -141,8 +152,10 @@ class InspectConfig:
 
 @dataclass
 class EngineConfig:
-    name: str = "torch"
+    name: str = "torch"  # torch: one process; zero1 | zero2 | zero3 | zero3_offload: DeepSpeed, any number of processes
+    precision: str = "float32"  # of a training step: float32 | bfloat16 | float16 | auto: the best that the device has
     layout: str = "auto"  # auto | forest | flat
+    gradient_checkpointing: bool = False  # less memory for about a third more time: layers run again going backward
     tokens_per_micro_batch: int = 16384
     device: str = "auto"  # auto | cpu | cuda
     threads: int | None = None
@@ -157,7 +170,7 @@ class EngineConfig:
 class TrackerConfig:
     name: str = "none"  # none | wandb; a JSON-lines file of all metrics is written always
     project: str = "rdo"
-    group: str | None = None
+    group: str | None = None  # null: the name of run_dir, so that the points of a sweep are in one
 
 
 @dataclass
@@ -171,6 +184,7 @@ class ReportConfig:
 
     title: str = "Reward Difference Optimization"
     folder: str = "report"  # in run_dir
+    found: bool = False  # stage=report: report whatever evaluations are finished in run_dir (a sweep), not `rows`
     rows: dict[str, list[str]] = field(default_factory=dict)
     worlds: dict[str, list[str]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -193,5 +207,6 @@ class Config:
     report: ReportConfig = field(default_factory=ReportConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
     run_dir: str = "runs/toy"
+    metric: str | None = None  # what a stage returns to a sweep (rdo/metric.py); null: of eval, its main number
     seed: int = 0
     build_inputs: bool = True  # false: a missing input is an error that names the command that makes it

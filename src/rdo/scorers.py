@@ -28,7 +28,6 @@ from rdo.errors import UserError
 from rdo.forest import LayoutName, TokenIds, make_layout
 from rdo.models import is_decoder_scorer, read_scalars
 from rdo.packing import pack
-from rdo.progress import progress_bar
 from rdo.readout import Scalar
 
 DIFFERENCE_FORMS = ("paper", "antisymmetric", "residual")
@@ -124,19 +123,11 @@ def merge(readings: Sequence[Reading]) -> tuple[list[tuple[int, ...]], list[Valu
     return sequences, values
 
 
-def read_all(
-    model: PreTrainedModel, layout: LayoutName, readings: Sequence[Reading], budget: int, title: str
-) -> list[list[float]]:
-    """Every value of every reading, without gradients, in the order given. Raises Stopped between two batches when the
-    process is asked to stop."""
-    with progress_bar(len(readings), title) as bar:
-        return read_under(bar, model, layout, readings, budget)
-
-
 def read_under(
     bar: tqdm, model: PreTrainedModel, layout: LayoutName, readings: Sequence[Reading], budget: int
 ) -> list[list[float]]:
-    """The same under a bar that counts other readings, too."""
+    """Every value of every reading, without gradients, in the order given, under a bar that counts readings. Raises
+    Stopped between two batches when the process is asked to stop."""
     results: list[list[float]] = [[] for _ in readings]
     sequences: list[list[TokenIds]] = [list(reading.sequences) for reading in readings]
     with torch.no_grad():

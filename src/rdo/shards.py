@@ -1,7 +1,8 @@
 """Long computations in parts: what is finished of one is kept, and an interrupted run goes on from there.
 
 A part is a range of records or prompts, of a size that depends on no budget; so the results are the same, interrupted
-or not. Each part is a sealed Parquet file that names its range and what it was made of.
+or not, and whatever the number of processes that the parts are dealt to. Each part is a sealed Parquet file that names
+its range and what it was made of.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from rdo import interrupts
 from rdo.artifacts import fingerprint
+from rdo.distributed import from_first, meet, world
 from rdo.errors import NotFiniteError
 from rdo.files import Damaged, patiently, read_sealed, replace_file, replace_sealed
 from rdo.progress import progress_bar, say, warn
@@ -38,17 +40,19 @@ class Shards:
     def make(
         self, title: str, inputs: Callable[[range], Any], rows: Callable[[range, tqdm], list[tuple[Any, ...]]]
     ) -> None:
-        """Makes every part that is not there yet.
+        """Makes every part that is not there yet, and returns when the other processes have made theirs.
 
         inputs: plain data that says what a part is made of; a part that was made of something else is not taken.
         rows: makes a part's rows, and moves the bar on. Raises Stopped, and keeps the finished parts, when the process
         is asked to stop; UserError where the disk has been full for engine.disk_full_minutes.
         """
-        missing = [part for part in self.parts if not self.finished(part, inputs(part))]
-        done = len(self.parts) - len(missing)
+        all_missing = from_first(lambda: self.missing(inputs))
+        done = len(self.parts) - len(all_missing)
         if done:
             say(f"going on: {done} of {len(self.parts)} shards are in {self.folder}")
-        total, left = (sum(map(len, parts)) for parts in (self.parts, missing))
+        missing = [self.parts[n] for n in all_missing[world().rank :: world().size]]
+        left = sum(map(len, missing))
+        total = left + sum(len(part) for n, part in enumerate(self.parts) if n not in all_missing)
         with interrupts.postponed(), progress_bar(total, title, total - left) as bar:
             for part in missing:
                 try:
@@ -59,6 +63,11 @@ class Shards:
                     raise interrupts.Stopped(stop.number, f"{kept}; the same command goes on from there") from None
                 self.write(part, inputs(part), made)
                 done += 1
+        meet()
+
+    def missing(self, inputs: Callable[[range], Any]) -> list[int]:
+        """Numbers of the parts that are not there."""
+        return [n for n, part in enumerate(self.parts) if not self.finished(part, inputs(part))]
 
     def finished(self, part: range, inputs: Any) -> bool:
         """Whether a part is there, whole, and made of these inputs; one that is not is said and made again."""
@@ -96,7 +105,10 @@ class Shards:
             yield self.read(part).replace_schema_metadata(None)
 
     def join(self, path: Path) -> int:
-        """Writes the rows of all parts to one Parquet file, one part in memory at a time; how many they are."""
+        """Writes the rows of all parts to one Parquet file, one part in memory at a time; how many they are. The first
+        process writes, for all."""
+        if not world().first:
+            return 0
 
         def write() -> int:
             count = 0

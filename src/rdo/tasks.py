@@ -16,9 +16,10 @@ from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
 from rdo.forest import LayoutName, make_layout
 from rdo.models import read_log_probabilities, read_scalars
+from rdo.plan import stable_seed
 from rdo.readout import Span
 from rdo.scorers import ComparisonTemplate, Reading, add_difference, add_reward, merge
-from rdo.training import Counts, Measures, stable_seed
+from rdo.step import Counts, Measures, Preparation
 
 T = TypeVar("T")
 
@@ -58,6 +59,8 @@ class Demonstration:
 class SftTask:
     """Cross-entropy of responses given their query: a mean over response tokens of the whole step."""
 
+    preparation: Preparation | None = None
+
     def __init__(self, records: ById[Demonstration]):
         self.records, self.record_ids = records, records.keys
 
@@ -66,9 +69,6 @@ class SftTask:
 
     def counts(self, items: Sequence[Demonstration]) -> Counts:
         return {"tokens": sum(len(item.encoded.responses[r]) for item in items for r in item.responses)}
-
-    def prepare(self, model: PreTrainedModel, layout: LayoutName, batches: Sequence[Sequence[Any]]) -> dict[str, Any]:
-        return {}
 
     def losses(
         self,
@@ -111,6 +111,8 @@ class ScorerTask:
     reads. Ties have target 0.5.
     """
 
+    preparation: Preparation | None = None
+
     def __init__(
         self,
         pairs: ById[tuple[EncodedRecord, Preference]],
@@ -147,9 +149,6 @@ class ScorerTask:
     def counts(self, items: Sequence[ComparisonItem]) -> Counts:
         return {"pairs": len(items)}
 
-    def prepare(self, model: PreTrainedModel, layout: LayoutName, batches: Sequence[Sequence[Any]]) -> dict[str, Any]:
-        return {}
-
     def losses(
         self,
         model: PreTrainedModel,
@@ -170,7 +169,8 @@ class ScorerTask:
             duplicate = outputs[:, 1] if self.beta0 else None
             reverse = outputs[:, -1] if self.beta1 else None
             per_pair = losses.difference(forward, target, duplicate, reverse, beta0=self.beta0, beta1=self.beta1)
-            measures = {}
+            # Without the regularisers, whose sizes follow.
+            measures = {"comparison_loss": (losses.difference(forward, target).sum(), len(items))}
             if duplicate is not None:
                 measures["duplication"] = (duplicate.square().sum(), len(items))
             if reverse is not None:
@@ -179,4 +179,5 @@ class ScorerTask:
         right = torch.where(forward == 0, 0.5, right)
         measures["accuracy"] = (right.sum(), len(items))
         measures["difference_size"] = (forward.abs().sum(), len(items))
+        measures["sequence_length"] = (forward.new_tensor(sum(map(len, sequences))), len(sequences))
         return per_pair.sum() / counts["pairs"], measures

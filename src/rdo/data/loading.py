@@ -6,6 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from rdo.artifacts import Artifact, Provenance, produce
-from rdo.data.containers import resolve, rows
+from rdo.data.containers import Identity, resolve, rows
 from rdo.data.formats import UnusableRow
 from rdo.data.readers import Reading, read_records
 from rdo.data.records import SPLITS, Record, digest
 from rdo.data.table import MappedRecords, Records, id_key, repeated_ids, write_records
+from rdo.distributed import from_first
 from rdo.errors import DataError, UserError
-from rdo.files import read_json, replace_file, write_json
+from rdo.files import HOLDER, LOCK, read_json, replace_file, write_json
 from rdo.progress import progress_bar
 from rdo.schema import DatasetConfig
 
@@ -29,7 +31,7 @@ logger = logging.getLogger(__name__)
 PARQUET_BRANCH = "refs/convert/parquet"
 RECORDS, INVALID, REPEATED = "records.arrow", "invalid.jsonl", "repeated.json"
 # Raised whenever the same rows would be read as other records.
-READING_VERSION = 1
+READING_VERSION = 2
 
 Rows = Iterable[tuple[str, Any]]
 
@@ -89,8 +91,9 @@ def _load(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     """The splits of a file or a hub data set."""
     hub = _fetch(dataset) if dataset.source == "hub" else {}
     files = resolve(dataset.path) if dataset.source == "file" else []
+    identity = Identity(files)
     settings = {
-        "files": [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "files": from_first(identity.hashes),
         "hub": [dataset.hub_name, {split: getattr(held, "_fingerprint", None) for split, held in hub.items()}],
         "format": dataset.format,
         "on_invalid": [dataset.on_invalid, dataset.max_invalid_share],
@@ -99,13 +102,14 @@ def _load(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     }
 
     def make(folder: Path) -> dict[str, Any]:
-        if dataset.source == "file":
-            return read_into(folder, [(None, (row for file in files for row in rows(file)))], dataset)
-        return read_into(folder, _hub_parts(dataset, hub), dataset)
+        with _cleared_on_failure(folder), identity.kept():
+            if dataset.source == "file":
+                return read_into(folder, [(None, (row for file in files for row in rows(file)))], dataset)
+            return read_into(folder, _hub_parts(dataset, hub), dataset)
 
     # Whatever the stage, its data is read: there is no command to make it beforehand.
     always = replace(provenance, build_inputs=True)
-    artifact = produce(always, "data", dataset.name, settings, {}, make, requested=False)
+    artifact = produce(always, "data", dataset.name, settings, {}, make, False, together=False)
     results = artifact.manifest()["results"]
     mapped = MappedRecords(artifact.folder / RECORDS)
     columns = mapped.columns()
@@ -123,6 +127,25 @@ def _load(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     if any(name.startswith("invalid_") for name in counts):
         logger.warning("%d invalid rows left out: %s", _invalid(counts), artifact.folder / INVALID)
     return Splits(_separate(_assign(records, dataset), counts), dict(counts), artifact, results["format"])
+
+
+@contextmanager
+def _cleared_on_failure(folder: Path) -> Iterator[None]:
+    """A folder in which reading failed goes again, all but a list of invalid rows: nothing else in it is of any use.
+
+    The caller holds the folder. That its lock goes with it is safe: who waits for it takes no lock without a name.
+    """
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            if not (folder / INVALID).stat().st_size:
+                (folder / INVALID).unlink()
+        for name in (RECORDS, REPEATED, LOCK, HOLDER):
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()
+        raise
 
 
 def _invalid(counts: Mapping[str, int]) -> int:

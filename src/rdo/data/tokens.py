@@ -72,6 +72,7 @@ def encode_into(
     Raises UserError as `encoding.encode` does, and where a worker process is killed.
     """
     import datasets
+    import multiprocess
 
     assert isinstance(records.source, MappedRecords)
     workers = min(workers or len(os.sched_getaffinity(0)), 1 + len(records) // RECORDS_PER_WORKER)
@@ -101,8 +102,9 @@ def encode_into(
             new_fingerprint=folder.name,
             desc="tokenizing",
         )
-    except RuntimeError as error:
-        if "abruptly died" not in str(error):
+    except (RuntimeError, multiprocess.TimeoutError, EOFError, ConnectionError) as error:
+        # Of a killed worker `datasets` tells; of its killed manager process only lost connections and replies do.
+        if workers < 2 or (isinstance(error, RuntimeError) and "abruptly died" not in str(error)):
             raise
         raise UserError(
             "a process that tokenizes was killed, most likely for want of memory; set dataset.workers=1 (now "

@@ -166,6 +166,7 @@ def _scorer(name: str, runs: Mapping[int, Row]) -> dict[str, Any]:
     return {
         "name": name,
         "form": next(iter(runs.values())).get("form"),
+        "sweep": next(iter(runs.values())).get("sweep"),
         "seeds": list(runs),
         "metrics": {key: summarise(found.get(key) for found in evaluations.values()) for key in SCORER_FIELDS},
         "by_confidence": curve,
@@ -257,6 +258,7 @@ def _policy(name: str, runs: Mapping[int, Row]) -> dict[str, Any]:
         "group": first.get("group"),
         "rc": first.get("rc"),
         "alpha": first.get("alpha"),
+        "sweep": first.get("sweep"),
         "control": control_of(first),
         "seeds": list(runs),
         "prompts": _evaluation(first).get("prompts"),

@@ -21,6 +21,12 @@ Row = Mapping[str, Any]
 
 def distributions_svg(scorers: Sequence[Row], name: str) -> str | None:
     """Figure: histogram of R = f(preferred, other), one panel a scorer, all seeds together, and where zero lies."""
+    description = "Distribution of the reward difference R, one panel for each scorer"
+    return to_svg(distributions_figure(scorers), name, description)
+
+
+def distributions_figure(scorers: Sequence[Row]) -> Figure | None:
+    """Histogram of R = f(preferred, other), one panel a scorer, all seeds together, and where zero lies."""
     pooled: dict[str, list[float]] = {}
     for row in scorers:
         values = (row.get("evaluation") or {}).get("differences") or []
@@ -33,7 +39,7 @@ def distributions_svg(scorers: Sequence[Row], name: str) -> str | None:
         for position, (panel, (scorer, values)) in enumerate(zip(panels, pooled.items(), strict=True)):
             _histogram(panel, np.asarray(values), colour_of(position))
             panel.set_title(label(scorer))
-        return to_svg(figure, name, "Distribution of the reward difference R, one panel for each scorer")
+        return figure
 
 
 def _histogram(axes: Axes, values: np.ndarray[Any, Any], colour: str) -> None:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from rdo.files import replace_file
 from rdo.printable import printable
-from rdo.report import curves, findings, plots, tables
+from rdo.report import curves, findings, plots, sweep, tables
 from rdo.report.aggregate import aggregate
 from rdo.report.markdown import render_markdown
 
@@ -151,6 +151,7 @@ def _world(data: Mapping[str, Any], world: Mapping[str, Any], position: int) -> 
         "policies": tables.policy_table(world),
         "confidence": _figure(plots.confidence_svg(world, f"w{position}-confidence")),
         "reward_kl": _figure(plots.reward_kl_svg(world, f"w{position}-kl")),
+        "sweep": _figure(sweep.sweep_svg(world, f"w{position}-sweep")),
         "distributions": _figure(curves.distributions_svg(scorers, f"w{position}-differences")),
         "scorer_curves": _figure(curves.curves_svg(scorers, f"w{position}-scorers", "Learning curves of the scorers")),
         "policy_curves": _figure(

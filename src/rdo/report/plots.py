@@ -56,10 +56,14 @@ def style() -> AbstractContextManager[None]:
     return matplotlib.rc_context(STYLE)
 
 
-def to_svg(figure: Figure, name: str, description: str) -> str:
-    """The figure as an <svg> element whose ids start with `name`, so that several fit into one page."""
+def to_svg(figure: Figure | None, name: str, description: str) -> str | None:
+    """The figure, if there is one, as an <svg> element whose ids start with `name`, so that several fit into one
+    page."""
+    if figure is None:
+        return None
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with style():
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -68,6 +72,14 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     # On a narrow screen it shrinks to a size at which its text can still be read, and scrolls from there.
     least = f"min-width: {figure.get_figwidth() * 96 * SMALLEST:.0f}px"
     return text.replace("<svg", f'<svg role="img" aria-label="{escape(description)}" style="{least}"', 1)
+
+
+def to_png(figure: Figure, dots_per_inch: int = 150) -> bytes:
+    """The figure as a picture on its own."""
+    buffer = io.BytesIO()
+    with style():
+        figure.savefig(buffer, format="png", dpi=dots_per_inch, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def _own_ids(tag: str, name: str) -> str:
@@ -203,18 +215,24 @@ def _number_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> No
         taken.append((dot[0] + (offset[0] + 3) * scale, dot[1] + (offset[1] + 3) * scale))
 
 
-def confidence_svg(world: Mapping[str, Any], name: str) -> str | None:
-    """Figure: accuracy by quartile of |R|; None when no scorer has it."""
+def confidence_figure(world: Mapping[str, Any]) -> Figure | None:
+    """Accuracy by quartile of |R|; None when no scorer has it."""
     if not has_confidence(world):
         return None
     with style():
         figure = Figure(figsize=(6.6, 3.7), layout="constrained")
         draw_confidence(figure.add_subplot(), world)
-        return to_svg(figure, name, "Accuracy of each scorer by quartile of the size of its reward difference")
+        return figure
 
 
-def reward_kl_svg(world: Mapping[str, Any], name: str) -> str | None:
-    """Figure: reward against KL; None when no policy has both."""
+def confidence_svg(world: Mapping[str, Any], name: str) -> str | None:
+    """Figure: accuracy by quartile of |R|; None when no scorer has it."""
+    description = "Accuracy of each scorer by quartile of the size of its reward difference"
+    return to_svg(confidence_figure(world), name, description)
+
+
+def reward_kl_figure(world: Mapping[str, Any]) -> Figure | None:
+    """Reward against KL; None when no policy has both."""
     points = plotted_policies(world)
     if not points:
         return None
@@ -222,7 +240,12 @@ def reward_kl_svg(world: Mapping[str, Any], name: str) -> str | None:
         lines = len(points) if len(points) <= 24 else (len(points) + 1) // 2
         figure = Figure(figsize=(9.2, max(4.2, 0.23 * lines + 0.8)), layout="constrained")
         draw_reward_kl(figure.add_subplot(), world)
-        return to_svg(figure, name, "Reward of each policy against its KL divergence from the base policy")
+        return figure
+
+
+def reward_kl_svg(world: Mapping[str, Any], name: str) -> str | None:
+    """Figure: reward against KL; None when no policy has both."""
+    return to_svg(reward_kl_figure(world), name, "Reward of each policy against its KL divergence from the base policy")
 
 
 def draw_overview(data: Mapping[str, Any], path: Path) -> bool:

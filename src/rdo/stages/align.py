@@ -12,12 +12,14 @@ import numpy as np
 import torch
 
 from rdo import coefficients
+from rdo.adapters import choose_trained, lora_settings
 from rdo.alignment import AlignmentRecord, AlignmentTask, LossChoice, Pair, Sample, choose_loss
 from rdo.artifacts import Artifact, produce
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Record
 from rdo.errors import UserError
 from rdo.losses import best_response, rrhf_pairs
+from rdo.plan import stable_seed
 from rdo.run import Run, select
 from rdo.schema import RcConfig
 from rdo.stages.reference import Reference, partners, read_reference, reference
@@ -26,7 +28,7 @@ from rdo.stages.scorer import STAGE_OF, check_labels
 from rdo.stages.sft import base_policy
 from rdo.stages.training import finish, save_finished
 from rdo.tasks import ById
-from rdo.training import stable_seed, train
+from rdo.training import train
 
 RANKING_SCORER: dict[str, str] = {"reward": "reward", "diff": "diff", "diff_baseline": "diff"}
 
@@ -49,6 +51,7 @@ def aligned_policy(run: Run) -> Artifact:
         "data": run.data_settings("train"),
         "dtype": config.model.dtype,
         "seed": config.seed,
+        **lora_settings(config.model),
     }
 
     def make(folder: Path) -> dict[str, Any]:
@@ -128,6 +131,7 @@ def train_policy(run: Run, loss: LossChoice, inputs: dict[str, Artifact], folder
     """Gathers pairs, coefficients and reference from the inputs, trains, and saves the policy."""
     config = run.config
     model, tokenizer = run.policy(inputs["base"])
+    choose_trained(model, config.model, config.seed)
     records, encoded = run.records("train"), run.encoded("train", tokenizer)
     chosen = select(records, config.align)
     read = {kind: read_scores(inputs[kind]) for kind in STAGE_OF if kind in inputs}
@@ -152,8 +156,8 @@ def train_policy(run: Run, loss: LossChoice, inputs: dict[str, Artifact], folder
 
     task = AlignmentTask(ById([labels[n].record_id for n in used], make), loss)
     with run.locating("train"), run.tracker(folder, folder.name) as tracker:
-        train(task, model, config.align, config.engine, config.seed, folder, tracker, label(loss, config.rc))
-    save_finished(model, tokenizer, folder, config.engine)
+        state = train(task, model, config.align, config.engine, config.seed, folder, tracker, label(loss, config.rc))
+    save_finished(model, tokenizer, folder, config, state)
     return {**finish(folder, model), "coefficients": statistics, "records": len(used), "samples": samples}
 
 

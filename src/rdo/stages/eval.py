@@ -20,24 +20,24 @@ from rdo.data import toy
 from rdo.data.encoding import EncodedRecord, encode
 from rdo.data.records import Record, query_key
 from rdo.data.table import Records
+from rdo.distributed import dealt, world
 from rdo.errors import UserError
+from rdo.evaluation import EVALUATION, GENERATIONS
 from rdo.evaluation.scorers import evaluate_scorer
 from rdo.evaluation.statistics import empty_estimate, mean_interval, win_tie_lose
 from rdo.files import patiently, read_json_lines, replace_file, write_json
 from rdo.generation import Generation, generate
 from rdo.models import set_layout
+from rdo.plan import stable_seed
+from rdo.progress import progress_bar
 from rdo.run import Run, select
 from rdo.schema import EvalConfig, TrainingConfig
-from rdo.scorers import ComparisonTemplate, Reading, add_difference, add_reward, check_form, read_all
+from rdo.scorers import ComparisonTemplate, Reading, add_difference, add_reward, check_form, read_under
 from rdo.stages.align import aligned_policy
 from rdo.stages.reference import log_probabilities
 from rdo.stages.score import read_scores, scores
 from rdo.stages.scorer import check_labels, load_kind, scorer
 from rdo.stages.sft import base_policy
-from rdo.training import stable_seed
-
-EVALUATION = "evaluation.json"
-GENERATIONS = "generations.jsonl"
 
 
 def evaluate_scorers(run: Run, kind: str) -> Artifact:
@@ -64,7 +64,8 @@ def evaluate_scorers(run: Run, kind: str) -> Artifact:
         # Only the toy world's scores are the truth; a data set's own scores are another model's opinion.
         truth = oracle if run.config.dataset.source == "toy" else None
         evaluation = evaluate_scorer(forward, backward, labels, truth, seed=stable_seed(run.config.seed, "order"))
-        patiently(lambda: write_json(folder / EVALUATION, evaluation), run.config.engine.disk_full_minutes)
+        if world().first:
+            patiently(lambda: write_json(folder / EVALUATION, evaluation), run.config.engine.disk_full_minutes)
         return {"metric": evaluation["label_accuracy"]["value"]}
 
     inputs = {"scores": scored, "scorer": model}
@@ -132,8 +133,9 @@ def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: list[str], f
         "against_base": {judge: win_tie_lose(values) for judge, values in compared.items()} or None,
         "mean_difference_to_base": {judge: mean_interval(values) for judge, values in compared.items()},
     }
-    patiently(lambda: write_generations(folder / GENERATIONS, chosen, responses, judged), patience)
-    patiently(lambda: write_json(folder / EVALUATION, evaluation), patience)
+    if world().first:
+        patiently(lambda: write_generations(folder / GENERATIONS, chosen, responses, judged), patience)
+        patiently(lambda: write_json(folder / EVALUATION, evaluation), patience)
     return {"metric": next((estimate["value"] for estimate in mean_rewards.values()), None)}
 
 
@@ -241,8 +243,13 @@ def encode_texts(
 
 def judge_all(run: Run, model: PreTrainedModel, readings: list[Reading], title: str) -> list[list[float]]:
     """A judge's values of all readings, in the layout that it can run."""
-    layout = set_layout(model, run.config.engine.layout)
-    return read_all(model, layout, readings, run.config.engine.tokens_per_micro_batch, title)
+    layout, budget = set_layout(model, run.config.engine.layout), run.config.engine.tokens_per_micro_batch
+    with progress_bar(len(readings), title) as bar:
+
+        def read(part: range) -> list[list[float]]:
+            return read_under(bar, model, layout, readings[part.start : part.stop], budget)
+
+        return dealt(len(readings), run.config.eval.batch_size, read)
 
 
 def log_ratios(

@@ -23,7 +23,7 @@ from rdo.data.table import Records
 from rdo.data.templates import is_dialogue
 from rdo.files import replace_file, write_json
 from rdo.inspection import cut_at, histogram, label_statistics, summary
-from rdo.models import load_tokenizer
+from rdo.pretrained import load_tokenizer
 from rdo.printable import printable
 from rdo.progress import progress_bar
 from rdo.report.plots import COLOURS, style

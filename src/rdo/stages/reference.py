@@ -23,6 +23,7 @@ from rdo.artifacts import Artifact, produce
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Record
 from rdo.data.table import Records
+from rdo.distributed import dealt
 from rdo.errors import UserError
 from rdo.forest import LayoutName, make_layout
 from rdo.models import read_log_probabilities, set_layout
@@ -122,9 +123,13 @@ def write_reference(run: Run, base: Artifact, mismatched: bool, folder: Path) ->
 def log_probabilities(run: Run, model: PreTrainedModel, items: Sequence[Item], title: str) -> list[list[float]]:
     """Log-probability of each response given its record's prompt, without gradients, in the order given. Raises
     Stopped between two batches when the process is asked to stop."""
-    layout = set_layout(model, run.config.engine.layout)
+    layout, budget = set_layout(model, run.config.engine.layout), run.config.engine.tokens_per_micro_batch
     with progress_bar(len(items), title) as bar:
-        return read_under(bar, model, layout, items, run.config.engine.tokens_per_micro_batch)
+
+        def read(part: range) -> list[list[float]]:
+            return read_under(bar, model, layout, items[part.start : part.stop], budget)
+
+        return dealt(len(items), run.config.eval.batch_size, read)
 
 
 def read_under(

@@ -1,7 +1,8 @@
 """Stages report and pipeline: the rows of a comparison, each a name and the overrides that make it.
 
 `pipeline` makes whatever is missing, row by row, then reports; `report` shows what is finished and names what is not.
-Every row is an ordinary command line, shown in the report.
+Every row is an ordinary command line, shown in the report. After a sweep, report.found=true takes as rows whatever
+evaluations are finished in the run folder.
 """
 
 from __future__ import annotations
@@ -14,19 +15,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rdo import distributed
 from rdo.alignment import choose_loss
 from rdo.artifacts import MANIFEST, Artifact, MissingInput, code_revision, is_finished
 from rdo.configuration import compose_config, plain
 from rdo.errors import UserError
 from rdo.files import read_json, read_json_lines
-from rdo.models import load_tokenizer
+from rdo.lineage import swept
+from rdo.pretrained import load_tokenizer
 from rdo.report.console import describe_comparison
 from rdo.report.page import write_report
 from rdo.report.plots import draw_overview
+from rdo.report.sweep import draw_sweep
 from rdo.run import Run, model_path, select
 from rdo.schema import Config, TrainingConfig
 from rdo.scorers import ComparisonTemplate
 from rdo.stages.eval import EVALUATION, GENERATIONS, evaluate_policy, evaluate_scorers
+from rdo.stages.found import finished_evaluations
 from rdo.stages.scorer import STAGE_OF
 from rdo.stages.sft import base_policy
 from rdo.tokens import token_counts
@@ -45,12 +50,8 @@ class Row:
     name: str
     world: str
     seed: int
-    overrides: list[str]
+    command: str
     config: Config
-
-    @property
-    def command(self) -> str:
-        return shlex.join(["python", "train.py", "stage=eval", *self.overrides])
 
 
 def rows(config: Config, overrides: list[str]) -> Iterator[Row]:
@@ -75,7 +76,8 @@ def rows(config: Config, overrides: list[str]) -> Iterator[Row]:
                     row_config = compose_config(everything)
                 except UserError as error:
                     raise UserError(f"row {name!r}: {error}") from error
-                yield Row(name, world, seed, everything, row_config)
+                command = shlex.join(["python", "train.py", "stage=eval", *everything])
+                yield Row(name, world, seed, command, row_config)
 
 
 @dataclass
@@ -106,11 +108,33 @@ def evaluate_rows(run: Run, entries: list[Row], build: bool) -> Results:
         except MissingInput:
             found.missing.append(title(row))
         except UserError as error:
+            if distributed.world().size > 1:  # the other processes may be in the middle of the row
+                raise
             print(f"row failed: {error}", flush=True)
             found.failed[title(row)] = str(error)
     if found.failed and not (found.scorers or found.policies or found.missing):
         raise UserError(next(iter(found.failed.values())))
     return found
+
+
+def found_rows(run: Run) -> tuple[list[Row], Results]:
+    """The rows that a run folder's finished evaluations make. Raises UserError where there are none."""
+    evaluations, problems = finished_evaluations(run.provenance.run_dir)
+    if not evaluations:
+        reason = f" ({problems[0]})" if problems else ""
+        raise UserError(
+            f"report.found=true reports the evaluations that are finished in run_dir={run.config.run_dir}, and there "
+            f"is none{reason}; make some with stage=eval"
+        )
+    entries = [Row(found.name, "", found.config.seed, found.command, found.config) for found in evaluations]
+    results = Results(missing=problems)
+    for row, evaluation in zip(entries, evaluations, strict=True):
+        row_run = replace(run, config=row.config)
+        if row.config.eval.subject in STAGE_OF:
+            results.scorers.append(scorer_entry(row_run, row, evaluation.artifact))
+        else:
+            results.policies.append(policy_entry(row_run, row, evaluation.artifact, vanilla_of(row, entries)))
+    return entries, results
 
 
 def make_report(run: Run, overrides: list[str], build: bool) -> Path:
@@ -119,10 +143,17 @@ def make_report(run: Run, overrides: list[str], build: bool) -> Path:
     Raises UserError where no row can run, and, after the report of the others is written, where some cannot.
     """
     started = time.perf_counter()
-    entries = list(rows(run.config, overrides))
-    if not entries:
-        raise UserError("report.rows is empty: there is nothing to compare")
-    found = evaluate_rows(run, entries, build)
+    if run.config.report.found:
+        if build:
+            raise UserError(
+                "report.found=true reports what is finished, and stage=pipeline makes rows: use stage=report"
+            )
+        entries, found = found_rows(run)
+    else:
+        entries = list(rows(run.config, overrides))
+        if not entries:
+            raise UserError("report.rows is empty: there is nothing to compare")
+        found = evaluate_rows(run, entries, build)
     data = {
         "title": run.config.report.title,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -136,8 +167,11 @@ def make_report(run: Run, overrides: list[str], build: bool) -> Path:
         "tokens": tokens(run),
     }
     folder = run.provenance.run_dir / run.config.report.folder
+    if not distributed.world().first:
+        return folder
     written = write_report(data, folder)
     draw_overview(data, folder / "overview.png")
+    draw_sweep(data, folder / "sweep.png")
     print(f"\n{describe_comparison(data)}\n\nreport: {written['html']}", flush=True)
     if found.failed:
         raise UserError(f"{len(found.failed)} of {len(entries)} rows failed: {'; '.join(found.failed)} (see above)")
@@ -171,6 +205,12 @@ def input_manifest(run: Run, artifact: Artifact, name: str) -> tuple[Path, dict[
     return (folder, read_json(folder / MANIFEST)) if is_finished(folder) else None
 
 
+def sweep_of(run: Run, artifact: Artifact) -> dict[str, Any]:
+    """What report.sweep needs of an evaluation: its `values` of the settings that are swept, and the `others`."""
+    values, others = swept(run.provenance.run_dir, artifact.manifest())
+    return {"values": values, "others": others}
+
+
 def scorer_entry(run: Run, row: Row, artifact: Artifact) -> dict[str, Any]:
     """A line of the report's table of scorers."""
     kind = row.config.eval.subject
@@ -182,6 +222,7 @@ def scorer_entry(run: Run, row: Row, artifact: Artifact) -> dict[str, Any]:
         "seed": row.seed,
         "name": row.name,
         "form": scored[1]["results"]["form"] if scored else None,
+        "sweep": sweep_of(run, artifact),
         "evaluation": read_json(artifact.folder / EVALUATION),
         "settings": {name: value for name in shown if (value := getattr(section, name, None)) is not None},
         "curve": curve(trained[0], ("loss", "accuracy")) if trained else None,
@@ -221,6 +262,7 @@ def policy_entry(run: Run, row: Row, artifact: Artifact, vanilla: str | None) ->
         "alpha": None if base or rc.name == "none" else rc.alpha,
         "control": "none" if base else rc.control,
         "compare_with": None if base else vanilla,
+        "sweep": None if base else sweep_of(run, artifact),
         "settings": {} if base else policy_settings(row.config),
         "evaluation": evaluation,
         "coefficients": None if base or trained is None else trained[1]["results"].get("coefficients"),

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rdo.adapters import choose_trained, lora_settings
 from rdo.artifacts import Artifact, given, produce
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
 from rdo.errors import UserError
-from rdo.models import check_vocabulary, load_tokenizer, new_scorer
+from rdo.models import check_vocabulary
+from rdo.pretrained import load_tokenizer, new_scorer
 from rdo.run import Run, model_path, select
 from rdo.schema import DifferenceConfig, ScorerConfig
 from rdo.scorers import ComparisonTemplate, check_form
@@ -40,6 +42,7 @@ def scorer(run: Run, kind: str) -> Artifact:
         "data": run.data_settings("train"),
         "dtype": run.config.model.dtype,
         "seed": run.config.seed,
+        **lora_settings(run.config.model),
     }
     if form != "pointwise":
         settings["difference_template"] = list(run.config.model.difference_template)
@@ -89,6 +92,7 @@ def train_scorer(run: Run, kind: str, base: Artifact, folder: Path) -> dict[str,
     model = new_scorer(model_path(base), form, config.model, config.seed)
     check_vocabulary(model, tokenizer, model_path(base))
     check_form(model)
+    choose_trained(model, config.model, config.seed)
     records, encoded = run.records("train"), run.encoded("train", tokenizer)
     places = select(records, section)
     pairs = [
@@ -109,6 +113,6 @@ def train_scorer(run: Run, kind: str, base: Artifact, folder: Path) -> dict[str,
     keys = [(record_id, preference.chosen, preference.rejected) for record_id, _, preference in pairs]
     task = ScorerTask(ById(keys, make), form, template, *betas, config.seed)
     with run.locating("train"), run.tracker(folder, stage) as tracker:
-        train(task, run.on_device(model), section, config.engine, config.seed, folder, tracker, stage)
-    save_finished(model, tokenizer, folder, config.engine)
+        state = train(task, run.on_device(model), section, config.engine, config.seed, folder, tracker, stage)
+    save_finished(model, tokenizer, folder, config, state)
     return finish(folder, model)

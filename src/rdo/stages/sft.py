@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from rdo.adapters import choose_trained, lora_settings
 from rdo.artifacts import Artifact, given, produce
 from rdo.data.records import Record
 from rdo.errors import UserError
 from rdo.losses import best_response
-from rdo.models import check_vocabulary, load_policy, load_tokenizer, new_policy
+from rdo.models import check_vocabulary
+from rdo.pretrained import load_policy, load_tokenizer, new_policy
 from rdo.run import Run, model_path, select
 from rdo.stages.training import finish, save_finished
 from rdo.tasks import ById, Demonstration, SftTask
@@ -29,12 +31,14 @@ def base_policy(run: Run) -> Artifact:
         if not inputs:
             raise UserError("sft.enabled=false takes model.path as the base policy, but model.path is not set")
         return inputs["model"]
+    unread = ("name", "path", "difference_template", "lora")
     split = "demonstrations" if run.splits().splits.get("demonstrations") else "train"
     settings = {
-        "model": {k: v for k, v in asdict(config.model).items() if k not in ("name", "path", "difference_template")},
+        "model": {k: v for k, v in asdict(config.model).items() if k not in unread},
         "training": asdict(config.sft),
         "data": run.data_settings(split),
         "seed": config.seed,
+        **(lora_settings(config.model) if config.model.path else {}),
     }
 
     def make(folder: Path) -> dict[str, Any]:
@@ -53,7 +57,10 @@ def train_base(run: Run, split: str, folder: Path) -> dict[str, Any]:
         model = load_policy(path, config.model)
         tokenizer = load_tokenizer(path, config.model)
         check_vocabulary(model, tokenizer, path)
+        choose_trained(model, config.model, config.seed)
     else:
+        if config.model.lora.rank is not None:
+            print("[sft] a model from scratch is trained whole; model.lora adapts it in what follows", flush=True)
         tokenizer = make_tokenizer(config.model, training_texts(records))
         model = new_policy(config.model, tokenizer, config.seed)
     encoded = run.encoded(split, tokenizer)
@@ -63,8 +70,8 @@ def train_base(run: Run, split: str, folder: Path) -> dict[str, Any]:
 
     task = SftTask(ById(ids, make))
     with run.locating(split), run.tracker(folder, "sft") as tracker:
-        train(task, run.on_device(model), config.sft, config.engine, config.seed, folder, tracker, "sft")
-    save_finished(model, tokenizer, folder, config.engine)
+        state = train(task, run.on_device(model), config.sft, config.engine, config.seed, folder, tracker, "sft")
+    save_finished(model, tokenizer, folder, config, state)
     return finish(folder, model)
 
 

@@ -5,28 +5,40 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rdo import interrupts
+from rdo.distributed import meet, world
 from rdo.files import patiently, read_json_lines
-from rdo.models import save_model
-from rdo.schema import EngineConfig
+from rdo.pretrained import save_model
+from rdo.schema import Config
 from rdo.tracking import METRICS
 
 
 def save_finished(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, engine: EngineConfig
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    config: Config,
+    state: dict[str, torch.Tensor] | None,
 ) -> None:
-    """Saves a trained model in its artifact's folder, waiting for room where the disk is full.
+    """Saves a trained model in its artifact's folder, waiting for room where the disk is full. The first process does.
 
-    Raises UserError when that has taken engine.disk_full_minutes. A stop waits until the manifest is written, too.
+    state: what `train` returned. Raises UserError when that has taken engine.disk_full_minutes. A stop waits until the
+    manifest is written, too.
     """
     with interrupts.postponed():
-        patiently(lambda: save_model(model, tokenizer, folder / "model"), engine.disk_full_minutes)
+        if world().first:
+            merge, patience = config.model.lora.merge, config.engine.disk_full_minutes
+            patiently(lambda: save_model(model, tokenizer, folder / "model", state, merge), patience)
+        meet()
 
 
 def finish(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
-    """Parameters, steps and last measures of a run whose model is saved."""
+    """Parameters, steps and last measures of a run whose model is saved; nothing but on the first process."""
+    if not world().first:
+        return {}
     lines = read_json_lines(folder / METRICS)
     last = lines[-1] if lines else {}
     return {"parameters": model.num_parameters(), "steps": last.get("step", 0), "last": last}

@@ -16,14 +16,15 @@ from typing import Any
 
 from rdo.data.containers.contents import find_container, opened, read_head, unpacked
 from rdo.data.containers.csv_rows import TextRow, read_csv
+from rdo.data.containers.identity import Identity
 from rdo.data.containers.json_rows import read_json
 from rdo.data.containers.paths import SUFFIXES, resolve, suffix_of
-from rdo.data.containers.problems import AGAIN, Broken, shown
+from rdo.data.containers.problems import AGAIN, Broken, shown, unreadable
 from rdo.data.containers.tables import read_table
 from rdo.data.containers.text import LONGEST_LINE
 from rdo.errors import DataError
 
-__all__ = ["LONGEST_LINE", "SUFFIXES", "TextRow", "resolve", "rows", "shown"]
+__all__ = ["LONGEST_LINE", "SUFFIXES", "Identity", "TextRow", "resolve", "rows", "shown"]
 
 
 def rows(file: Path) -> Iterator[tuple[str, Any]]:
@@ -43,10 +44,10 @@ def rows(file: Path) -> Iterator[tuple[str, Any]]:
         problem = "the gzip data end early" if isinstance(error, EOFError) else f"the gzip data are damaged ({error})"
         raise DataError(f"{place or file}: {problem}{' behind it' if place else ''}; {AGAIN}") from error
     except OSError as error:
-        way_out = "check dataset.path, and whether you may read it"
         if error.errno == errno.ENOSPC:
             way_out = f"it is unpacked to {tempfile.gettempdir()}: make room, or set TMPDIR to a folder with room"
-        raise DataError(f"{file}: cannot be read ({error.strerror or error}); {way_out}") from error
+            raise unreadable(file, error, way_out) from error
+        raise unreadable(file, error) from error
     if not place:
         raise DataError(f"{file}: there are no rows; check dataset.path")
 

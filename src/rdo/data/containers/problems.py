@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from rdo.errors import DataError
+
 AGAIN = "download or copy it again"
 
 
@@ -10,6 +14,11 @@ class Broken(Exception):
 
     def __init__(self, problem: str, where: str = "") -> None:
         super().__init__(f", {where}: {problem}" if where else f": {problem}")
+
+
+def unreadable(file: Path, error: OSError, way_out: str = "check dataset.path, and whether you may read it") -> DataError:
+    """What the system refuses of a file, as a message."""
+    return DataError(f"{file}: cannot be read ({error.strerror or error}); {way_out}")
 
 
 def shown(text: str, width: int = 60) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rdo.data.formats import candidates, pairs, trees
+from rdo.data.formats import candidates, pairs, trees, verdicts
 from rdo.data.formats.checks import UnusableRow, shown
+from rdo.data.formats.conversations import is_whole
 from rdo.data.records import Record
 from rdo.data.templates import ASSISTANT
 from rdo.errors import DataError
@@ -39,7 +40,9 @@ ASKED = (("query",), ("messages",))
 
 READERS = {
     "hh": Reader(("chosen", "rejected"), pairs.read_hh),
-    "trl": Reader(("prompt", "chosen", "rejected"), pairs.read_trl, PAIR_SCORES),
+    "trl": Reader(
+        ("chosen", "rejected"), pairs.read_trl, PAIR_SCORES, tuple((column,) for column in pairs.PROMPTS)
+    ),
     "trl_implicit": Reader(("chosen", "rejected"), pairs.read_trl_implicit, PAIR_SCORES),
     "trl_unpaired": Reader(("prompt", "completion", "label"), pairs.read_trl_unpaired, ("label",)),
     "rrhf": Reader(("responses", "scores"), candidates.read_scored, RECORD, ASKED),
@@ -62,10 +65,43 @@ READERS = {
     "arena": Reader(
         ("conversation_a", "conversation_b", "winner"), pairs.read_arena, ("conversation_a", "conversation_b")
     ),
+    "arena_votes": Reader(
+        ("prompt", "response_a", "response_b", *verdicts.WINNERS), verdicts.read_arena_votes, tuple(verdicts.WINNERS)
+    ),
+    "alpaca": Reader(
+        ("instruction",),
+        verdicts.read_alpaca,
+        ("output", "preference"),
+        (("output",), ("output_1", "output_2", "preference")),
+    ),
+    "safe_rlhf": Reader(
+        ("prompt", "response_0", "response_1", "better_response_id"), verdicts.read_safe_rlhf, ("better_response_id",)
+    ),
+    "helpsteer": Reader(
+        (),
+        verdicts.read_helpsteer,
+        ("context", "preference_strength", "overall_preference"),
+        (
+            ("prompt", "response_1", "response_2", "preference_strength"),
+            ("context", "response1", "response2", "overall_preference"),
+        ),
+    ),
+    "webgpt": Reader(
+        ("question", "answer_0", "answer_1", "score_0", "score_1"),
+        verdicts.read_webgpt,
+        ("question", "score_0", "score_1"),
+    ),
+    "stack_paired": Reader(("question", "response_j", "response_k"), verdicts.read_stack_paired),
 }
 
-# Columns that hold a query elsewhere: beside texts `chosen` and `rejected` they mean that these do not hold it, too.
-QUERIES = ("question", "query", "instruction", "input", "context", "history", "post")
+# Columns that may hold a query: beside texts `chosen` and `rejected` they mean that these do not hold it, too.
+QUERIES = ("context", "history", "post")
+# Columns as a person may write them: in other letters, or with spaces around.
+SPELLINGS = {
+    column.lower(): column
+    for reader in READERS.values()
+    for column in {*reader.columns, *(column for other in reader.either for column in other)}
+}
 
 # What a table makes of a list of messages when it is written as text.
 WRITTEN_OUT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
@@ -78,13 +114,12 @@ def find_format(row: dict[str, Any], place: str) -> str:
     rows that only look like those of a known one.
     """
     present = {name for name, value in row.items() if value is not None}
-    sizes: dict[str, int] = {}
-    for name, reader in READERS.items():
-        fitting = [columns for other in reader.either if present.issuperset(columns := (*reader.columns, *other))]
-        if fitting:
-            sizes[name] = max(map(len, fitting))
-    found = [name for name, size in sizes.items() if size == max(sizes.values())]
-    if found == ["hh", "trl_implicit"]:
+    found, size = _fitting(present)
+    meant = {name: SPELLINGS.get(str(name).strip().lower(), name) for name in present}
+    if _fitting(set(meant.values()))[1] > size:
+        changed = ", ".join(f"{shown(name)} ('{other}')" for name, other in sorted(meant.items()) if name != other)
+        raise DataError(f"{place}: columns in other letters or with spaces; did you mean: {changed}? Rename them")
+    if found == ["hh", "trl_implicit"] or (found == ["trl"] and "prompt" not in row):
         found = [_format_of_pair(row, place)]
     if len(found) > 1:
         both = " and ".join(found)
@@ -102,12 +137,27 @@ def find_format(row: dict[str, Any], place: str) -> str:
     return found[0]
 
 
+def _fitting(present: set[str]) -> tuple[list[str], int]:
+    """The formats with most columns among those whose identifying columns are all there, and how many these are."""
+    sizes: dict[str, int] = {}
+    for name, reader in READERS.items():
+        fitting = [columns for other in reader.either if present.issuperset(columns := (*reader.columns, *other))]
+        if fitting:
+            sizes[name] = max(map(len, fitting))
+    largest = max(sizes.values(), default=0)
+    return [name for name, size in sizes.items() if size == largest], largest
+
+
 def _format_of_pair(row: dict[str, Any], place: str) -> str:
-    """The format of a row with nothing but chosen and rejected."""
-    texts = [value for value in (row["chosen"], row["rejected"]) if isinstance(value, str)]
+    """The format of a row of chosen and rejected without a prompt, at least not in a column of this name."""
+    pair = (row["chosen"], row["rejected"])
+    texts = [value for value in pair if isinstance(value, str)]
     if any(ASSISTANT in value for value in texts):
         return "hh"
     if texts and "prompt" in row:  # the column is there, and only this row's is null
+        return "trl"
+    asked = pairs.prompt_column(row)
+    if row.get(asked) is not None and (asked == "conversations" or not all(map(is_whole, pair))):
         return "trl"
     others = [name for name in QUERIES if name in row]
     if texts and others:

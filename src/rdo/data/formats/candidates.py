@@ -25,17 +25,20 @@ from rdo.data.formats.checks import (
     text,
     typed,
 )
-from rdo.data.formats.conversations import query
+from rdo.data.formats.conversations import Conversation, query
 from rdo.data.records import SPLITS, Preference, Record
 from rdo.errors import DataError
 
 Row = dict[str, Any]
 
 # Every layout of the format `ranked`: how the query is called, and what says which response is better.
-RANKED = tuple(
-    (asked, *ranked)
-    for asked in ("prompt", "query")
-    for ranked in (("ranked_responses",), ("responses", "ranks"), ("answers",))
+RANKED = (
+    *(
+        (asked, *ranked)
+        for asked in ("prompt", "query")
+        for ranked in (("ranked_responses",), ("responses", "ranks"), ("answers",))
+    ),
+    ("question", "answers"),
 )
 
 
@@ -106,10 +109,13 @@ def read_ranked(row: Row, place: str) -> list[Record]:
     """Ranked responses: the query in prompt or query, text or messages, and the ranking in one of three ways.
 
     ranked_responses: texts, best first. responses and ranks: texts, and the rank of each; the lowest number is best,
-    equal numbers are ties. answers (berkeley-nest/Nectar): objects of answer and rank.
+    equal numbers are ties. answers: objects of answer and rank (berkeley-nest/Nectar), or, beside the query in
+    question, of text and pm_score, the highest of which is best (HuggingFaceH4/stack-exchange-preferences).
     """
-    name = "query" if row.get("prompt") is None else "prompt"
+    name = next((name for name in ("prompt", "query", "question") if row.get(name) is not None), "query")
     asked, messages = query(row.get(name), place, name)
+    if name == "question":
+        return _read_votes(row, asked, messages, place)
     if row.get("ranked_responses") is not None:
         texts = responses(row.get("ranked_responses"), place, "ranked_responses")
         ranks: tuple[float, ...] = tuple(range(len(texts)))
@@ -125,6 +131,14 @@ def read_ranked(row: Row, place: str) -> list[Record]:
         problem = "missing; give ranked_responses, or responses and ranks, or answers"
         raise DataError(describe(place, "ranked_responses", problem))
     return [Record("", asked, texts, by_rank(ranks), messages=messages)]
+
+
+def _read_votes(row: Row, asked: str, messages: Conversation, place: str) -> list[Record]:
+    values = listed(row.get("answers"), place, "answers", fewest=2)
+    answers = [typed(entry, dict, place, f"answers[{n}]") for n, entry in enumerate(values)]
+    texts = tuple(response(entry.get("text"), place, f"answers[{n}].text") for n, entry in enumerate(answers))
+    scores = tuple(number(entry.get("pm_score"), place, f"answers[{n}].pm_score") for n, entry in enumerate(answers))
+    return [Record("", asked, texts, _by_score(scores, place, "answers"), scores, messages=messages)]
 
 
 def read_ultrafeedback(row: Row, place: str) -> list[Record]:

@@ -27,6 +27,14 @@ def is_text(value: object, place: str, field: str) -> bool:
     return not isinstance(value, list)
 
 
+def is_whole(value: object) -> bool:
+    """Whether a value is a list of messages that holds the query, too: one that does not begin with the reply."""
+    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
+        return False
+    role = value[0].get("role") or value[0].get("from")
+    return ALIASES.get(str(role), role) != "assistant"
+
+
 def conversation(value: object, place: str, field: str) -> Conversation:
     """The messages of a list, at least one; a system's message only in front, no user's message blank."""
     values = listed(value, place, field, fewest=1)
@@ -89,17 +97,17 @@ def query(value: object, place: str, field: str) -> tuple[str, Conversation]:
     return text_of(messages), messages
 
 
-def continued(prompt: object, value: object, place: str, field: str) -> Conversation:
+def continued(prompt: object, value: object, place: str, field: str, asked: str = "prompt") -> Conversation:
     """The whole conversation out of its prompt and what `value` says of the rest.
 
-    prompt: the column `prompt`, text or messages. value: the reply's text, the messages after the prompt, or the whole
+    prompt: the value of the column `asked`, text or messages. value: the reply's text, the messages after the prompt, or the whole
     conversation once more. A prompt in text need not stand first in that, as long as it is one of the user's messages.
     """
-    as_text = is_text(prompt, place, "prompt")
+    as_text = is_text(prompt, place, asked)
     if as_text:
-        start: Conversation = (Message("user", query_text(prompt, place, "prompt")),)
+        start: Conversation = (Message("user", query_text(prompt, place, asked)),)
     else:
-        start = asking(conversation(prompt, place, "prompt"), place, "prompt")
+        start = asking(conversation(prompt, place, asked), place, asked)
     if is_text(value, place, field):
         return (*start, Message("assistant", text(value, place, field)))
     messages = conversation(value, place, field)
@@ -110,8 +118,8 @@ def continued(prompt: object, value: object, place: str, field: str) -> Conversa
     if as_text and any(m.role == "user" and m.content.strip() == start[0].content.strip() for m in messages):
         return messages
     problem = (
-        "neither begins with the messages of 'prompt' nor is a reply; correct one of the two, "
-        "or set dataset.format=trl_implicit to leave 'prompt' aside"
+        f"neither begins with the messages of '{asked}' nor is a reply; correct one of the two, "
+        f"or set dataset.format=trl_implicit to leave '{asked}' aside"
     )
     raise DataError(describe(place, field, problem))
 

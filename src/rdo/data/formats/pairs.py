@@ -9,6 +9,7 @@ from rdo.data.formats.checks import (
     choice,
     describe,
     flag,
+    listed,
     number,
     query_text,
     response,
@@ -17,12 +18,15 @@ from rdo.data.formats.checks import (
     typed,
 )
 from rdo.data.formats.conversations import Conversation, asking, continued, conversation, is_text, parted, shared_length
-from rdo.data.records import Preference, Record
+from rdo.data.formats.verdicts import with_input
+from rdo.data.records import Message, Preference, Record
 from rdo.data.templates import ASSISTANT, text_of
 from rdo.errors import DataError
 
 Row = dict[str, Any]
 PAIR = ("chosen", "rejected")
+# Where a row of chosen and rejected may have its query: the first of these columns.
+PROMPTS = ("prompt", "question", "query", "instruction", "input", "conversations")
 
 # Of chatbot arena's votes: the preference, given that the responses are those of model a and model b.
 VOTES = {
@@ -56,22 +60,64 @@ def read_hh(row: Row, place: str) -> list[Record]:
     return _pair({}, query, (chosen[len(query) :], rejected[len(query) :]), place)
 
 
-def read_trl(row: Row, place: str) -> list[Record]:
-    """TRL's explicit-prompt rows, and those of Dahoas/rm-static and HuggingFaceH4/ultrafeedback_binarized.
+def prompt_column(row: Row) -> str:
+    """The column that holds the query of a row of chosen and rejected."""
+    return next((name for name in PROMPTS if name in row), PROMPTS[0])
 
-    prompt: text or messages. chosen, rejected: the reply's text, the messages after the prompt (the reply alone, as a
-    rule), or the whole conversation. score_chosen, score_rejected: the scores, if they are there.
+
+def read_trl(row: Row, place: str) -> list[Record]:
+    """TRL's explicit-prompt rows, and what others have made of them: Dahoas/rm-static,
+    HuggingFaceH4/ultrafeedback_binarized, Intel/orca_dpo_pairs, LLaMA-Factory's two formats.
+
+    prompt, or another of `PROMPTS`: text or messages; instruction is joined by input. system: a system's text, which
+    goes before. history: [[the user's text, the reply], ...], earlier turns. chosen, rejected: the reply's text, one
+    message or several (the reply alone, as a rule), or the whole conversation. score_chosen, score_rejected: the
+    scores, if they are there.
     """
-    if all(is_text(row.get(name), place, name) for name in ("prompt", *PAIR)):
-        prompt = query_text(row.get("prompt"), place, "prompt")
-        chosen, rejected = (text(row.get(name), place, name) for name in PAIR)
-        if prompt.rstrip().endswith(ASSISTANT) and chosen.startswith(prompt) and rejected.startswith(prompt):
+    name = prompt_column(row)
+    prompt = with_input(row, place) if name == "instruction" else row.get(name)
+    before = _earlier(row, place)
+    replies = [[value] if isinstance(value := row.get(field), dict) else value for field in PAIR]
+    named = ((name, prompt), *zip(PAIR, replies, strict=True))
+    if not before and all([is_text(value, place, field) for field, value in named]):
+        asked = query_text(prompt, place, name)
+        chosen, rejected = (text(row.get(field), place, field) for field in PAIR)
+        if asked.rstrip().endswith(ASSISTANT) and chosen.startswith(asked) and rejected.startswith(asked):
             problem = "repeats the prompt: these are whole dialogues, set dataset.format=hh"
             raise DataError(describe(place, "chosen", problem))
-        return _pair(row, prompt, (chosen, rejected), place)
-    first, second = (continued(row.get("prompt"), row.get(name), place, name) for name in PAIR)
-    messages, replies = parted(first, second, place, PAIR)
-    return _pair(row, text_of(messages), replies, place, messages)
+        return _pair(row, asked, (chosen, rejected), place)
+    first, second = (
+        _behind(before, continued(prompt, value, place, field, name), place)
+        for field, value in zip(PAIR, replies, strict=True)
+    )
+    messages, texts = parted(first, second, place, PAIR)
+    return _pair(row, text_of(messages), texts, place, messages)
+
+
+def _earlier(row: Row, place: str) -> Conversation:
+    """What was said before the prompt, as columns of their own have it."""
+    before: list[Message] = []
+    if row.get("system") is not None and text(row["system"], place, "system").strip():
+        before.append(Message("system", row["system"]))
+    history = row.get("history")
+    for index, turn in enumerate(history if isinstance(history, list) else []):
+        said = listed(turn, place, f"history[{index}]")
+        if len(said) != 2:
+            problem = "must be [the user's text, the reply]; correct it or delete the row"
+            raise DataError(describe(place, f"history[{index}]", problem))
+        before.append(Message("user", query_text(said[0], place, f"history[{index}][0]")))
+        before.append(Message("assistant", text(said[1], place, f"history[{index}][1]")))
+    return tuple(before)
+
+
+def _behind(before: Conversation, messages: Conversation, place: str) -> Conversation:
+    """The messages with those before them; the system may speak once."""
+    if before and messages[0].role == "system":
+        if before[0].role == "system" and before[0] != messages[0]:
+            problem = "stands beside another system's message; keep one of the two"
+            raise DataError(describe(place, "system", problem))
+        return (messages[0], *(message for message in before if message.role != "system"), *messages[1:])
+    return (*before, *messages)
 
 
 def read_trl_implicit(row: Row, place: str) -> list[Record]:

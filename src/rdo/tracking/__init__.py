@@ -1,31 +1,45 @@
-"""Metrics of a run: a JSON-lines file always, and wandb where the config says so."""
+"""Metrics of a run: a JSON-lines file always, and wandb where the config says so.
+
+The file is what counts: wandb is shown what stands in it, every step once, however often the run is interrupted.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rdo import interrupts
+from rdo.distributed import world
 from rdo.files import DiskFull, append_text, replace_file, synchronize
 from rdo.progress import say, warn
 from rdo.schema import TrackerConfig
+from rdo.tracking.wandb_run import WandbRun
 
 METRICS = "metrics.jsonl"
 
 
 class Tracker:
-    """Logs the steps of one training run; use it as a context so that wandb is always closed."""
+    """Logs the steps of one training run; use it as a context so that wandb is always closed.
 
-    def __init__(self, config: TrackerConfig, folder: Path, name: str, settings: dict[str, Any]):
+    Only the run's first process writes, in the others nothing happens.
+    """
+
+    def __init__(self, config: TrackerConfig, folder: Path, name: str, settings: Mapping[str, Any]):
+        """Raises UserError where wandb is wanted and cannot be reached."""
         self.file = folder / METRICS
         self.size: int | None = None
         self.unwritten: list[str] = []  # lines for which the disk has no room yet
-        self.run = start_wandb(config, folder, name, settings) if config.name == "wandb" else None
+        self.writes = world().first
+        wanted = self.writes and config.name == "wandb"
+        self.run = WandbRun(config, folder, name, settings) if wanted else None
 
     def resume(self, steps: int) -> None:
-        """Drops what was logged after the checkpoint that the run goes on from, so that each step stands once."""
+        """Drops what was logged after the checkpoint that the run goes on from, so that each step stands once, and
+        shows wandb the steps before it that a crash kept from it."""
+        if not self.writes:
+            return
         text = self.file.read_text(errors="replace") if self.file.exists() else ""
         kept: dict[int, str] = {}
         for line in text.splitlines(keepends=True):
@@ -40,9 +54,14 @@ class Tracker:
             with replace_file(self.file) as temporary:
                 temporary.write_text(wanted)
         self.size = None
+        if self.run is not None:
+            self.run.catch_up(json.loads(kept[step]) for step in sorted(kept))
 
-    def log(self, step: int, values: dict[str, Any]) -> None:
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Logs the values of a step, counted from 1. While the disk is full, lines are kept in memory."""
+        if not self.writes:
+            return
+        values = with_effective_sample(values)
         waiting = bool(self.unwritten)
         self.unwritten.append(json.dumps({"step": step, **values}) + "\n")
         try:
@@ -51,7 +70,7 @@ class Tracker:
             if not waiting:
                 warn(f"{error}; its lines are kept in memory until there is room")
         if self.run is not None:
-            self.run.log({"global_step": step, **values})
+            self.run.log(step, values)
 
     def write(self) -> None:
         """Writes the lines that are not written yet. Raises DiskFull and keeps them if that cannot be."""
@@ -73,7 +92,7 @@ class Tracker:
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         if self.run is not None:
-            self.run.finish(exit_code=1 if failure else 0)
+            self.run.finish(failed=failure is not None, preempted=failure is interrupts.Stopped)
 
 
 def step_of(line: str) -> int | None:
@@ -85,36 +104,11 @@ def step_of(line: str) -> int | None:
     return step if isinstance(step, int) else None
 
 
-def start_wandb(config: TrackerConfig, folder: Path, name: str, settings: dict[str, Any]) -> Any:
-    """A wandb run: online when logged in, else offline, never asking; the same folder gives the same run id."""
-    # wandb would report errors of its own to its makers, with what it finds around them.
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    import wandb
-
-    mode = os.environ.get("WANDB_MODE")
-    if not mode:
-        mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-    run = wandb.init(
-        project=config.project,
-        group=config.group,
-        name=name,
-        id=f"{folder.name}-{hashlib.blake2b(str(folder.resolve()).encode(), digest_size=4).hexdigest()}",
-        resume="allow",
-        dir=str(folder),
-        # Metrics and our config go, and nothing that wandb finds by itself: an address of a git remote may hold a
-        # token, the terminal's text what the data says, and the rest tells of the machine.
-        settings=wandb.Settings(
-            silent=True,
-            disable_git=True,
-            disable_code=True,
-            save_code=False,
-            console="off",
-            x_disable_meta=True,
-            x_save_requirements=False,
-            host="",
-        ),
-        mode=mode,  # type: ignore[arg-type]
-        config=settings,
-    )
-    run.define_metric("*", step_metric="global_step")
-    return run
+def with_effective_sample(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A step's values, the mean square of its weights turned into what it is measured for: the effective sample size
+    (sum w)^2 / sum w^2 as a share of the number of pairs. Both means are of the whole step, over all processes."""
+    values = dict(values)
+    square = values.pop("weight_square_mean", None)
+    if square:
+        values["effective_sample_share"] = values["weight_mean"] ** 2 / square
+    return values

@@ -1,0 +1,278 @@
+"""Any number of processes under DeepSpeed's ZeRO (Rajbhandari et al. 2020): optimizer state, gradients and weights
+are divided among them, stage by stage.
+
+A step is one update however many micro-batches each process has: DeepSpeed reduces gradients at the last one, and
+divides by the number of processes, which the loss is multiplied with before.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import logging
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed
+from transformers import PreTrainedModel
+
+from rdo.distributed import from_first, gathered, meet, world
+from rdo.engine import precision_of
+from rdo.engine.torch_engine import foreign
+from rdo.errors import UserError
+from rdo.files import Damaged, DiskFull, check_seal, replace_sealed, synchronize, write_json
+from rdo.schema import EngineConfig
+
+T = TypeVar("T")
+
+DESCRIPTION = "checkpoint.json"
+# More of DeepSpeed's settings of ZeRO, by its own names.
+ZERO: dict[str, Any] = {}
+# What DeepSpeed's files hold beside tensors and plain data; a file that names anything else is not loaded.
+CLASSES = (
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+
+
+class Root(torch.nn.Module):
+    """The model as DeepSpeed sees it: every forward pass is one call of this module, so that weights which are used
+    outside their own layer (the output head's) are there all the while."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[PreTrainedModel], T]) -> T:
+        return function(self.model)
+
+
+class ZeroEngine:
+    """See `Engine`."""
+
+    suffix = ""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        max_gradient_norm: float | None,
+        config: EngineConfig,
+    ):
+        deepspeed = imported(model.device)
+        self.model, self.name = model, config.name
+        self.precision = precision_of(config, model.device)
+        root = Root(model)
+        self.engine, *_ = deepspeed.initialize(
+            model=root,
+            optimizer=optimizer,
+            config=settings(config.name, self.precision, max_gradient_norm),
+            dist_init_required=False,
+        )
+        if stage_of(config.name) == 3:
+            for weight in used_elsewhere(model):
+                deepspeed.zero.register_external_parameter(root, weight)
+        self.engine.checkpoint_engine = sealed_files(deepspeed)()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.engine.optimizer.param_groups
+
+    def forward(self, function: Callable[[PreTrainedModel], T]) -> T:
+        return self.engine(function)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * world().size)
+
+    def step(self) -> float | None:
+        self.engine.step()
+        if self.precision == torch.float16 and self.engine.optimizer.overflow:
+            return None
+        return float(self.engine.get_global_grad_norm())
+
+    def save(self, path: Path, step: int) -> None:
+        temporary = path.with_name(f".{path.name}.part")
+        if world().first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        meet()
+        files = self.engine.checkpoint_engine
+        files.failure = None
+        self.engine.save_checkpoint(
+            str(temporary),
+            tag="state",
+            client_state={"step": step, "random": torch.get_rng_state()},
+            save_latest=False,
+            exclude_frozen_parameters=True,
+        )
+        failures = gathered([files.failure] if files.failure else [])
+        if not failures and (failure := from_first(lambda: self.complete(temporary, path, step))):
+            failures = [failure]
+        if failures:
+            if world().first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            meet()
+            raise DiskFull(failures[0])
+
+    def complete(self, temporary: Path, path: Path, step: int) -> str | None:
+        """Gives a checkpoint its name when every process has written its part; what is wrong where that cannot be."""
+        described = {"engine": self.name, "processes": world().size, "step": step, "precision": str(self.precision)}
+        described["files"] = sorted(file.name for file in (temporary / "state").iterdir())
+        try:
+            write_json(temporary / DESCRIPTION, described)
+            synchronize(temporary / "state")
+            synchronize(temporary)
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.rename(path)
+            synchronize(path.parent)
+        except DiskFull as error:
+            return str(error)
+        return None
+
+    def load(self, path: Path) -> int:
+        damage = from_first(lambda: self.examine(path))
+        if damage:
+            raise Damaged(damage)
+        try:
+            loaded, state = self.engine.load_checkpoint(str(path), tag="state", load_module_strict=False)
+        except (RuntimeError, KeyError, ValueError, AssertionError) as error:
+            raise foreign(path, str(error)) from error
+        if loaded is None:
+            raise Damaged("DeepSpeed finds no checkpoint in it")
+        torch.set_rng_state(state["random"].cpu())
+        return int(state["step"])
+
+    def examine(self, path: Path) -> str | None:
+        """What is damaged of a checkpoint, if anything. Raises UserError where it cannot be taken up by this run."""
+        try:
+            described = json.loads((path / DESCRIPTION).read_text())
+            for name in described["files"]:
+                check_seal(path / "state" / name)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"its {DESCRIPTION} cannot be read ({type(error).__name__})"
+        except Damaged as reason:
+            return str(reason)
+        for what, here in (("engine", self.name), ("processes", world().size), ("precision", str(self.precision))):
+            if described[what] != here:
+                raise UserError(
+                    f"{path} was saved with {what} {described[what]}, and this run has {here}: start it with the same "
+                    f"as before, or delete {path.parent}, and the same command starts from step 0"
+                )
+        return None
+
+    def full_state(self) -> dict[str, torch.Tensor] | None:
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        state: dict[str, torch.Tensor] = {}
+        weights = dict(self.model.named_parameters(remove_duplicate=False))
+        tensors = {**dict(self.model.named_buffers(remove_duplicate=False)), **weights}
+        for name in self.model.state_dict():
+            tensor = tensors[name]
+            whole = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
+            partitioned = [tensor] if whole is None and hasattr(tensor, "ds_id") else []
+            with GatheredParameters(partitioned, enabled=bool(partitioned)):
+                if world().first:
+                    state[name] = (tensor if whole is None else whole).detach().to("cpu", copy=True)
+        return state if world().first else None
+
+    def close(self) -> None:
+        self.engine.destroy()
+        gc.collect()
+
+
+@cache
+def imported(device: torch.device) -> Any:
+    """DeepSpeed, ready to be used on this kind of device, without compiling anything and without MPI."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name, value in (("RANK", world().rank), ("WORLD_SIZE", world().size), ("LOCAL_RANK", world().local_rank)):
+        os.environ.setdefault(name, str(value))
+    warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # DeepSpeed's calls
+    logging.getLogger("compilers").setLevel(logging.WARNING)  # that it looks for is no news
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # An optional speed-up on CPUs whose compilation takes a minute, and fails where there is no compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    deepspeed.init_distributed("gloo" if device.type == "cpu" else "nccl", verbose=False)
+    return deepspeed
+
+
+def stage_of(name: str) -> int:
+    """The ZeRO stage of an engine's name."""
+    return int(name.removeprefix("zero")[0])
+
+
+def settings(name: str, precision: torch.dtype, max_gradient_norm: float | None) -> dict[str, Any]:
+    """DeepSpeed's configuration."""
+    zero: dict[str, Any] = {"stage": stage_of(name), **ZERO}
+    if name.endswith("_offload"):
+        zero |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # ours are packed by tokens; this number has no effect
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_gradient_norm or 0.0,
+        "zero_optimization": zero,
+        "bf16": {"enabled": precision == torch.bfloat16},
+        "fp16": {"enabled": precision == torch.float16, "initial_scale_power": 16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,  # torch's own AdamW: DeepSpeed's needs a compiler
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": math.inf,
+    }
+
+
+def used_elsewhere(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """Weights that are read outside the forward pass of their own layer: those of heads (see readout.py)."""
+    heads = (model.get_output_embeddings(), getattr(model, "score", None))
+    return [weight for head in heads if head is not None for weight in head.parameters()]
+
+
+@cache
+def sealed_files(deepspeed: Any) -> type:
+    """DeepSpeed's way of writing checkpoint files, with seals."""
+    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+
+    class SealedFiles(CheckpointEngine):
+        """A full disk is kept in `failure`, for all processes must go through the whole of DeepSpeed's saving."""
+
+        def __init__(self) -> None:
+            self.failure: str | None = None
+
+        def create(self, info: Any) -> None:
+            pass
+
+        def commit(self, info: Any) -> None:
+            pass
+
+        def save(self, state_dict: Any, path: str) -> None:
+            try:
+                with replace_sealed(Path(path)) as file:
+                    torch.save(state_dict, file)  # type: ignore[arg-type]
+            except UserError as error:
+                self.failure = str(error)
+
+        def load(self, path: str, map_location: Any = None) -> Any:
+            classes = []
+            for name in CLASSES:
+                module, _, attribute = name.rpartition(".")
+                classes.append(getattr(importlib.import_module(module), attribute))
+            with torch.serialization.safe_globals(classes):
+                return torch.load(path, map_location=map_location, weights_only=True)
+
+    return SealedFiles

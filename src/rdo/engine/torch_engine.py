@@ -1,0 +1,105 @@
+"""One process of plain PyTorch, weights in float32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from rdo.engine import precision_of
+from rdo.errors import UserError
+from rdo.files import check_seal, replace_sealed
+from rdo.schema import EngineConfig
+
+T = TypeVar("T")
+
+
+class TorchEngine:
+    """See `Engine`."""
+
+    suffix = ".pt"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        max_gradient_norm: float | None,
+        config: EngineConfig,
+    ):
+        self.model, self.optimizer = model, optimizer
+        self.largest = math.inf if max_gradient_norm is None else max_gradient_norm
+        self.precision = precision_of(config, model.device)
+        if self.precision == torch.float16:
+            raise UserError(
+                "engine.precision=float16 needs the loss scaling of engine=zero1 (or zero2, zero3); engine=torch takes "
+                "float32 or bfloat16"
+            )
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def forward(self, function: Callable[[PreTrainedModel], T]) -> T:
+        if self.precision == torch.float32:
+            return function(self.model)
+        with torch.autocast(self.model.device.type, self.precision):
+            return function(self.model)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        loss.backward()
+
+    def step(self) -> float | None:
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.largest))
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def save(self, path: Path, step: int) -> None:
+        state: dict[str, Any] = {
+            "step": step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        with replace_sealed(path) as file:
+            torch.save(state, file)  # type: ignore[arg-type]
+
+    def load(self, path: Path) -> int:
+        check_seal(path)
+        state = torch.load(path, map_location=self.model.device, weights_only=True)
+        check_fits(path, state["model"], self.model)
+        self.model.load_state_dict(state["model"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise foreign(path, str(error)) from error
+        torch.set_rng_state(state["random"].cpu())
+        return int(state["step"])
+
+    def full_state(self) -> dict[str, torch.Tensor] | None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+def check_fits(file: Path, saved: dict[str, torch.Tensor], model: PreTrainedModel) -> None:
+    """Raises UserError unless the saved weights are those of such a model."""
+    there = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    here = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in (*here, *there):
+        if there.get(name) != here.get(name):
+            raise foreign(file, f"{name}: {there.get(name, 'nothing')} there, {here.get(name, 'nothing')} here")
+
+
+def foreign(path: Path, reason: str) -> UserError:
+    """What to say of another model's checkpoint."""
+    return UserError(
+        f"{path} is a checkpoint of another model ({reason}); delete {path.parent}: the same command then starts from "
+        "step 0"
+    )

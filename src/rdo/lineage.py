@@ -1,0 +1,53 @@
+"""What a finished result follows from: the settings of its own stage and of everything upstream, by their manifests."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rdo.files import read_json
+
+MANIFEST = "manifest.json"
+# The settings that sweeps run over, by their names in manifests, and as they are called on the command line.
+SWEPT = {
+    "align.rc.alpha": "rc.alpha",
+    "align.loss.settings.beta": "loss.beta",
+    "diffmodel.training.beta0": "diffmodel.beta0",
+    "diffmodel.training.beta1": "diffmodel.beta1",
+}
+# Of an evaluation's inputs what it is about, and not who judged.
+SUBJECT = ("policy", "scorer")
+
+
+def determinants(run_dir: Path, manifest: Mapping[str, Any], inputs: Collection[str] | None = None) -> dict[str, Any]:
+    """Every setting that a result follows from, its inputs' included (`inputs`: of these alone), by stage:
+    "align.rc.alpha". Seeds are none of them: results that differ in their seed alone are of one kind."""
+    found: dict[str, Any] = {}
+    for name, entry in manifest["inputs"].items():
+        if inputs is not None and name not in inputs:
+            continue
+        path = run_dir / entry["folder"] / MANIFEST
+        if path.is_file():
+            found |= determinants(run_dir, read_json(path))
+        else:
+            found[f"{manifest['stage']}.{name}"] = entry["folder"]
+    return found | dict(flat(manifest["settings"], manifest["stage"]))
+
+
+def flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Nested settings as pairs of dotted name and value, without seeds."""
+    if isinstance(value, Mapping):
+        for name, member in value.items():
+            yield from flat(member, f"{path}.{name}")
+    elif not path.endswith(".seed"):
+        yield path, value
+
+
+def swept(run_dir: Path, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of what a result follows from, judges aside: the settings that sweeps run over, where they have an effect on it,
+    by their names on the command line; and all others."""
+    subject = SUBJECT if manifest["stage"] == "eval" else None
+    settings = determinants(run_dir, manifest, subject)
+    values = {SWEPT[name]: value for name, value in settings.items() if name in SWEPT}
+    return values, {name: value for name, value in settings.items() if name not in SWEPT}

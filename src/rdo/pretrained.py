@@ -1,0 +1,238 @@
+"""Models in Hugging Face format: made from scratch, loaded (whole, or an adapter with its base), and saved."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rdo.adapter_files import Adapter, adapter_base, dtype_of, find_adapter, is_adapter, outputs_of
+from rdo.adapters import attach, description, has_adapter, merge_adapter, save_adapter
+from rdo.errors import UserError
+from rdo.files import replace_folder
+from rdo.model_files import check_folder, has_tokenizer, unloadable
+from rdo.models import beside_backbone, check_logits, head_names, head_parameters, without_dropout
+from rdo.schema import ModelConfig
+
+# Settings by which some decoders change logits after the head; we read the head itself, so they would be lost.
+LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+# Larger models are saved in several files.
+LARGEST_FILE = "5GB"
+
+
+def new_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """A Llama with random weights, from the sizes in the config; the seed fixes the weights."""
+    torch.manual_seed(seed)
+    llama = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.key_value_heads or config.heads,
+        max_position_embeddings=config.max_positions,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    return without_dropout(AutoModelForCausalLM.from_config(llama, dtype=torch_dtype(config.dtype)))
+
+
+def load_policy(path: str | Path, config: ModelConfig) -> PreTrainedModel:
+    """A causal language model from a folder or the hub, without dropout."""
+    model = from_pretrained(AutoModelForCausalLM, path, config)
+    for name, neutral in LOGIT_CHANGES.items():
+        if getattr(model.config, name, neutral) not in (neutral, None):
+            raise UserError(f"model.path={path}: its {name} changes the logits after the head: not supported")
+    without_dropout(model)
+    check_logits(model, path)
+    return model
+
+
+def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub name (an adapter without one has its base's); UserError where there is
+    none that can end a sequence."""
+    check_folder(path, "tokenizer")
+    at = revision(path, config)
+    if os.path.isdir(path) and is_adapter(Path(path)) and not has_tokenizer(Path(path)):
+        path, at = adapter_base(Path(path)), "main"
+        check_folder(path, "tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code, revision=at)
+    except Exception as error:  # a damaged file may end in anything
+        raise unloadable(path, "tokenizer", error) from error
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
+        raise UserError(
+            f"the tokenizer of {path} has no end-of-sequence token, so no response could end: set eos_token in its "
+            "tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def new_scorer(policy: str | Path, form: str, config: ModelConfig, seed: int) -> PreTrainedModel:
+    """A scorer of the given form (see scorers.FORMS) on the backbone of a policy; its head starts at zero.
+
+    The residual form reads two outputs of one head: 0 the pointwise reward, 1 the comparison.
+    """
+    torch.manual_seed(seed)
+    model = from_pretrained(
+        AutoModelForSequenceClassification, policy, config, new_head=True, num_labels=2 if form == "residual" else 1
+    )
+    with torch.no_grad():
+        for parameter in head_parameters(model):
+            parameter.zero_()
+    model.config.rdo_form = form
+    return without_dropout(model)
+
+
+def load_scorer(path: str | Path, config: ModelConfig) -> PreTrainedModel:
+    """A scorer that we saved, or any sequence classifier with one output (then: a pointwise reward model)."""
+    model = from_pretrained(AutoModelForSequenceClassification, path, config)
+    if not hasattr(model.config, "rdo_form"):
+        if model.config.num_labels != 1:
+            raise UserError(f"{path}: a reward model has one output, this one has {model.config.num_labels}")
+        model.config.rdo_form = "pointwise"
+    return without_dropout(model)
+
+
+def from_pretrained(
+    factory: Any, path: str | Path, config: ModelConfig, new_head: bool = False, **others: Any
+) -> PreTrainedModel:
+    """Loads a whole model, or an adapter with its base. All weights must be there (new_head: but for those of the head
+    and what pools for it).
+
+    No code from the hub runs unless the user says so, and none from a pickle ever does.
+    """
+    check_folder(path)
+    adapter = find_adapter(path, revision(path, config))
+    if adapter is None:
+        model, missing = load_whole(factory, path, config, revision(path, config), **others)
+    else:
+        model, missing = load_adapted(factory, adapter, config, new_head, **others)
+    lacking = sorted(name for name in missing if not (new_head and beside_backbone(model, name)))
+    if lacking:
+        hint = "; a language model is no scorer yet: train one on it (rm.backbone or diffmodel.backbone)"
+        hint = hint if set(lacking) <= head_names(model) else ""
+        raise UserError(f"{path} lacks weights of {type(model).__name__}: {', '.join(lacking[:5])}{hint}")
+    return model
+
+
+def load_whole(
+    factory: Any, path: str | Path, config: ModelConfig, at: str, **others: Any
+) -> tuple[PreTrainedModel, set[str]]:
+    """A model from its own files at a revision, and the names of the weights that they lack."""
+    try:
+        model, loading = factory.from_pretrained(
+            path,
+            dtype=torch_dtype(config.dtype),
+            trust_remote_code=config.trust_remote_code,
+            revision=at,
+            weights_only=True,
+            output_loading_info=True,
+            **others,
+        )
+    except Exception as error:  # a damaged file may end in anything
+        raise unloadable(path, "model", error) from error
+    return model, set(loading["missing_keys"])
+
+
+def load_adapted(
+    factory: Any, adapter: Adapter, config: ModelConfig, new_head: bool, **others: Any
+) -> tuple[PreTrainedModel, set[str]]:
+    """A base with its adapter, and the names of the weights that both lack."""
+    try:
+        if factory is AutoModelForSequenceClassification and (outputs := outputs_of(adapter)):
+            others = {"num_labels": outputs, **others}
+        check_folder(adapter.base)
+        model, missing = load_whole(factory, adapter.base, config, adapter.revision or "main", **others)
+        brought = attach(model, adapter, ignore_others=new_head)
+    except UserError as error:
+        raise UserError(f"{adapter.folder} is an adapter of {adapter.base}: {error}") from error
+    except Exception as error:  # see load_whole
+        raise unloadable(adapter.folder, "model", error) from error
+    if adapter.form is not None:
+        model.config.rdo_form = adapter.form
+    return model, missing - brought
+
+
+def revision(path: str | Path, config: ModelConfig) -> str:
+    """model.revision belongs to model.path; any other folder or hub name is taken as it is."""
+    return config.revision or "main" if str(path) == config.path and not os.path.isdir(path) else "main"
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    state: Mapping[str, torch.Tensor] | None = None,
+    merge: bool = False,
+) -> None:
+    """Writes model and tokenizer in Hugging Face format (safetensors), all or nothing; an adapter in peft's, or merged
+    into its base.
+
+    state: the weights, by the names of `state_dict`, where the model itself has them not (of an adapter those that are
+    trained); they are saved in their own dtype.
+    """
+    with replace_folder(folder) as temporary:
+        if has_adapter(model) and not merge:
+            save_adapter(model, temporary, folder, state)
+        else:
+            if has_adapter(model):
+                with tempfile.TemporaryDirectory(dir=temporary) as part:
+                    save_adapter(model, Path(part), folder, state)
+                    whole = merged(model, Path(part))
+            else:
+                whole = model if state is None else with_weights(model, state)
+            whole.save_pretrained(temporary, max_shard_size=LARGEST_FILE)
+        tokenizer.save_pretrained(temporary)
+
+
+def with_weights(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+    """A model like this one with other weights, which are not copied."""
+    with torch.device("meta"):
+        twin = type(model)(copy.deepcopy(model.config))
+    twin.load_state_dict(dict(state), assign=True)
+    twin.tie_weights()
+    if twin.can_generate():
+        twin.generation_config = model.generation_config
+    # By which names some architectures' weights go in files, as they were loaded.
+    twin._weight_conversions = getattr(model, "_weight_conversions", None)  # type: ignore[assignment]
+    return twin
+
+
+def merged(model: PreTrainedModel, adapter_folder: Path) -> PreTrainedModel:
+    """The base of the model's adapter, from its files, with the saved adapter merged in."""
+    described = description(model)
+    adapter = Adapter(adapter_folder, described.base_model_name_or_path, described.revision, None)
+    whole = type(model).from_pretrained(
+        adapter.base,
+        config=copy.deepcopy(model.config),
+        dtype=dtype_of(adapter),
+        revision=adapter.revision or "main",
+        weights_only=True,
+    )
+    attach(whole, adapter)
+    merge_adapter(whole)
+    return whole
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of model.dtype."""
+    known = {"float32", "bfloat16", "float16", "float64"}
+    if name not in known:
+        raise UserError(f"model.dtype={name}: must be one of {', '.join(sorted(known))}")
+    return getattr(torch, name)

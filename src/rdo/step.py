@@ -1,0 +1,162 @@
+"""One step of training: what a task is, and how its losses become the gradient of one mean over the global batch.
+
+A step's items are dealt to the processes and packed into micro-batches by a token budget. Losses are divided by the
+step's GLOBAL counts, known before the first forward pass; so loss and gradient are the same for any budget, layout,
+number of processes and order of records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from rdo import interrupts
+from rdo.distributed import gathered, total, world
+from rdo.engine import Engine
+from rdo.forest import LayoutName, TokenIds
+from rdo.packing import cost, deal
+
+Counts = dict[str, float]
+Measures = dict[str, tuple[torch.Tensor, float]]  # name -> (sum, count)
+
+
+class Item(Protocol):
+    """One record's part of a step."""
+
+    @property
+    def record_id(self) -> str: ...
+
+    @property
+    def sequences(self) -> Sequence[TokenIds]: ...
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What every micro-batch needs of the whole step (KTO's KL estimate), computed without gradients beforehand.
+
+    values(model, layout, items): one micro-batch's part of it, [any number]. combined: what `losses` is given, made of
+    the parts of all micro-batches.
+    """
+
+    values: Callable[..., torch.Tensor]
+    combined: Callable[[torch.Tensor], dict[str, Any]]
+
+
+class Task(Protocol):
+    """What a stage trains: records to items, items to losses."""
+
+    @property
+    def record_ids(self) -> Sequence[str]:
+        """Ids of the training records, sorted, so that the order of a file changes nothing."""
+
+    def item(self, index: int, epoch: int) -> Any:
+        """The item of one record in one epoch."""
+
+    def counts(self, items: Sequence[Any]) -> Counts:
+        """Denominators of a step's means, from its items alone."""
+
+    preparation: Preparation | None  # where a step's losses need something of the whole step
+
+    def losses(
+        self, model: PreTrainedModel, layout: LayoutName, items: Sequence[Any], counts: Counts, prepared: dict[str, Any]
+    ) -> tuple[torch.Tensor, Measures]:
+        """This micro-batch's share of the step's mean loss (a scalar), and sums and counts of what to log."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What any process asks of all when a step is done: to stop, or to save a checkpoint."""
+
+    stop: bool = False
+    save: bool = False
+
+
+NOTHING = Wishes()
+
+
+def training_step(
+    task: Task, engine: Engine, layout: LayoutName, items: Sequence[Any], budget: int, wishes: Wishes = NOTHING
+) -> tuple[dict[str, float], Wishes]:
+    """Accumulates the gradient of the step's mean loss; the step's measures, over all processes, and their wishes.
+
+    One process alone raises Stopped between two micro-batches when it is asked to stop.
+    """
+    batches, real = own_micro_batches(items, layout, budget)
+    counts = task.counts(items)
+    prepared: dict[str, Any] = {}
+    if task.preparation is not None:
+        values = task.preparation.values
+        with torch.no_grad():
+            parts = [engine.forward(partial(values, layout=layout, items=batch)) for batch in batches]
+        prepared = task.preparation.combined(joined(parts[:real]))
+    sums = Sums()
+    for number, batch in enumerate(batches):
+        if world().size == 1:
+            interrupts.check()
+        work = partial(task.losses, layout=layout, items=batch, counts=counts, prepared=prepared)
+        share, measures = engine.forward(work)
+        # A process with fewer micro-batches than another runs one more for nothing, for all must run equally many.
+        engine.backward(share if number < real else 0.0 * share, last=number == len(batches) - 1)
+        sums.add(share, measures, 1.0 if number < real else 0.0)
+    sums.add_number("tokens_unique", sum(computed_tokens(batch, layout) for batch in batches[:real]))
+    sums.add_number("tokens", sum(len(ids) for batch in batches[:real] for item in batch for ids in item.sequences))
+    return sums.agreed(wishes)
+
+
+def own_micro_batches(items: Sequence[Any], layout: LayoutName, budget: int) -> tuple[list[list[Any]], int]:
+    """This process's micro-batches of a step, as many as every process runs, and how many of them count."""
+    dealt = deal([item.sequences for item in items], layout, budget, world().size)
+    own = dealt[world().rank]
+    idle = max(map(len, dealt)) - len(own)
+    smallest = min(range(len(items)), key=lambda number: cost(items[number].sequences, layout)) if idle else 0
+    batches = [[items[n] for n in batch] for batch in own]
+    return batches + [[items[smallest]]] * idle, len(own)
+
+
+def computed_tokens(items: Sequence[Any], layout: LayoutName) -> int:
+    """Tokens that the model computes of a micro-batch: unique ones of a forest, padded rows of the flat layout."""
+    sequences = [ids for item in items for ids in item.sequences]
+    return cost(sequences, layout)[0]
+
+
+def joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The values of all micro-batches of all processes, [any number]."""
+    own = torch.cat(parts) if parts else torch.zeros(0)
+    return own if world().size == 1 else own.new_tensor(gathered(own.tolist()))
+
+
+class Sums:
+    """Adds up a step's loss and measures: where they are computed, in float64, and over processes only at the end."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, torch.Tensor] = {}
+        self.counts: Counts = {}
+
+    def add(self, loss: torch.Tensor, measures: Measures, factor: float) -> None:
+        """A micro-batch; factor 0 if it does not count."""
+        for name, (value, count) in {**measures, "loss": (loss, 1.0)}.items():
+            value = value.detach().double() if factor else torch.zeros((), dtype=torch.float64, device=value.device)
+            self.values[name] = self.values[name] + value if name in self.values else value
+            self.counts[name] = self.counts.get(name, 0.0) + factor * count
+
+    def add_number(self, name: str, value: float) -> None:
+        """A number that is summed over the processes, and no mean."""
+        self.values[name], self.counts[name] = torch.tensor(value, dtype=torch.float64), 0.0
+
+    def agreed(self, wishes: Wishes) -> tuple[dict[str, float], Wishes]:
+        """Loss, means and sums over all processes, and what any of them wishes."""
+        names = sorted(self.values)
+        values = torch.stack([self.values[name].reshape(()).to("cpu") for name in names])
+        counts = torch.tensor([self.counts[name] for name in names], dtype=torch.float64)
+        asked = torch.tensor([wishes.stop, wishes.save], dtype=torch.float64)
+        numbers = total(torch.cat([values, counts, asked])).tolist()
+        found = dict(zip(names, zip(numbers, numbers[len(names) :], strict=False), strict=False))
+        means = {name: value / count for name, (value, count) in found.items() if count and name != "loss"}
+        tokens, unique = found["tokens"][0], found["tokens_unique"][0]
+        means |= {"loss": found["loss"][0], "tokens": tokens, "unique_token_share": unique / tokens}
+        return means, Wishes(*(bool(number) for number in numbers[-2:]))

@@ -1,0 +1,58 @@
+"""One of several processes that train tiny models under every engine of DeepSpeed; see test_engines.py.
+
+Started by torchrun: `engine_worker.py FOLDER ENGINE,ENGINE,... TASK,TASK,...`. The first process writes losses, gradient
+norms and weights of each to FOLDER/ENGINE-TASK.pt.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "src"), str(Path(__file__).parent)]
+
+import torch
+
+from rdo import distributed
+from rdo.engine import deepspeed_engine
+from rdo.files import read_json_lines
+from rdo.schema import EngineConfig, ScorerConfig, TrackerConfig
+from rdo.tracking import METRICS, Tracker
+from rdo.training import train
+from test_training import encoded, make_task, model_of
+
+RECORDS, BATCH, EPOCHS = 10, 4, 2
+
+
+def trained(name: str, engine: str, folder: Path, **settings: Any) -> dict[str, Any]:
+    """What training a task under an engine comes to: metrics of each step, and the final weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    task = make_task(name, encoded(RECORDS, 6 if name == "rrhf" else 2))
+    model = model_of(name)
+    config = ScorerConfig(learning_rate=1e-3, head_learning_rate=5e-3, batch_size=BATCH, epochs=EPOCHS)
+    config.schedule, config.max_gradient_norm = "cosine", 0.5
+    engine_config = EngineConfig(name=engine, tokens_per_micro_batch=60, **settings)
+    with Tracker(TrackerConfig(), folder, "test", {}) as tracker:
+        state = train(task, model, config, engine_config, 0, folder, tracker, "test")
+    if not distributed.world().first:
+        return {}
+    lines = read_json_lines(folder / METRICS)
+    kept = ("step", "loss", "gradient_norm", "learning_rate", "head_learning_rate", "tokens")
+    metrics = [{key: line[key] for key in kept if key in line} for line in lines]
+    weights = {key: value.clone() for key, value in (state or model.state_dict()).items()}
+    return {"metrics": metrics, "weights": weights}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder, engines, tasks = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3].split(",")
+    distributed.start("cpu")
+    deepspeed_engine.ZERO["stage3_param_persistence_threshold"] = 0  # else weights as small as these are not divided
+    for engine in engines:
+        for task in tasks:
+            found = trained(task, engine, folder / f"{engine}-{task}")
+            if distributed.world().first:
+                torch.save(found, folder / f"{engine}-{task}.pt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""A real SLURM cluster on this machine: a sweep is preempted in every way there is, and ends as if nothing had been.
+
+Skipped where SLURM is not installed (apt-get install --no-install-recommends slurm-wlm).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from launch import throwaway_slurm
+
+from rdo.artifacts import Artifact
+from tiny import TINY, metrics, weights
+
+pytestmark = pytest.mark.skipif(
+    bool(throwaway_slurm.missing()), reason=f"SLURM is not installed: {', '.join(throwaway_slurm.missing())} not found"
+)
+ROOT = Path(__file__).parents[1]
+ENGINE, RANKS = "zero2", 2
+STEPS = 240
+SETTINGS = (
+    *TINY,
+    "loss=dpo",
+    "rc=diff",
+    "align.max_records=32",
+    "align.batch_size=32",
+    f"align.epochs={STEPS}",  # of one step
+    "engine.checkpoint_every_steps=10",
+    f"engine={ENGINE}",
+)
+ALPHAS = (0, 1)
+PATIENCE = 60.0
+
+
+class Cluster:
+    """A throw-away cluster, and commands as a user of it would type them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.environment = os.environ | throwaway_slurm.up(folder) | threads
+
+    def run(self, *command: str) -> str:
+        """The standard output of a command that must succeed."""
+        done = subprocess.run(
+            command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, text=True, timeout=PATIENCE, check=True
+        )
+        return done.stdout
+
+    def restarts(self, job: str) -> int:
+        """How often a job has been requeued."""
+        return int(self.run("scontrol", "-o", "show", "job", job).split("Restarts=")[1].split()[0])
+
+    @contextmanager
+    def sweep(self, run_dir: Path) -> Iterator[subprocess.Popen[str]]:
+        """The launcher of a sweep over alpha, as a user starts it."""
+        alphas = f"rc.alpha={','.join(map(str, ALPHAS))}"
+        launcher = ["hydra/launcher=slurm_cpu", f"hydra.launcher.tasks_per_node={RANKS}"]
+        command = [sys.executable, "train.py", "-m", "stage=align", alphas, f"run_dir={run_dir}", *launcher, *SETTINGS]
+        with subprocess.Popen(
+            command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("slurm")
+    made = Cluster(folder)
+    yield made
+    throwaway_slurm.down(folder)
+    assert not throwaway_slurm.running(folder)
+    assert not throwaway_slurm.jobs(folder)
+
+
+def wait_until(what: str, condition: Callable[[], object], seconds: float = PATIENCE) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.05)
+
+
+def policies(run_dir: Path) -> list[Artifact]:
+    """The policies of both points, whether finished or not, in the order of their alphas."""
+    found = [sorted((run_dir / "align").glob(f"dpo-diff-{alpha}-*")) for alpha in ALPHAS]
+    return [Artifact(folders[0], "") for folders in found if folders]
+
+
+def steps(run_dir: Path, point: int) -> int:
+    """How many steps of a point's training are in its metrics."""
+    file = [*policies(run_dir), *[None] * len(ALPHAS)][point]
+    if file is None or not (file.folder / "metrics.jsonl").exists():
+        return 0
+    return (file.folder / "metrics.jsonl").read_bytes().count(b"\n")
+
+
+def logs(run_dir: Path) -> str:
+    """All that the jobs of a run folder have said."""
+    return "".join(file.read_text(errors="replace") for file in sorted(run_dir.glob("hydra/*/slurm/*/*_log.*")))
+
+
+def ranks(job: str) -> list[int]:
+    """The processes that srun has started for a job."""
+    array, task = job.split("_")
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                arguments = (entry / "cmdline").read_bytes().split(b"\0")
+                variables = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            mine = {f"SLURM_ARRAY_JOB_ID={array}".encode(), f"SLURM_ARRAY_TASK_ID={task}".encode()}
+            if b"submitit.core._submit" in arguments and b"srun" not in arguments[0] and mine <= set(variables):
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+def test_a_sweep_that_is_preempted_in_every_way_ends_as_one_that_is_not(cluster: Cluster, tmp_path: Path) -> None:
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    with cluster.sweep(undisturbed) as launcher:
+        said = launcher.communicate(timeout=2 * PATIENCE)[0]
+    assert launcher.returncode == 0, said + logs(undisturbed)
+    # Both points need the same base policy, difference model, scores and reference, at once: made once, by either.
+    for stage in ("sft", "diffmodel", "score", "reference"):
+        assert logs(undisturbed).count(f"[{stage}] {undisturbed / stage}") == 1
+
+    with cluster.sweep(disturbed) as launcher:
+        disturb(cluster, disturbed, launcher)
+        said = launcher.communicate(timeout=2 * PATIENCE)[0]
+    assert launcher.returncode == 1, said
+    assert "failed: ended without a result (FAILED)" in said
+    assert "error: 1 of 2 jobs failed" in said
+    with cluster.sweep(disturbed) as launcher:
+        said = launcher.communicate(timeout=2 * PATIENCE)[0]
+    assert launcher.returncode == 0, said + logs(disturbed)
+
+    assert logs(disturbed).count("going on from") == 5  # the first point three times, the second twice
+    for whole, mended in zip(policies(undisturbed), policies(disturbed), strict=True):
+        assert [entry["step"] for entry in metrics(mended)] == list(range(1, STEPS + 1))
+        assert metrics(mended) == metrics(whole)
+        assert weights(mended) == weights(whole)
+        assert mended.manifest()["key"] == whole.manifest()["key"]
+
+
+def disturb(cluster: Cluster, run_dir: Path, launcher: subprocess.Popen[str]) -> None:
+    """Requeues both points of a sweep twice, in different ways, and then kills a process of the first."""
+    assert launcher.stdout is not None
+    job = launcher.stdout.readline().split()[2].rstrip(",")
+    first, second = f"{job}_0", f"{job}_1"
+    # As SLURM does before a time limit, and as an administrator does.
+    wait_until("the first point trains", lambda: steps(run_dir, 0) > 20)
+    cluster.run("scancel", "--signal=USR2", first)
+    wait_until("the second point trains", lambda: steps(run_dir, 1) > 20)
+    cluster.run("scontrol", "requeue", second)
+    wait_until("both are requeued", lambda: cluster.restarts(first) == cluster.restarts(second) == 1)
+    # The whole node is wanted by a partition that comes first.
+    reached = [steps(run_dir, point) for point in range(2)]
+    wait_until("both train again", lambda: all(steps(run_dir, n) > reached[n] + 15 for n in range(2)))
+    cluster.run("sbatch", "--partition=high", "--cpus-per-task=4", "--output=/dev/null", "--wrap", "sleep 1")
+    wait_until("both are preempted", lambda: cluster.restarts(first) == cluster.restarts(second) == 2)
+    # A process dies.
+    reached = [steps(run_dir, point) for point in range(2)]
+    wait_until("the first point trains once more", lambda: steps(run_dir, 0) > reached[0] + 15)
+    os.kill(ranks(first)[-1], signal.SIGKILL)
