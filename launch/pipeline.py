@@ -19,7 +19,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ exit "$code"
 """
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """One command, and the jobs that must have finished before it: with success, or however they ended."""
 
@@ -86,7 +86,7 @@ class Plan:
         """The job of a stage: a new one, or the one that makes the same. sections: what alone determines its result."""
         needed = [job for job in after if job is not None]
         key = json.dumps([stage, config.seed, sections, [list(self.jobs.values()).index(job) for job in needed]])
-        name = "-".join([stage, *sections_label(stage, config)])
+        name = "-".join([stage, *said_of(stage, config)])
         return self.jobs.setdefault(key, Job(name, [f"stage={stage}", *overrides], needed))
 
     def add_row(self, config: Config, overrides: list[str]) -> Job:
@@ -108,24 +108,23 @@ class Plan:
         judged = [job for kind, job in scorers.items() if kind in judges]
         if subject == "base":
             return self.add("eval", config, [made["eval"]], overrides, sft, *judged)
-        base_overrides = [*overrides, "eval.subject=base"]
-        base = self.add_row(compose_config(base_overrides), base_overrides)
+        own = replace(config, eval=replace(config.eval, subject="base"))
+        base = self.add_row(own, [*overrides, "eval.subject=base"])
         score = None
         if kinds and not config.rc.scores:
             selection = [config.align.min_responses, config.align.max_records, kinds, both_orders]
             score = self.add("score", config, selection, overrides, *(scorers[kind] for kind in kinds))
+            score.name = "-".join(["score", *kinds])
         align = self.add("align", config, [made["loss"], made["rc"], made["align"]], overrides, score, sft)
         return self.add("eval", config, [made["eval"]], overrides, align, base, *judged)
 
 
-def sections_label(stage: str, config: Config) -> Iterator[str]:
+def said_of(stage: str, config: Config) -> Iterator[str]:
     """What tells a job's name from those of other rows."""
     if stage == "align" or (stage == "eval" and config.eval.subject == "policy"):
         yield label(choose_loss(config.loss), config.rc)
     elif stage == "eval":
         yield config.eval.subject
-    elif stage == "score":
-        yield config.rc.name
 
 
 def planned(overrides: list[str], until: str) -> list[Job]:
@@ -137,7 +136,7 @@ def planned(overrides: list[str], until: str) -> list[Job]:
     jobs = list(plan.jobs.values())
     if until == "report":
         # The report is of what is finished, and names what is not.
-        jobs.append(Job("report", ["stage=report", *overrides], list({id(job): job for job in entries}.values()), True))
+        jobs.append(Job("report", ["stage=report", *overrides], list(dict.fromkeys(entries)), True))
     kept = STAGES[: STAGES.index(until) + 1]
     return [job for job in jobs if job.name.partition("-")[0] in kept]
 
@@ -148,11 +147,11 @@ def profile(overrides: list[str]) -> dict[str, Any]:
         overrides = ["hydra/launcher=slurm", *overrides]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         launcher = compose("config", overrides=overrides, return_hydra_config=True).hydra.launcher
-    launcher.submitit_folder = ""
+    if "submitit_folder" not in launcher or not launcher.get("setup"):
+        raise UserError("hydra/launcher: give one of the SLURM profiles of conf/hydra/launcher")
+    launcher.submitit_folder = ""  # of submitit's own jobs; it is made of what only a sweep has
     settings = OmegaConf.to_container(launcher, resolve=True)
     assert isinstance(settings, dict)
-    if "setup" not in settings:
-        raise UserError("hydra/launcher: give one of the SLURM profiles of conf/hydra/launcher")
     return {str(key): value for key, value in settings.items()}
 
 

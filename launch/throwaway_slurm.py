@@ -30,7 +30,7 @@ SEARCH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin", "/us
 UP_SECONDS = 30.0
 DOWN_SECONDS = 20.0
 
-# cred_expire and sched_interval: the defaults (two minutes, one minute) are what a requeue would wait for.
+# cred_expire, sched_interval: the defaults (two minutes, one minute) are what a requeue would wait for.
 # MinJobAge: for so long `squeue --states=all` remembers what has ended.
 CONFIGURATION = """\
 ClusterName=throwaway
@@ -47,7 +47,7 @@ TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SchedulerType=sched/builtin
-SchedulerParameters=sched_interval=2,batch_sched_delay=1
+SchedulerParameters=sched_interval=2,batch_sched_delay=0
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides

@@ -1,16 +1,17 @@
 """One of several processes that train tiny models under every engine of DeepSpeed; see test_engines.py.
 
-Started by torchrun: `engine_worker.py FOLDER ENGINE,ENGINE,... TASK,TASK,...`. The first process writes losses, gradient
-norms and weights of each to FOLDER/ENGINE-TASK.pt.
+Started by torchrun: `engine_worker.py FOLDER ENGINE,ENGINE,... TASK,TASK,...`. The first process writes losses,
+gradient norms and weights of each to FOLDER/ENGINE-TASK.pt.
 """
 
 import sys
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "src"), str(Path(__file__).parent)]
-
 import torch
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "src"), str(Path(__file__).parent)]
+# ruff: noqa: E402
 
 from rdo import distributed
 from rdo.engine import deepspeed_engine

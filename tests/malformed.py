@@ -168,6 +168,18 @@ case(
     "row",
     "columns of no format",
     r"line 1.*no known format",
+    content("data.jsonl", lines({"instruction": "x", "result": "y"})),
+)
+case(
+    "row",
+    "columns in capitals",
+    r"line 1.*did you mean: 'Chosen' \('chosen'\), 'Rejected' \('rejected'\)",
+    content("data.jsonl", lines({"prompt": "p", "Chosen": "a", "Rejected": "b"})),
+)
+case(
+    "row",
+    "one text for two responses",
+    r"line 1, field 'output': is one text",
     content("data.jsonl", lines({"instruction": "x", "output": "y"})),
 )
 case(
@@ -243,6 +255,23 @@ case("file", "a zip archive", "zip", content("data.jsonl", b"PK\x03\x04" + bytes
 case("file", "a pickle", "pickle", content("data.jsonl", pickle.dumps([TRL])))
 case("file", "an array that ends early", "line", content("data.json", json.dumps([TRL, TRL]).encode()[:-9]))
 case("file", "a list inside an object", "'data'", content("data.json", json.dumps({"data": [TRL]}).encode()))
+case(
+    "file",
+    "an object of columns",
+    r"one object of whole columns; write one object per row \(pandas",
+    content("data.json", json.dumps({name: [text, text] for name, text in TRL.items()}).encode()),
+)
+case("file", "a URL", "is a URL; download", lambda folder, patch: inspect("https://example.org/data.jsonl"))
+case("file", "lines of old Macs", r"carriage returns alone.*tr '", content("data.jsonl", lines(TRL).replace(b"\n", b"\r")))
+
+
+def two_formats(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    (folder / "a.jsonl").write_bytes(lines(TRL, TRL))
+    (folder / "b.jsonl").write_bytes(lines(HH, HH))
+    return inspect(f"'{folder}/*.jsonl'")
+
+
+case("file", "two formats", r"b\.jsonl, line 1: looks like format 'hh', and \S+a\.jsonl is 'trl'", two_formats)
 
 # Configuration
 
@@ -417,10 +446,18 @@ def cut_weights(model: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def adapter(model: Path) -> None:
-    shutil.rmtree(model)
-    model.mkdir()
-    (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
+def adapter_of(base: str, weights: bool) -> Callable[[Path], None]:
+    """Makes the model an adapter of another one."""
+
+    def make(model: Path) -> None:
+        (model / "config.json").unlink()
+        if weights:
+            (model / "model.safetensors").rename(model / "adapter_model.safetensors")
+        else:
+            (model / "model.safetensors").unlink()
+        (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}))
+
+    return make
 
 
 def hub_code(model: Path) -> None:
@@ -439,7 +476,8 @@ model_case("a damaged config", "config", lambda model: (model / "config.json").w
 model_case("truncated weights", r"model", cut_weights)
 model_case("a pickle that would run code", "pickle", evil_pickle)
 model_case("hub code without leave", r"model\.trust_remote_code=true", hub_code)
-model_case("an adapter", "merge", adapter)
+model_case("an adapter without its weights", r"adapter.*without its weights", adapter_of(".", False))
+model_case("an adapter whose model is gone", r"adapter.*of /gone, .*set base_model", adapter_of("/gone", True))
 model_case(
     "a scorer without head", r"lacks weights.*score", lambda model: None, "stage=align", "rc=reward", "rm.path={}"
 )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +21,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+import rdo.adapters
 from helpers import TEXTS, configuration, from_configuration, policy, randomise, relative_error, scorer, tokenizer
 from rdo.adapters import choose_trained, has_adapter, load_trained_state, trained_state
-from rdo.artifacts import given
+from rdo.artifacts import Artifact, given
+from rdo.configuration import compose_config
 from rdo.errors import UserError
 from rdo.forest import make_layout
 from rdo.models import head_names, read_log_probabilities, read_scalars, set_layout
@@ -28,6 +33,11 @@ from rdo.pretrained import load_policy, load_scorer, load_tokenizer, new_scorer,
 from rdo.readout import Scalar, Span
 from rdo.schema import LoraConfig, ModelConfig
 from rdo.scorers import check_form
+from rdo.stages.align import aligned_policy
+from rdo.stages.eval import evaluate_policy
+from rdo.stages.scorer import scorer as scorer_artifact
+from rdo.stages.sft import base_policy
+from tiny import tiny_run
 
 TOKENIZER = tokenizer()
 CONFIG = ModelConfig(lora=LoraConfig(rank=8))
@@ -466,3 +476,82 @@ def test_a_whole_model_is_saved_from_a_given_state(
     found = saved(model, tmp_path / "found", state=state)
     same_files(found, wanted)
     assert json.loads((found / "config.json").read_text())["dtype"] == "float32"
+
+
+# Whole stages
+
+FEW = (
+    "align.max_steps=2",
+    "rm.max_steps=2",
+    "sft.max_steps=2",
+    "model.lora.rank=4",
+    "loss=kto",
+    "align.learning_rate=0.01",
+)
+
+
+def adapter_of(artifact: Artifact) -> dict[str, Any]:
+    return json.loads((artifact.folder / "model" / "adapter_config.json").read_text())
+
+
+def test_stages_on_a_model_from_scratch(tmp_path: Path):
+    """What is made from scratch is trained whole; what follows adapts it."""
+    run = tiny_run(tmp_path, *FEW, "rc=reward", "rc.negative=abs", "eval.judges=[reward]")
+    base, policy, reward = base_policy(run), aligned_policy(run), scorer_artifact(run, "reward")
+    assert (base.folder / "model" / "model.safetensors").exists()
+    for artifact in (policy, reward):
+        assert Path(adapter_of(artifact)["base_model_name_or_path"]) == base.folder / "model"
+    evaluation = json.loads((evaluate_policy(run, "policy").folder / "evaluation.json").read_text())
+    assert evaluation["rewards"]["reward"]["count"] == 8
+    assert evaluation["log_ratio"]["value"] != 0.0
+    # Without LoRA the base is the same one; another rank, or merging, makes another policy.
+    others = (("model.lora.rank=null",), ("model.lora.rank=2",), ("model.lora.merge=true",))
+    runs = [tiny_run(tmp_path, *FEW, *more) for more in others]
+    assert {base_policy(other).folder for other in runs} == {base.folder}
+    assert len({aligned_policy(other).folder for other in (*runs, tiny_run(tmp_path, *FEW))}) == 4
+    assert (aligned_policy(runs[-1]).folder / "model" / "model.safetensors").exists()
+
+
+def test_stages_that_go_on_from_one_adapter(tmp_path: Path):
+    """sft, align and rm of a given model, each with LoRA: every one is an adapter of that model, and loads alone."""
+    given_model = base_policy(tiny_run(tmp_path / "before")).folder / "model"
+    run = tiny_run(tmp_path / "run", *FEW, f"model.path={given_model}", "rc=reward", "rc.negative=abs")
+    artifacts = [base_policy(run), aligned_policy(run), scorer_artifact(run, "reward")]
+    for artifact in artifacts:
+        assert Path(adapter_of(artifact)["base_model_name_or_path"]) == given_model
+    first, second = (load_file(a.folder / "model" / "adapter_model.safetensors") for a in artifacts[:2])
+    assert first.keys() == second.keys()
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    for artifact in artifacts[:2]:
+        alone = AutoModelForCausalLM.from_pretrained(artifact.folder / "model")
+        ids = torch.tensor([[2, 3, 4, 5]])
+        ours, _ = run.policy(artifact)
+        assert close(alone(input_ids=ids).logits, ours(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.lora.alpha=32"], r"model\.lora\.alpha=32\.0 has no effect without model\.lora\.rank"),
+        (["model.lora.merge=true"], r"model\.lora\.merge=True has no effect without"),
+        (["model.lora.rank=0"], r"model\.lora\.rank=0: must be at least 1"),
+        (["model.lora.rank=8", "model.lora.alpha=0"], r"model\.lora\.alpha=0\.0: must be above 0"),
+        (["model.lora.rank=8", "model.lora.target_modules=[]"], r"model\.lora\.target_modules is empty"),
+        (["model.lora.rank=8", "model.lora.target_modules=q_proj"], r"must be a list, such as \[a,b\]"),
+        (["model.lora.rank=8", "stage=sft"], r"stage=sft makes model=toy from scratch"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(overrides: list[str], message: str):
+    with pytest.raises(UserError, match=message) as caught:
+        compose_config(overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_peft_is_imported_only_where_an_adapter_is():
+    """It takes most of a second, which no other command should wait for."""
+    code = "import sys, rdo.main, rdo.stages.align; print('rdo.adapters' in sys.modules, 'peft' in sys.modules)"
+    source = Path(rdo.adapters.__file__).parents[1]
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, check=True, capture_output=True, text=True
+    ).stdout
+    assert printed.split() == ["True", "False"]

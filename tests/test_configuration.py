@@ -282,7 +282,7 @@ def test_a_comparison_of_nothing_is_refused_where_one_is_made(default):
         ("rc.alhpa=0.5", "rc.alpha"),
         ("difmodel.form=paper", "diffmodel"),
         ("dataset.toy.pears=3", "dataset.toy.pairs"),
-        ("alpha=0.5", "rc.alpha"),
+        ("alpha=0.5", "model.lora.alpha or rc.alpha"),
         ("tokens_per_microbatch=3", "engine.tokens_per_micro_batch"),
         ("form=paper", "diffmodel.form"),
         ("rc=rewrad", "reward"),

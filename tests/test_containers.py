@@ -10,6 +10,7 @@ import json
 import lzma
 import os
 import pickle
+import re
 import tempfile
 import tracemalloc
 import zipfile
@@ -80,7 +81,7 @@ def refused(read):
     def message(name: str, data: bytes | str) -> str:
         with pytest.raises(DataError) as error:
             read(name, data)
-        return str(error.value).rpartition(f"/{name}")[2] if "iconv" not in str(error.value) else str(error.value)
+        return str(error.value).rpartition(f"/{name}")[2] if "> NEW" not in str(error.value) else str(error.value)
 
     return message
 
@@ -562,6 +563,51 @@ def test_a_single_row_is_no_document(read, row):
     assert good(read("a.json", json.dumps(row))) == [row]
 
 
+ASK = {"role": "user", "content": "x"}
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"prompt": ["p", "q"], "chosen": ["a", "b"], "rejected": ["c", "d"]},  # frame.to_dict("list")
+        {"prompt": {"0": "p", "1": "q"}, "chosen": {"0": "a", "1": "b"}},  # frame.to_json()
+        {"prompt": ["p"], "chosen": [[ASK]]},
+    ],
+)
+def test_an_object_of_columns_is_named(refused, name, document, indent):
+    data = json.dumps(document, indent=indent).encode()
+    message = refused(name, gzip.compress(data) if name.endswith("gz") else data)
+    assert "is one object of whole columns; write one object per row (pandas: frame.to_json(" in message
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": [ASK], "rejected": [ASK]},
+        {"prompt": "p", "ranked_responses": ["a", "b"]},
+        {"responses": ["a", "b"], "ranks": [1]},
+        {"info": {"0": "x"}, "choice": 1},
+    ],
+)
+def test_a_row_of_lists_is_no_object_of_columns(read, row):
+    assert list(read("a.jsonl", json.dumps(row).encode())) == [("line 1", row)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.jsonl.gz", "a"])
+def test_lines_that_end_in_carriage_returns_alone_are_named(refused, name):
+    data = b"prompt,chosen\rp,c\rq,d\r" if name == "a.csv" else b'{"prompt": 1}\r{"prompt": 2}\r'
+    message = refused(name, gzip.compress(data) if name.endswith("gz") else data)
+    assert "its lines end in carriage returns alone" in message
+    assert "tr '\\r' '\\n'" in message
+
+
+@pytest.mark.parametrize("data", [b'[{"a": 1},\r{"a": 2}]', b'{"a": 1}\r\n{"a": 2}\r\n', b'{"a": 1}\r\n\r\n{"a": 2}'])
+def test_carriage_returns_elsewhere_are_nothing_special(read, data):
+    assert [row for _, row in read("a.json", data)] == [{"a": 1}, {"a": 2}]
+
+
 def test_several_documents_in_lines_are_rows(read):
     assert len(good(read("a.json", lines_of([{"data": ROWS}] * 3)))) == 3
 
@@ -759,6 +805,21 @@ def test_paths_that_name_no_file_are_refused(folder, path, message):
     with pytest.raises(DataError) as error:
         resolve(path)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("https://example.org/a.jsonl", "dataset.source=hub dataset.hub_name=OWNER/NAME"),
+        ("https://huggingface.co/datasets/Intel/orca_dpo_pairs/blob/main/a.jsonl", "hub_name=Intel/orca_dpo_pairs"),
+        ("hf://datasets/Intel/orca_dpo_pairs@main/a.jsonl", "hub_name=Intel/orca_dpo_pairs"),
+        ("s3://bucket/a*.parquet", "download the file and name it"),
+        ("file:///tmp/a.jsonl", "write the path alone"),
+    ],
+)
+def test_urls_are_refused(url, message):
+    with pytest.raises(DataError, match=rf"^{re.escape(url)}: is a URL; .*{re.escape(message)}"):
+        resolve(url)
 
 
 def test_folders_pipes_and_lost_links_are_refused(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import runpy
 import shlex
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -126,11 +128,23 @@ def test_whatever_is_typed_composes_or_is_refused_in_one_line(arguments):
         ("eval.judges=oracle", "eval.judges=oracle: must be a list"),
         ("align.learning_rate=inf", "must be above 0 and finite"),
         ("model.hidden_size=99999999999", "at most 2.14748e+09"),
-        ("hydra/launcher=slurm", "hydra/launcher=slurm: must be one of basic"),
+        ("hydra/launcher=slurn", "hydra/launcher=slurn: must be one of basic"),
     ],
 )
 def test_mistakes_in_writing_are_named(refused, argument, named):
     assert named in refused(argument)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["data/a(1).jsonl", "it's.jsonl", "a=b.jsonl", "[a,b", 'a"b', "é.jsonl", "a!b", "~/x", "https://x.y/z?a=1", "${x"],
+)
+def test_the_quotes_that_are_proposed_for_a_value_give_it_back(refused, value):
+    message = refused(f"run_dir={value}")
+    found = re.search(r"the value holds .* and needs two kinds of quotes, (.*?)(; if it is meant .*)?$", message)
+    assert found
+    (argument,) = shlex.split(found[1])
+    assert OverridesParser.create().parse_overrides([argument])[0].value() == value
 
 
 def test_options_may_stand_behind_settings(tmp_path, monkeypatch):

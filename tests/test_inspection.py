@@ -47,7 +47,13 @@ def test_label_statistics_by_hand():
     assert found["scores_agree"] == pytest.approx(1 / 2)
     assert found["responses"] == {1: 2, 2: 2, 3: 1}
     assert found["strengths"] == {2.0: 2}
-    assert found["examples"] == {"repeated_texts": "f, line 2", "contradictions": "f, line 2", "near_identical": "c"}
+    assert found["scores_contradict"] == 1
+    assert found["examples"] == {
+        "repeated_texts": "f, line 2",
+        "contradictions": "f, line 2",
+        "near_identical": "c",
+        "scores_contradict": "f, line 1",
+    }
     assert label_statistics([pair, pair])["contradictions"] == 0
     assert label_statistics([])["chosen_longer"] is None
 
@@ -124,6 +130,20 @@ def test_the_toy_world_and_a_few_records_of_many(tmp_path, capsys):
     assert "64 records of" in printed
     assert "(of which 20 examined, evenly spaced)" in printed
     assert "Split demonstrations: 256 records" in printed
+
+
+def test_unread_columns_and_contradicting_scores_are_shown(tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    more = {"margin": 1, "so\x1b[2Jurce": "web", "score_chosen": 1, "score_rejected": 2}
+    file.write_text("".join(json.dumps(row | more) + "\n" for row in rows(12)))
+    shares = ("dataset.test_share=0", "dataset.validation_share=0")
+    run = tiny_run(tmp_path / "runs", "stage=inspect", "dataset=file", f"dataset.path={file}", *shares)
+    folder = inspect_data(run)
+    printed = capsys.readouterr().out
+    assert "ignored columns: margin, so\\x1b[2Jurce\n" in printed
+    assert "chosen has the lower score in 12 preferences" in printed
+    assert "first of scores contradict" in printed
+    assert json.loads((folder / "inspect.json").read_text())["ignored_columns"] == ["margin", "so\x1b[2Jurce"]
 
 
 def test_unpaired_and_conversational_data(tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -204,22 +205,22 @@ def test_a_tokenizer_that_cannot_end_a_sequence_is_refused(folder: Path):
         load_tokenizer(folder, CONFIG)
 
 
-@pytest.mark.parametrize("kind", ["adapter", "adapter beside a config", "gguf", "nothing", "nested"])
+@pytest.mark.parametrize("kind", ["adapter without weights", "adapter and model", "gguf", "nothing", "nested"])
 def test_what_is_no_model_is_named(folder: Path, tmp_path: Path, kind: str):
     given = tmp_path / "given"
     given.mkdir()
     named = {
-        "adapter": r"is an adapter \(LoRA\); merge it into its model first",
-        "adapter beside a config": r"is an adapter \(LoRA\); merge it into its model first",
+        "adapter without weights": r"is an adapter \(LoRA\) without its weights, adapter_model\.safetensors$",
+        "adapter and model": r"holds an adapter \(adapter_config\.json\) and a whole model \(model\.safeten.*; move",
         "gguf": r"has no config\.json, .*; a GGUF file cannot be trained",
         "nothing": r"has no config\.json, so it is not a model in Hugging Face format$",
         "nested": rf"has no config\.json, .*; did you mean {given}/checkpoint-7\?$",
     }[kind]
     if kind.startswith("adapter"):
         (given / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "a/b"}')
-        (given / "adapter_model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-        if kind != "adapter":
-            (given / "config.json").write_text((folder / "config.json").read_text())
+        if kind == "adapter and model":
+            shutil.copytree(folder, given, dirs_exist_ok=True)
+            (given / "adapter_model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     elif kind == "gguf":
         (given / "model.gguf").write_bytes(b"GGUF")
     elif kind == "nested":
@@ -227,6 +228,16 @@ def test_what_is_no_model_is_named(folder: Path, tmp_path: Path, kind: str):
     for load in (load_policy, load_scorer):
         with pytest.raises(UserError, match=f"no model can be loaded from {given}: it {named}"):
             load(given, CONFIG)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"peft_type": "LORA"}', '{"base_model_name_or_path": null}'])
+def test_a_damaged_description_of_an_adapter_is_named(folder: Path, text: str):
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(
+        UserError, match=rf"no model can be loaded from {folder}: its adapter_config\.json names no model"
+    ):
+        load_policy(folder, CONFIG)
 
 
 def test_a_file_in_place_of_a_folder_is_refused_before_any_work(folder: Path):

@@ -233,7 +233,8 @@ def preferring(*preferences: object) -> dict[str, object]:
 
 BAD_ROWS = {
     "not an object": ([1, 2], "must be an object"),
-    "unknown columns": ({"instruction": "x", "output": "y"}, "fit no known format"),
+    "unknown columns": ({"instruction": "x", "result": "y"}, "fit no known format"),
+    "demonstrations": ({"instruction": "x", "output": "y"}, "field 'output': is one text, so there is no preference"),
     "wrong type": ({**TRL, "chosen": 3}, "field 'chosen': must be text or a list of messages, found int"),
     "conversational": ({**TRL, "chosen": [{"role": "assistant"}]}, r"field 'chosen\[0\]\.content': missing"),
     "empty query": ({**TRL, "prompt": " \n"}, "field 'prompt': the query is empty"),
@@ -283,8 +284,64 @@ def test_a_bad_row_is_an_error_that_names_place_and_field(row, message):
 
 
 def test_a_later_row_that_lacks_a_column_is_named():
-    with pytest.raises(DataError, match="line 3, field 'rejected': missing; a row of format 'trl' needs prompt"):
+    needs = "a row of format 'trl' needs chosen, rejected, prompt or question"
+    with pytest.raises(DataError, match=f"line 3, field 'rejected': missing; {needs}"):
         read(TRL, TRL, {"prompt": "p", "chosen": "c"})
+    with pytest.raises(DataError, match=r"line 2, field 'rejected': missing.* \(did you mean its 'Rejected '\?\)"):
+        read(TRL, {"prompt": "p", "chosen": "c", "Rejected ": "r"})
+
+
+def test_columns_that_nothing_is_read_from_are_known():
+    reading = Reading()
+    row = {**TRL, "margin": 2, "source": "web", "score_chosen": 2, "score_rejected": 1, "empty": None}
+    assert len(list(read_records([("a, line 1", row), ("a, line 2", TRL | {"note": "n"})], reading))) == 2
+    assert reading.ignored() == ["margin", "note", "source"]
+    predictions = {"prediction 1": "a", "prediction 2": "b"}
+    answers = {"question": "q", "passages": [], "preference": [1], "gold": "a", **predictions}
+    reading = Reading()
+    list(read_records([("a, line 1", answers)], reading))
+    assert reading.ignored() == ["gold"]
+
+
+def files(*rows: tuple[str, dict[str, object]]) -> list[tuple[str, dict[str, object]]]:
+    return [(f"{name}.jsonl, line {number}", row) for number, (name, row) in enumerate(rows, 1)]
+
+
+@pytest.mark.parametrize(("first", "second"), [("trl_implicit", "trl"), ("trl_implicit", "hh"), ("hh", "openai")])
+def test_files_of_different_formats_are_refused_with_both_named(first, second):
+    rows = {
+        "trl_implicit": {"chosen": "The sky is blue.", "rejected": "The sky is red."},
+        "trl": {"prompt": "Sky?", "chosen": "The sky is blue.", "rejected": "The sky is red."},
+        "hh": HH,
+        "openai": OPENAI,
+    }
+    mixed = files(("a", rows[first]), ("a", rows[first]), ("b", rows[second]))
+    expected = rf"^b\.jsonl, line 3: looks like format '{second}', and a\.jsonl is '{first}'; read them in separate"
+    for on_invalid in ("error", "skip"):
+        with pytest.raises(DataError, match=expected) as caught:
+            list(read_records(mixed, Reading(on_invalid=on_invalid)))
+        assert "on_invalid" not in str(caught.value)
+    alike = files(("a", rows[first]), ("b", rows[first]), ("c", rows[first]))
+    assert len(list(read_records(alike, Reading()))) == 3
+
+
+def test_a_second_file_that_begins_with_a_broken_row_is_read_as_the_first():
+    rows = files(("a", TRL), ("b", {"prompt": None}), ("b", TRL))
+    with pytest.raises(DataError, match=r"b\.jsonl, line 2, field 'chosen': missing"):
+        list(read_records(rows, Reading()))
+    assert len(list(read_records(rows, Reading(on_invalid="skip", max_invalid_share=0.5)))) == 2
+
+
+def test_skipping_is_advised_only_where_rows_are_left():
+    bad = {**TRL, "rejected": 3}
+    advice = r"dataset\.on_invalid=skip leaves such rows out"
+    for some in ([TRL, bad], [bad, TRL], [bad] * 50 + [TRL]):
+        with pytest.raises(DataError, match=advice):
+            read(*some)
+    for none in ([bad], [bad] * 300):
+        with pytest.raises(DataError, match=r"line 1, field 'rejected'") as caught:
+            read(*none)
+        assert "on_invalid" not in str(caught.value)
 
 
 def test_the_format_can_be_forced_and_must_be_known():

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from helpers import configuration, policy, relative_error, scorer, tokenizer, tree
+from helpers import policy, relative_error, scorer, tokenizer, tree
 from rdo.adapters import choose_trained
 from rdo.errors import UserError
 from rdo.forest import make_layout
-from rdo.models import read_log_probabilities, read_scalars, recompute_activations, set_layout
+from rdo.models import read_log_probabilities, read_scalars, recompute_activations, set_layout, without_dropout
 from rdo.pretrained import load_policy, new_scorer, save_model
 from rdo.readout import Scalar, Span
 from rdo.schema import LoraConfig, ModelConfig
@@ -105,10 +105,6 @@ def test_frozen_embeddings_get_no_gradients_of_their_own(tmp_path: Path):
 
 def test_dropout_stays_off_in_layers_that_run_again():
     """A layer in training mode whose dropout is a number, not a module."""
-    from transformers import AutoModelForCausalLM, OPTConfig
-
-    from rdo.models import without_dropout
-
     config = OPTConfig(
         vocab_size=300, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, dropout=0.5,
         attention_dropout=0.5, layerdrop=0.5, max_position_embeddings=64, word_embed_proj_dim=32,
@@ -127,4 +123,3 @@ def test_a_model_without_such_layers_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
     with pytest.raises(UserError, match=r"engine\.gradient_checkpointing=true: LlamaForCausalLM has no layers"):
         recompute_activations(model)
-    assert configuration("llama")

@@ -25,8 +25,8 @@ from rdo.report.page import write_report
 from rdo.stages.sft import base_policy
 from rdo.tracking import Tracker
 from test_report import EVIL, Page, full
-from test_tracking import wandb_records
 from tiny import TINY, tiny_run
+from tracked import wandb_records
 
 # Put together here, so that no scanner takes them for real ones.
 DIGITS = "0123456789abcdef" * 3

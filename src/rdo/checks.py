@@ -175,7 +175,7 @@ def check_data(config: Config) -> None:
     if dataset.source == "file":
         paths = dataset.path if isinstance(dataset.path, list) else [dataset.path]
         if not paths or paths == [None]:
-            raise UserError(f"dataset={dataset.name} needs dataset.path, a file of JSON lines (also .gz)")
+            raise UserError(f"dataset={dataset.name} needs dataset.path: a file, a glob in quotes, or a list of them")
         for path in paths:
             if not isinstance(path, str):
                 raise UserError(f"dataset.path={path}: must be a file or a list of files (write ./{path} for a number)")

@@ -255,7 +255,10 @@ def watch(store: Store) -> None:
 def fail() -> bool:
     """Tells the other processes, which end, that this one has failed. Whether it is the first, and is to say why."""
     _leaving.set()
-    if _state.world.size == 1:
+    if not _state.started:
+        if not found_world(os.environ).first:
+            # What fails so early mostly fails everywhere alike: once the first has said so, the others are ended.
+            time.sleep(2 * FAREWELL)
         return True
     rank = str(_state.world.rank)
     try:

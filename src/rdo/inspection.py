@@ -33,9 +33,9 @@ def label_statistics(records: Iterable[Record]) -> dict[str, Any]:
 
     near_identical: preferences whose two responses are `near_identical`. chosen_longer: the share of preferences
     without a tie whose chosen response has more characters (0.5: no bias). scores_agree: the share of them, where both
-    responses are scored and differ, whose chosen one has the higher score. repeated_texts: records whose query and
-    responses an earlier record has, in any order. contradictions: pairs of texts that two records label in opposite
-    ways.
+    responses are scored and differ, whose chosen one has the higher score; scores_contradict: how many of them have the
+    lower one. repeated_texts: records whose query and responses an earlier record has, in any order. contradictions:
+    pairs of texts that two records label in opposite ways.
     """
     counts: Counter[str] = Counter()
     responses: Counter[int] = Counter()
@@ -73,6 +73,9 @@ def label_statistics(records: Iterable[Record]) -> dict[str, Any]:
                 gain = record.scores[preference.chosen] - record.scores[preference.rejected]
                 counts["scores_differ"] += gain != 0
                 counts["scores_agree"] += gain > 0
+                counts["scores_contradict"] += gain < 0
+                if gain < 0:
+                    examples.setdefault("scores_contradict", record.place or record.id)
             pair = content_id(query_key(record.query), sorted((chosen, rejected)))
             seen = labels.setdefault(pair, set())
             if (chosen > rejected) not in seen and seen:
@@ -93,7 +96,7 @@ def label_statistics(records: Iterable[Record]) -> dict[str, Any]:
 
 COUNTED = (
     "records", "conversations", "scored", "preferences", "ties", "desirable", "undesirable", "near_identical",
-    "repeated_texts", "contradictions",
+    "repeated_texts", "contradictions", "scores_contradict",
 )  # fmt: skip
 
 

@@ -166,7 +166,8 @@ def fail(error: Exception, run_dir: Path | None = None) -> NoReturn:
         print(printable(scrubbed(lines)), file=sys.stderr)
     report = "a mistake in rdo: please report it with the lines above (--debug shows all of its causes)"
     message = known or UserError(f"{type(error).__name__}: {error}; {report}")
-    process = f"process {distributed.world().rank}: " if distributed.world().size > 1 else ""
+    rank = distributed.found_world(os.environ).rank
+    process = f"process {rank}: " if rank else ""
     print(f"error: {process}{message}", file=sys.stderr, flush=True)
     distributed.farewell()
     sys.exit(1)

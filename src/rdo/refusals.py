@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -16,6 +17,8 @@ from rdo.schema import Config
 # How alike two names must be for one to be taken as a misspelling of the other.
 ALIKE = 0.7
 MOST_SUGGESTIONS = 3
+# What hydra takes in a value without quotes.
+PLAIN = r"[A-Za-z0-9_/\\\-+.$%*@?|: ]"
 # OmegaConf's words for a value of the wrong type, and ours.
 TYPES = (
     (r"Value '.*' of type '\w+' could not be converted to Integer", "must be a whole number"),
@@ -60,8 +63,18 @@ def unreadable(override: str, reason: str) -> str:
     """What to say of an override that is none by hydra's grammar."""
     if reason.startswith("missing EQUAL") or not override:
         return f"{override or 'an empty argument'}: a setting is KEY=VALUE, a group GROUP=NAME"
-    reason = reason.replace(override, "").strip(" :")
-    return f"{override}: cannot be read ({reason}); such a value needs two kinds of quotes, 'KEY=\"VALUE\"'"
+    key, _, value = override.partition("=")
+    special = sorted(set(re.sub(PLAIN, "", value)))
+    if not value or not special:
+        reason = reason.replace(override, "").strip(" :")
+        return f"{override}: cannot be read ({reason}); such a value needs two kinds of quotes, 'KEY=\"VALUE\"'"
+    quoted = value.replace('"', '\\"')
+    suggestion = shlex.quote(f'{key}="{quoted}"')
+    meant = {"[": "; if it is meant as a list, that is [a,b]", "{": "; if it is meant as a mapping, that is {a: b}"}
+    return (
+        f"{override}: cannot be read: the value holds {' '.join(special)} and needs two kinds of quotes, {suggestion}"
+        f"{meant.get(value[0], '')}"
+    )
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:

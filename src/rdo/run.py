@@ -19,6 +19,7 @@ from rdo.data.records import Record
 from rdo.data.table import Records
 from rdo.data.tokens import MappedTokens, encode_into, order_fingerprint
 from rdo.distributed import world
+from rdo.engine import precision_of
 from rdo.errors import NotFiniteError, UserError
 from rdo.models import check_vocabulary
 from rdo.pretrained import load_policy, load_scorer, load_tokenizer
@@ -133,17 +134,31 @@ class Run:
             raise UserError("engine.device=cuda: there is no CUDA device here; use engine.device=cpu (or auto)")
         return torch.device(wanted, world().local_rank) if wanted == "cuda" else torch.device(wanted)
 
-    def policy(self, artifact: Artifact) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """A policy and its tokenizer, on the run's device."""
-        return self._loaded(artifact, load_policy(model_path(artifact), self.config.model))
+    def precision(self) -> torch.dtype:
+        """What this run computes in, be it a training step or a forward pass."""
+        return precision_of(self.config.engine, self.device())
+
+    def dtype(self) -> str:
+        """The numbers that results depend on, of weights and, where they are others, of computation."""
+        weights, computed = self.config.model.dtype, str(self.precision()).removeprefix("torch.")
+        return weights if computed == "float32" else f"{weights}, computed in {computed}"
+
+    def policy(self, artifact: Artifact, trained: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """A policy and its tokenizer, on the run's device; with the weights that it computes with, unless it is to be
+        trained."""
+        return self._loaded(artifact, load_policy(model_path(artifact), self.config.model), trained)
 
     def scorer(self, artifact: Artifact) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """A scorer and its tokenizer, on the run's device."""
-        return self._loaded(artifact, load_scorer(model_path(artifact), self.config.model))
+        """A scorer and its tokenizer, on the run's device, with the weights that it computes with."""
+        return self._loaded(artifact, load_scorer(model_path(artifact), self.config.model), trained=False)
 
-    def _loaded(self, artifact: Artifact, model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def _loaded(
+        self, artifact: Artifact, model: PreTrainedModel, trained: bool
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         tokenizer = load_tokenizer(model_path(artifact), self.config.model)
         check_vocabulary(model, tokenizer, model_path(artifact))
+        if not trained and self.precision() != torch.float32:
+            model = model.to(self.precision())  # type: ignore[arg-type]
         return self.on_device(model), tokenizer
 
     def on_device(self, model: PreTrainedModel) -> PreTrainedModel:

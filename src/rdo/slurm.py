@@ -26,10 +26,10 @@ SHORTEST, LONGEST = 1.0, 30.0
 LATE_SECONDS = 20.0
 # Ended without a result, for certain. What the queue has forgotten, COMPLETED and PREEMPTED may yet bring one.
 FAILED = ("BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
-WAITS = "PENDING"
-ENDED = (*FAILED, "COMPLETED", "PREEMPTED", "FORGOTTEN")
+FORGOTTEN, WAITS = "FORGOTTEN", "PENDING"
+ENDED = (*FAILED, "COMPLETED", "PREEMPTED", FORGOTTEN)
 LOG_BYTES = 2**16
-NOTE = "jobs-"
+ERROR, NOTE = "error: ", "jobs-"
 
 
 def queue(numbers: Iterable[str]) -> dict[str, str] | None:
@@ -123,7 +123,7 @@ class Jobs:
             if number in self.outcomes:
                 continue
             if known is not None:
-                self.states[number] = known.get(job.job_id, "FORGOTTEN")
+                self.states[number] = known.get(job.job_id, FORGOTTEN)
             state = self.states.get(number, WAITS)
             if (result := read_result(job)) is not None:
                 self.outcomes[number] = result
@@ -156,15 +156,21 @@ def read_result(job: Job[Any]) -> Any:
 
 def why(job: Job[Any], state: str) -> str:
     """Why a job left no result, and where its log is."""
-    logs = sorted(job.paths.folder.glob(f"{job.job_id}_*_log.out"))
-    for log in logs:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - LOG_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
-        said = [line for line in lines if line.startswith("error: ")]
-        if said:
-            return f"{said[-1].removeprefix('error: ')}; log: {log}"
-    return f"ended without a result ({state}); logs: {job.paths.folder}"
+    for log in sorted(job.task(0).paths.folder.glob(f"{job.job_id}_*_log.out")):
+        if error := last_error(log):
+            return f"{error}; log: {log}"
+    return f"ended without a result ({state.lower()}); log: {job.task(0).paths.stdout}"
+
+
+def last_error(log: Path) -> str | None:
+    """The last error of ours that a log shows, if it is there at all."""
+    if not log.exists():
+        return None
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - LOG_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()
+    said = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
+    return said[-1] if said else None
 
 
 def described(outcome: Any, state: str) -> str:

@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,15 @@ class Splits:
     counts: of rows, `rows_read`, `dropped_<reason>` and `invalid_<reason>` (readers.Reading), and
     `validation_used_as_test`; of records, `dropped_query_in_test` and `dropped_query_in_validation` (their query is in
     a held-out split too) and `records_<split>`, before `max_records`. The toy world, made to order, has only the last.
-    source: the artifact that holds the records, None for the toy world. format: what the rows were read as.
+    source: the artifact that holds the records, None for the toy world. format: what the rows were read as. ignored:
+    columns of the rows that nothing was read from.
     """
 
     splits: dict[str, Records]
     counts: dict[str, int]
     source: Artifact | None = None
     format: str = "toy"
+    ignored: list[str] = field(default_factory=list)
 
 
 def load_splits(dataset: DatasetConfig, provenance: Provenance) -> Splits:
@@ -126,7 +128,8 @@ def _load(dataset: DatasetConfig, provenance: Provenance) -> Splits:
         counts["validation_used_as_test"] = 1
     if any(name.startswith("invalid_") for name in counts):
         logger.warning("%d invalid rows left out: %s", _invalid(counts), artifact.folder / INVALID)
-    return Splits(_separate(_assign(records, dataset), counts), dict(counts), artifact, results["format"])
+    splits = _separate(_assign(records, dataset), counts)
+    return Splits(splits, dict(counts), artifact, results["format"], results["ignored"])
 
 
 @contextmanager
@@ -176,7 +179,7 @@ def read_into(folder: Path, parts: Iterable[tuple[str | None, Rows]], dataset: D
     if not reading.invalid:
         (folder / INVALID).unlink()
     counts = {name: count for name, count in reading.counts.items() if count or name == "rows_read"}
-    return {"counts": counts, "format": reading.format}
+    return {"counts": counts, "format": reading.format, "ignored": reading.ignored()}
 
 
 def _records(parts: Iterable[tuple[str | None, Rows]], reading: Reading) -> Iterator[Record]:

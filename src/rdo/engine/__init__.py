@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from rdo.errors import UserError
 from rdo.schema import EngineConfig, TrainingConfig
 
 T = TypeVar("T")
@@ -66,9 +67,16 @@ def make_engine(
 
 
 def precision_of(config: EngineConfig, device: torch.device) -> torch.dtype:
-    """What a training step computes in. auto: on a GPU bfloat16, or float16 where it has no bfloat16, else float32."""
-    if config.precision != "auto":
-        return getattr(torch, config.precision)
-    if device.type != "cuda":
+    """What a training step computes in. auto: on a GPU bfloat16, or float16 where it has no bfloat16, else float32.
+
+    Raises UserError where the device or the engine cannot do it.
+    """
+    if config.precision == "auto" and device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if config.precision == "auto":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    precision = getattr(torch, config.precision)
+    if precision == torch.float16 and (device.type == "cpu" or config.name == "torch"):
+        needs = "a GPU" if device.type == "cpu" else "the loss scaling of engine=zero1 (or zero2, zero3)"
+        raise UserError(f"engine.precision=float16 needs {needs}: use float32 or bfloat16")
+    return precision

@@ -33,11 +33,6 @@ class TorchEngine:
         self.model, self.optimizer = model, optimizer
         self.largest = math.inf if max_gradient_norm is None else max_gradient_norm
         self.precision = precision_of(config, model.device)
-        if self.precision == torch.float16:
-            raise UserError(
-                "engine.precision=float16 needs the loss scaling of engine=zero1 (or zero2, zero3); engine=torch takes "
-                "float32 or bfloat16"
-            )
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

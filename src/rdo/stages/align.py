@@ -49,7 +49,7 @@ def aligned_policy(run: Run) -> Artifact:
         "rc": rc_settings(config.rc),
         "training": asdict(config.align),
         "data": run.data_settings("train"),
-        "dtype": config.model.dtype,
+        "dtype": run.dtype(),
         "seed": config.seed,
         **lora_settings(config.model),
     }
@@ -130,7 +130,7 @@ def label(loss: LossChoice, rc: RcConfig) -> str:
 def train_policy(run: Run, loss: LossChoice, inputs: dict[str, Artifact], folder: Path) -> dict[str, Any]:
     """Gathers pairs, coefficients and reference from the inputs, trains, and saves the policy."""
     config = run.config
-    model, tokenizer = run.policy(inputs["base"])
+    model, tokenizer = run.policy(inputs["base"], trained=True)
     choose_trained(model, config.model, config.seed)
     records, encoded = run.records("train"), run.encoded("train", tokenizer)
     chosen = select(records, config.align)

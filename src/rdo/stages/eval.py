@@ -94,7 +94,7 @@ def evaluate_policy(run: Run, subject: str) -> Artifact:
         "difference_template": list(run.config.model.difference_template) if "diff" in judges else None,
         "judges": judges,
         "data": run.data_settings(run.config.eval.split),
-        "dtype": run.config.model.dtype,
+        "dtype": run.dtype(),
         "seed": run.config.seed,
     }
 

@@ -32,6 +32,8 @@ from rdo.stages.sft import training_texts
 from rdo.vocabulary import make_tokenizer, train_byte_pair
 
 EXAMPLES = 3
+# So many of the ignored columns are named.
+MOST_COLUMNS = 30
 # An example's texts are shortened in their middle to so many characters.
 EXAMPLE_LENGTH = 700
 # Of a byte-pair tokenizer that is trained for the inspection alone, where the configured model has none for this data.
@@ -48,6 +50,7 @@ def inspect_data(run: Run) -> Path:
         "dataset": run.config.dataset.name,
         "format": splits.format,
         "counts": splits.counts,
+        "ignored_columns": splits.ignored,
         "tokenizer": origin,
         "splits": {},
     }
@@ -145,6 +148,9 @@ def overview_lines(run: Run, splits: Splits, found: dict[str, Any]) -> list[str]
         lines.append(f"  {counts['rows_read']} rows read; {listing(left) or 'nothing'} left out")
     if splits.source and (splits.source.folder / INVALID).exists():
         lines.append(f"  the invalid rows are listed in {splits.source.folder / INVALID}")
+    if splits.ignored:
+        named = ", ".join(splits.ignored[:MOST_COLUMNS]) + (", ..." if len(splits.ignored) > MOST_COLUMNS else "")
+        lines.append(printable(f"  ignored columns: {named}"))
     lines.append("")
     for name, split in found["splits"].items():
         labels = split["labels"]
@@ -166,6 +172,8 @@ def overview_lines(run: Run, splits: Splits, found: dict[str, Any]) -> list[str]
         if labels["scored"]:
             agree = percent(labels["scores_agree"])
             lines.append(f"  scores with {labels['scored']} records; they agree with {agree} of the labels")
+            if labels["scores_contradict"]:
+                lines.append(f"  chosen has the lower score in {labels['scores_contradict']} preferences")
         lines.append(f"  records that repeat another's texts: {labels['repeated_texts']}")
         lines += [
             f"  first of {name.replace('_', ' ')}: {printable(where)}" for name, where in labels["examples"].items()

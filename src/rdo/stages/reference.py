@@ -73,7 +73,7 @@ def reference(run: Run, mismatched: bool) -> Artifact:
     selection = run.config.align
     settings = {
         "data": run.data_settings("train"),
-        "dtype": run.config.model.dtype,
+        "dtype": run.dtype(),
         "selection": [selection.min_responses, selection.max_records],
         "mismatched": mismatched,
     }

@@ -112,7 +112,7 @@ def score_settings(
     return {
         "data": run.data_settings(split),
         "both_orders": both_orders and kind == "diff",
-        "dtype": run.config.model.dtype,
+        "dtype": run.dtype(),
         "selection": [selection.min_responses, selection.max_records] if selection else None,
         "difference_template": list(run.config.model.difference_template) if kind == "diff" else None,
     }
@@ -153,7 +153,7 @@ GIVEN = {
     "selection": "of another selection (align.min_responses, align.max_records)",
     "both_orders": "in one order of each pair alone",
     "difference_template": "with another model.difference_template",
-    "dtype": "with another model.dtype",
+    "dtype": "with another model.dtype or engine.precision",
 }
 
 

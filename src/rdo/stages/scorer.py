@@ -40,7 +40,7 @@ def scorer(run: Run, kind: str) -> Artifact:
     settings: dict[str, Any] = {
         "training": asdict(section),
         "data": run.data_settings("train"),
-        "dtype": run.config.model.dtype,
+        "dtype": run.dtype(),
         "seed": run.config.seed,
         **lora_settings(run.config.model),
     }

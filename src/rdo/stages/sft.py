@@ -37,6 +37,7 @@ def base_policy(run: Run) -> Artifact:
         "model": {k: v for k, v in asdict(config.model).items() if k not in unread},
         "training": asdict(config.sft),
         "data": run.data_settings(split),
+        "dtype": run.dtype(),
         "seed": config.seed,
         **(lora_settings(config.model) if config.model.path else {}),
     }

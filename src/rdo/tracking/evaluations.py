@@ -53,8 +53,9 @@ def media(folder: Path, manifest: Mapping[str, Any], run_dir: Path) -> tuple[dic
 def main_reward(manifest: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, float]:
     """An aligned policy's mean reward by the first of eval.judges that gives rewards, under one name for every data
     set. The base policy has none: it is no point of a sweep."""
-    judges = list(evaluation.get("rewards") or {}) if "base" in manifest["inputs"] else []
-    return numbers({"reward": evaluation["rewards"][judges[0]]}) if judges else {}
+    judges = manifest["settings"]["judges"] if "base" in manifest["inputs"] else []
+    rewards = [evaluation["rewards"][judge] for judge in judges if judge in evaluation["rewards"]]
+    return numbers({"reward": rewards[0]}) if rewards else {}
 
 
 def estimates_table(evaluation: Mapping[str, Any]) -> Any:

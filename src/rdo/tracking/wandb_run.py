@@ -24,6 +24,8 @@ from rdo.schema import TrackerConfig
 # none crosses a block, and a block's last bytes stay empty where no header fits.
 BLOCK, HEADER = 32768, 7
 WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+# The last steps of runs that this process has closed, whose files wandb may still be writing.
+_reached: dict[str, int] = {}
 
 
 class WandbRun:
@@ -31,7 +33,7 @@ class WandbRun:
 
     def __init__(self, config: TrackerConfig, folder: Path, name: str, settings: Mapping[str, Any]):
         self.id = run_id(folder)
-        earlier = last_step(folder / "wandb", self.id)
+        earlier = max(last_step(folder / "wandb", self.id), _reached.get(self.id, 0))
         self.run = start(config, folder, name, self.id, settings)
         # The server counts from 0, and a run that it does not know starts there.
         self.last = earlier if self.run.offline else self.run.starting_step - 1
@@ -45,7 +47,7 @@ class WandbRun:
         """Logs a step, unless wandb has it: it was done before a kill, and gives the same numbers again."""
         if step > self.last:
             self.run.log({"global_step": step, **values}, step=step)
-            self.last = step
+            self.last = _reached[self.id] = step
 
     def finish(self, failed: bool = False, preempted: bool = False) -> None:
         """Closes the run; one that was asked to stop is marked as preempted, for it is to go on."""
@@ -98,7 +100,7 @@ def start(config: TrackerConfig, folder: Path, name: str, identity: str, setting
         )
     except (wandb.Error, ValueError) as error:
         raise UserError(
-            f"tracker=wandb: {single_line(str(error))}; set WANDB_MODE=offline to log into the run's folder, or "
+            f"tracker=wandb: {single_line(str(error)).rstrip('.')}; set WANDB_MODE=offline to log into the run's folder, or "
             "tracker=none"
         ) from error
     run.define_metric("*", step_metric="global_step")

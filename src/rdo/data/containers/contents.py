@@ -89,6 +89,10 @@ def find_container(file: Path, head: bytes) -> str:
             convert = f"iconv -f {encoding} -t UTF-8"
             command = f"gzip -dc {name} | {convert}" if zipped else f"{convert} {name}"
             raise Broken(f"is {encoding}; convert it to UTF-8: {command} > NEW{suffix}")
+    line = head.split(b"\n", 1)[0].rstrip(b"\r")
+    if re.match(rb"[^\0-\x08]*\r[^\0-\x08]*\Z", line) and not head.lstrip().startswith(b"["):
+        command = f"gzip -dc {name} | tr '\\r' '\\n'" if zipped else f"tr '\\r' '\\n' < {name}"
+        raise Broken(f"its lines end in carriage returns alone, as on old Macs; convert it: {command} > NEW{suffix}")
     named = SUFFIXES.get(suffix, "")
     found, right = _tell(head, strictly=named == "CSV")
     if not named and not found:

@@ -15,6 +15,8 @@ from rdo.data.containers.contents import HEAD
 from rdo.data.containers.problems import AGAIN, Broken, shown
 from rdo.data.containers.text import LONGEST_LINE, Lines, Window
 
+BY_ROWS = "write one object per row (pandas: frame.to_json(FILE, orient='records', lines=True))"
+
 
 class Decoder(json.JSONDecoder):
     """A JSON decoder that remembers keys given twice, of which the module would silently keep the last."""
@@ -45,9 +47,13 @@ def read_json(stream: io.BufferedIOBase, head: bytes, suffix: str) -> Iterator[t
         return
     _refuse_long_object(head)
     pairs = _read_lines(stream)
-    first = list(itertools.islice(pairs, 2)) if suffix == ".json" else []
-    if len(first) == 1 and (key := _rows_key(first[0][1])):
-        raise Broken(f"is one object with the rows in a list; {_take_out(key)}", first[0][0])
+    first = list(itertools.islice(pairs, 2))
+    if len(first) == 1:
+        where, document = first[0]
+        if suffix == ".json" and (key := _rows_key(document)):
+            raise Broken(f"is one object with the rows in a list; {_take_out(key)}", where)
+        if _holds_columns(document):
+            raise Broken(f"is one object of whole columns; {BY_ROWS}", where)
     yield from itertools.chain(first, pairs)
 
 
@@ -86,6 +92,20 @@ def _rows_key(value: Any) -> str | None:
     return None
 
 
+def _holds_columns(value: Any) -> bool:
+    """Whether the only object of a file is a table by columns, as pandas' to_json() and to_dict("list") make it."""
+    if not isinstance(value, dict) or len(value) < 2:
+        return False
+    columns = list(value.values())
+    if all(isinstance(column, dict) for column in columns):
+        return all(column and [*column] == [*map(str, range(len(column)))] for column in columns)
+    return (
+        all(isinstance(column, list) and column for column in columns)
+        and len({len(column) for column in columns}) == 1
+        and not any(isinstance(part, dict) for column in columns for part in column)
+    )
+
+
 def _take_out(key: str) -> str:
     return f"""take it out of its key '{shown(key)}' (jq -c '.["{shown(key)}"][]')"""
 
@@ -99,14 +119,17 @@ def _refuse_long_object(head: bytes) -> None:
     try:
         document, end = json.JSONDecoder().raw_decode(text)
         key = None if text[end:] else _rows_key(document)
+        columns = not text[end:] and _holds_columns(document)
         text = text[:end]
     except json.JSONDecodeError as error:
         if error.pos < len(text):  # broken, not unfinished
             return
         found = re.search(r'"((?:[^"\\]|\\.)*)"\s*:\s*\[\s*\{', text)
-        key = found[1] if found else None
+        key, columns = found[1] if found else None, False
     except (ValueError, RecursionError):
         return
+    if columns:
+        raise Broken(f"is one object of whole columns; {BY_ROWS}", f"line {line}")
     if "\n" in text:
         way_out = f"; if its list '{shown(key)}' holds the rows, {_take_out(key)}" if key else ""
         problem = "an object goes on over several lines; write one object per line (jq -c .)"

@@ -6,6 +6,7 @@ import difflib
 import glob
 import itertools
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,8 @@ def resolve(path: Any) -> list[Path]:
 
 
 def _matches(name: str) -> list[Path]:
+    if url := re.match(r"\s*([a-zA-Z][a-zA-Z0-9+.-]+)://?(.*)", name):
+        raise DataError(f"{shown(name, 200)}: is a URL; {_instead_of(url[1].lower(), url[2])}")
     if "\0" in name:
         raise DataError(f"dataset.path: '{shown(name)}' holds a NUL character; correct the name")
     found = [name]
@@ -49,6 +52,15 @@ def _matches(name: str) -> list[Path]:
     if not found:
         raise DataError(f"{name}: the pattern matches no file; correct it, seen from {os.getcwd()}")
     return [Path(match) for match in found]
+
+
+def _instead_of(scheme: str, rest: str) -> str:
+    """What to do where a URL was given."""
+    if scheme == "file":
+        return "write the path alone, without file://"
+    on_hub = re.match(r"/?(?:huggingface\.co/)?datasets/([\w.-]+/[\w.-]+)", rest) if scheme in ("hf", "https") else None
+    name = on_hub[1].partition("@")[0] if on_hub else "OWNER/NAME"
+    return f"download the file and name it, or read a data set of the hub: dataset.source=hub dataset.hub_name={name}"
 
 
 def _check_file(file: Path) -> None:

@@ -16,7 +16,9 @@ class Broken(Exception):
         super().__init__(f", {where}: {problem}" if where else f": {problem}")
 
 
-def unreadable(file: Path, error: OSError, way_out: str = "check dataset.path, and whether you may read it") -> DataError:
+def unreadable(
+    file: Path, error: OSError, way_out: str = "check dataset.path, and whether you may read it"
+) -> DataError:
     """What the system refuses of a file, as a message."""
     return DataError(f"{file}: cannot be read ({error.strerror or error}); {way_out}")
 

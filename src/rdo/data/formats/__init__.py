@@ -14,7 +14,7 @@ from rdo.data.records import Record
 from rdo.data.templates import ASSISTANT
 from rdo.errors import DataError
 
-__all__ = ["READERS", "Reader", "UnusableRow", "find_format"]
+__all__ = ["READERS", "Reader", "UnusableRow", "find_format", "needed", "other_spelling"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,10 @@ ASKED = (("query",), ("messages",))
 READERS = {
     "hh": Reader(("chosen", "rejected"), pairs.read_hh),
     "trl": Reader(
-        ("chosen", "rejected"), pairs.read_trl, PAIR_SCORES, tuple((column,) for column in pairs.PROMPTS)
+        ("chosen", "rejected"),
+        pairs.read_trl,
+        (*PAIR_SCORES, "conversations"),
+        tuple((column,) for column in pairs.PROMPTS),
     ),
     "trl_implicit": Reader(("chosen", "rejected"), pairs.read_trl_implicit, PAIR_SCORES),
     "trl_unpaired": Reader(("prompt", "completion", "label"), pairs.read_trl_unpaired, ("label",)),
@@ -117,7 +120,9 @@ def find_format(row: dict[str, Any], place: str) -> str:
     found, size = _fitting(present)
     meant = {name: SPELLINGS.get(str(name).strip().lower(), name) for name in present}
     if _fitting(set(meant.values()))[1] > size:
-        changed = ", ".join(f"{shown(name)} ('{other}')" for name, other in sorted(meant.items()) if name != other)
+        changed = ", ".join(
+            f"{shown(str(name))} ('{other}')" for name, other in sorted(meant.items(), key=str) if name != other
+        )
         raise DataError(f"{place}: columns in other letters or with spaces; did you mean: {changed}? Rename them")
     if found == ["hh", "trl_implicit"] or (found == ["trl"] and "prompt" not in row):
         found = [_format_of_pair(row, place)]
@@ -125,7 +130,7 @@ def find_format(row: dict[str, Any], place: str) -> str:
         both = " and ".join(found)
         raise DataError(f"{place}: columns {_listing(present)} fit {both}; set dataset.format to the one that is meant")
     if not found:
-        known = "; ".join(f"{name}: {_needs(reader)}" for name, reader in READERS.items())
+        known = "; ".join(f"{name}: {needed(reader)}" for name, reader in READERS.items())
         hint = _hint(present)
         raise DataError(f"{place}: columns {_listing(present)} fit no known format ({known}); rename them.{hint}")
     for column in {"prompt", "completion", "chosen", "rejected"} & present:
@@ -135,6 +140,12 @@ def find_format(row: dict[str, Any], place: str) -> str:
                 f"or Parquet, or set dataset.format={found[0]} if it is meant as text"
             )
     return found[0]
+
+
+def other_spelling(column: str, row: dict[str, Any]) -> str:
+    """The end of a message on a missing column, where the row has it in other letters or with spaces around."""
+    found = next((name for name in row if SPELLINGS.get(str(name).strip().lower()) == column != name), None)
+    return f" (did you mean its {shown(str(found))}?)" if found is not None else ""
 
 
 def _fitting(present: set[str]) -> tuple[list[str], int]:
@@ -181,5 +192,8 @@ def _listing(columns: set[str]) -> str:
     return f"[{', '.join(names[:20])}{', ...' if len(names) > 20 else ''}]"
 
 
-def _needs(reader: Reader) -> str:
+def needed(reader: Reader) -> str:
+    """The identifying columns of a format, in words."""
+    if all(len(other) == 1 for other in reader.either):
+        return f"{', '.join(reader.columns)}, {' or '.join(other[0] for other in reader.either)}"
     return " | ".join(", ".join((*reader.columns, *other)) for other in reader.either)

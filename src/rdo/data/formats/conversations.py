@@ -100,8 +100,9 @@ def query(value: object, place: str, field: str) -> tuple[str, Conversation]:
 def continued(prompt: object, value: object, place: str, field: str, asked: str = "prompt") -> Conversation:
     """The whole conversation out of its prompt and what `value` says of the rest.
 
-    prompt: the value of the column `asked`, text or messages. value: the reply's text, the messages after the prompt, or the whole
-    conversation once more. A prompt in text need not stand first in that, as long as it is one of the user's messages.
+    prompt: the value of the column `asked`, text or messages. value: the reply's text, the messages after the prompt,
+    or the whole conversation once more. A prompt in text need not stand first in that, as long as it is one of the
+    user's messages.
     """
     as_text = is_text(prompt, place, asked)
     if as_text:

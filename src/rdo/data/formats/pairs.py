@@ -79,7 +79,7 @@ def read_trl(row: Row, place: str) -> list[Record]:
     before = _earlier(row, place)
     replies = [[value] if isinstance(value := row.get(field), dict) else value for field in PAIR]
     named = ((name, prompt), *zip(PAIR, replies, strict=True))
-    if not before and all([is_text(value, place, field) for field, value in named]):
+    if not before and all(is_text(value, place, field) for field, value in named):
         asked = query_text(prompt, place, name)
         chosen, rejected = (text(row.get(field), place, field) for field in PAIR)
         if asked.rstrip().endswith(ASSISTANT) and chosen.startswith(asked) and rejected.startswith(asked):

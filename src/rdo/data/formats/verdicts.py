@@ -5,7 +5,18 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rdo.data.formats.checks import UnusableRow, choice, describe, flag, listed, number, query_text, response, text, typed
+from rdo.data.formats.checks import (
+    UnusableRow,
+    choice,
+    describe,
+    flag,
+    listed,
+    number,
+    query_text,
+    response,
+    text,
+    typed,
+)
 from rdo.data.formats.conversations import query
 from rdo.data.records import Message, Preference, Record
 from rdo.data.templates import text_of

@@ -1,0 +1,140 @@
+"""Ready-made sweeps, and the number that a stage returns to a sweeper."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from rdo.artifacts import Provenance, produce
+from rdo.configuration import CONF, compose_config
+from rdo.errors import UserError
+from rdo.files import append_json_line, write_json
+from rdo.main import run_config
+from rdo.metric import stage_metric
+from rdo.sweeps import ReadyMade
+from tiny import TINY
+
+ROOT = Path(__file__).parents[1]
+SWEEPS = sorted(file.stem for file in (CONF / "experiment").glob("sweep_*.yaml"))
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=list(overrides), return_hydra_config=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ready-made sweeps
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_point_of_a_ready_made_sweep_is_a_config(name):
+    config = composed(f"experiment={name}")
+    assert config.hydra.sweeper.params
+    ReadyMade().on_multirun_start(config)
+
+
+def test_a_ready_made_sweep_does_not_run_as_one_point(capsys):
+    with pytest.raises(SystemExit):
+        ReadyMade().on_run_start(composed("experiment=sweep_diffmodel", "diffmodel.beta0=1"))
+    assert capsys.readouterr().err == (
+        "error: the experiment is a sweep over diffmodel.beta1: run it with -m, or give each a value\n"
+    )
+    # As the manifest of a point has it.
+    ReadyMade().on_run_start(composed("experiment=sweep_diffmodel", "diffmodel.beta0=1", "diffmodel.beta1=0"))
+
+
+def test_values_on_the_command_line_take_the_place_of_the_experiments():
+    config = composed("experiment=sweep_diffmodel", "diffmodel.beta0=0.5")
+    ReadyMade().on_multirun_start(config)
+    assert list(config.hydra.sweeper.params) == ["diffmodel.beta1"]
+
+
+def test_a_point_that_cannot_run_is_refused_before_any_runs(capsys):
+    config = composed("experiment=sweep_alpha")
+    OmegaConf.update(config, "hydra.sweeper.params", {"rc.alpha": "0,2"})
+    with pytest.raises(SystemExit):
+        ReadyMade().on_multirun_start(config)
+    assert "rc.alpha=2" in capsys.readouterr().err
+
+
+def test_a_bayesian_sweep_finds_the_same_points_again(tmp_path):
+    settings = [f"run_dir={tmp_path}", *TINY, "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2"]
+    settings += ["metric=rewards.oracle", f"hydra.sweep.dir={tmp_path}/sweep"]
+    command = [sys.executable, "train.py", "-m", "experiment=sweep_bayes", *settings]
+    said, found = [], []
+    for _ in range(2):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+        found.append(OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml"))
+    assert found[0] == found[1]
+    assert {"rc.alpha", "loss.beta", "diffmodel.beta0", "diffmodel.beta1"} == set(found[0].best_params)
+    assert "[align] " in said[0]
+    assert "[align] " not in said[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The metric
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def artifact(folder: Path, **results: Any):
+    """A finished folder with a log of 20 steps and an evaluation."""
+
+    def make(made: Path) -> dict[str, Any]:
+        for step in range(1, 21):
+            append_json_line(made / "metrics.jsonl", {"step": step, "loss": float(step), "seconds": 1.0})
+        rewards = {"oracle": {"value": 1.5, "low": 1.0, "high": 2.0}}
+        write_json(made / "evaluation.json", {"rewards": rewards, "kl": {"value": None}, "pairs": 7, "text": "x"})
+        return results
+
+    return produce(Provenance(folder, "python train.py", {}), "eval", "policy", {}, {}, make)
+
+
+def test_a_metric_is_any_number_that_the_folder_says(tmp_path):
+    made = artifact(tmp_path, metric=1.5, coefficients={"mean": 0.25}, last={"loss": 9.0})
+    assert stage_metric(made, None) == 1.5
+    assert stage_metric(made, "rewards.oracle") == 1.5
+    assert stage_metric(made, "pairs") == 7
+    assert stage_metric(made, "coefficients.mean") == 0.25
+    assert stage_metric(made, "loss") == 19.5  # of the last two steps of 20
+
+
+def test_a_metric_that_is_not_there_is_answered_with_those_that_are(tmp_path):
+    made = artifact(tmp_path)
+    assert stage_metric(made, None) is None
+    with pytest.raises(UserError, match=r"metric=rewards: there is no such .* it has kl, loss, pairs, rewards.oracle$"):
+        stage_metric(made, "rewards")
+    with pytest.raises(UserError, match="metric=kl has no value"):
+        stage_metric(made, "kl")
+
+
+def test_every_stage_returns_what_the_config_names_also_when_it_was_done_already(tmp_path):
+    wanted = {
+        "sft": "loss",
+        "rm": "loss",
+        "diffmodel": "gradient_norm",
+        "score": "records",
+        "align": "coefficients.mean",
+        "eval": "rewards.oracle",
+    }
+    for stage, metric in wanted.items():
+        overrides = [*TINY, f"run_dir={tmp_path}", f"stage={stage}", "rc=reward", f"metric={metric}"]
+        first, again = (run_config(compose_config(overrides), overrides) for _ in range(2))
+        assert isinstance(first, int | float)
+        assert first == again
+
+
+def test_what_cannot_be_a_metric_is_refused_before_any_work():
+    with pytest.raises(UserError, match="stage=pipeline returns nothing"):
+        compose_config(["metric=loss"])
+    with pytest.raises(UserError, match=r"the judge of metric=rewards\.gold"):
+        compose_config(["stage=eval", "metric=rewards.gold"])
