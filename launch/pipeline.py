@@ -47,6 +47,8 @@ RENAMED = {"timeout_min": "time", "tasks_per_node": "ntasks-per-node", "name": "
 OWN = ("_target_", "submitit_folder", "setup", "max_num_timeout", "array_parallelism", "signal_delay_s",
        "stderr_to_stdout", "additional_parameters", "mem_gb", "name")  # fmt: skip
 
+# Of hydra's own files: one for all processes of a job, whose clocks differ.
+FOLDER = "hydra.run.dir=${run_dir}/hydra/job-${oc.env:SLURM_JOB_ID}"
 # SIGUSR2, before the time limit, reaches this script alone; it asks the processes to save and stop, and then requeues
 # itself, which keeps the job's number and with it what depends on the job.
 SCRIPT = """\
@@ -171,7 +173,7 @@ def submit(jobs: list[Job], settings: dict[str, Any], folder: Path, dry_run: boo
     """Submits the jobs, each after the ones that it needs. Raises UserError where SLURM refuses one."""
     for job in jobs:
         job.after = [needed for needed in job.after if needed in jobs]
-        command = shlex.join([sys.executable, "-u", "train.py", *job.overrides])
+        command = shlex.join([sys.executable, "-u", "train.py", *job.overrides, FOLDER])
         line = ["sbatch", "--parsable", *options(settings, job, folder)]
         if dry_run:
             job.number = f"<{job.name}>"

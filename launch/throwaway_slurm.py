@@ -145,12 +145,14 @@ def down(folder: Path) -> None:
         time.sleep(0.1)
     for number in jobs(folder):
         kill(number, signal.SIGKILL)
-    for number in running(folder).values():
+    # The node's daemon first: without the controller's it would wait for an answer. It removes its note of itself
+    # before it ends.
+    for name, number in sorted(running(folder).items(), reverse=True):
         kill(number, signal.SIGTERM)
-    while (left := running(folder)) and time.monotonic() < end:
-        time.sleep(0.05)
-    for number in left.values():
-        kill(number, signal.SIGKILL)
+        while is_daemon(number, name) and time.monotonic() < end:
+            time.sleep(0.05)
+        if is_daemon(number, name):
+            kill(number, signal.SIGKILL)
 
 
 def kill(number: int, which: int) -> None:
@@ -163,13 +165,19 @@ def running(folder: Path) -> dict[str, int]:
     """The process ids of this cluster's daemons, by their names."""
     found = {}
     for name in DAEMONS:
-        try:
+        with suppress(OSError, ValueError):
             number = int((folder / f"{name}.pid").read_text())
-            if name in Path(f"/proc/{number}/cmdline").read_text():  # and not another process of the same number
+            if is_daemon(number, name):
                 found[name] = number
-        except (OSError, ValueError):
-            continue
     return found
+
+
+def is_daemon(number: int, name: str) -> bool:
+    """Whether a process is this daemon, and not another one of the same number."""
+    try:
+        return name in Path(f"/proc/{number}/cmdline").read_text()
+    except OSError:
+        return False
 
 
 def jobs(folder: Path) -> list[int]:

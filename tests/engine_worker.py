@@ -14,9 +14,11 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "src"), str(Path(__file__).paren
 # ruff: noqa: E402
 
 from rdo import distributed
+from rdo.adapters import choose_trained, trained_state
 from rdo.engine import deepspeed_engine
 from rdo.files import read_json_lines
-from rdo.schema import EngineConfig, ScorerConfig, TrackerConfig
+from rdo.schema import EngineConfig, LoraConfig, ModelConfig, ScorerConfig, TrackerConfig
+from rdo.scorers import FORMS
 from rdo.tracking import METRICS, Tracker
 from rdo.training import train
 from test_training import encoded, make_task, model_of
@@ -25,13 +27,24 @@ RECORDS, BATCH, EPOCHS = 10, 4, 2
 
 
 def trained(name: str, engine: str, folder: Path, **settings: Any) -> dict[str, Any]:
-    """What training a task under an engine comes to: metrics of each step, and the final weights."""
+    """What training a task under an engine comes to: metrics of each step, and the final weights.
+
+    TASK-lora trains an adapter of rank 8 (the paper's KTO), with activations computed again in the backward pass.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    adapted, name = name.endswith("-lora"), name.removesuffix("-lora")
     task = make_task(name, encoded(RECORDS, 6 if name == "rrhf" else 2))
     model = model_of(name)
+    if adapted:
+        model.name_or_path = str(folder)  # as a saved model has it
+        if name in FORMS:
+            model.config.rdo_form = name
+        choose_trained(model, ModelConfig(lora=LoraConfig(rank=8)), 0)
     config = ScorerConfig(learning_rate=1e-3, head_learning_rate=5e-3, batch_size=BATCH, epochs=EPOCHS)
     config.schedule, config.max_gradient_norm = "cosine", 0.5
-    engine_config = EngineConfig(name=engine, tokens_per_micro_batch=60, **settings)
+    settings = {"tokens_per_micro_batch": 60, "gradient_checkpointing": adapted, **settings}
+    engine_config = EngineConfig(name=engine, **settings)
+    start = {key: value.clone() for key, value in trained_state(model).items()}
     with Tracker(TrackerConfig(), folder, "test", {}) as tracker:
         state = train(task, model, config, engine_config, 0, folder, tracker, "test")
     if not distributed.world().first:
@@ -39,8 +52,8 @@ def trained(name: str, engine: str, folder: Path, **settings: Any) -> dict[str, 
     lines = read_json_lines(folder / METRICS)
     kept = ("step", "loss", "gradient_norm", "learning_rate", "head_learning_rate", "tokens")
     metrics = [{key: line[key] for key in kept if key in line} for line in lines]
-    weights = {key: value.clone() for key, value in (state or model.state_dict()).items()}
-    return {"metrics": metrics, "weights": weights}
+    weights = {key: value.clone() for key, value in (state or trained_state(model)).items()}
+    return {"metrics": metrics, "weights": weights, "start": start}
 
 
 def main() -> None:

@@ -262,7 +262,12 @@ case(
     content("data.json", json.dumps({name: [text, text] for name, text in TRL.items()}).encode()),
 )
 case("file", "a URL", "is a URL; download", lambda folder, patch: inspect("https://example.org/data.jsonl"))
-case("file", "lines of old Macs", r"carriage returns alone.*tr '", content("data.jsonl", lines(TRL).replace(b"\n", b"\r")))
+case(
+    "file",
+    "lines of old Macs",
+    r"carriage returns alone.*tr '",
+    content("data.jsonl", lines(TRL, TRL).replace(b"\n", b"\r")),
+)
 
 
 def two_formats(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:

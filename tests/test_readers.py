@@ -296,6 +296,9 @@ def test_columns_that_nothing_is_read_from_are_known():
     row = {**TRL, "margin": 2, "source": "web", "score_chosen": 2, "score_rejected": 1, "empty": None}
     assert len(list(read_records([("a, line 1", row), ("a, line 2", TRL | {"note": "n"})], reading))) == 2
     assert reading.ignored() == ["margin", "note", "source"]
+    reading = Reading()
+    list(read_records([("a, line 1", TRL | {"history": "p"}), ("a, line 2", TRL | {"history": None})], reading))
+    assert reading.ignored() == ["history"]
     predictions = {"prediction 1": "a", "prediction 2": "b"}
     answers = {"question": "q", "passages": [], "preference": [1], "gold": "a", **predictions}
     reading = Reading()

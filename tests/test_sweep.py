@@ -145,15 +145,16 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def found_report(run_dir: Path, folder: str) -> dict[str, Any]:
-    run = tiny_run(run_dir, "stage=report", "report.found=true", f"report.folder={folder}")
+@pytest.fixture(scope="module")
+def report(run_dir: Path) -> dict[str, Any]:
+    """What report.found=true makes of it."""
+    run = tiny_run(run_dir, "stage=report", "report.found=true")
     make_report(run, ["stage=report", "report.found=true"], build=False)
-    return json.loads((run_dir / folder / "report.json").read_text())
+    return json.loads((run_dir / "report" / "report.json").read_text())
 
 
-def test_the_points_of_a_sweep_are_found_and_named_by_what_they_differ_in(run_dir):
-    data = found_report(run_dir, "all")
-    assert {(row["name"], row["seed"]) for row in data["policies"]} == {
+def test_the_points_of_a_sweep_are_found_and_named_by_what_they_differ_in(run_dir, report):
+    assert {(row["name"], row["seed"]) for row in report["policies"]} == {
         ("base", 0),
         ("base", 1),
         ("dpo-diff-0, diffmodel.beta1=0.1", 0),
@@ -165,14 +166,14 @@ def test_the_points_of_a_sweep_are_found_and_named_by_what_they_differ_in(run_di
         ("dpo-none, loss.beta=0.5", 0),
     }
     names = {"scorer-diff, diffmodel.beta1=0.1", "scorer-diff, diffmodel.beta1=1.0"}
-    assert {row["name"] for row in data["scorers"]} == names
-    assert data["missing"] == []
-    assert (run_dir / "all" / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert "What a setting leads to" in (run_dir / "all" / "report.html").read_text()
+    assert {row["name"] for row in report["scorers"]} == names
+    assert report["missing"] == []
+    assert (run_dir / "report" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert "What a setting leads to" in (run_dir / "report" / "report.html").read_text()
 
 
-def test_the_figure_of_a_found_sweep_has_every_line(run_dir):
-    (drawn,) = aggregate(found_report(run_dir, "lines"))
+def test_the_figure_of_a_found_sweep_has_every_line(report):
+    (drawn,) = aggregate(report)
     policies, scorers = drawn["policies"], drawn["scorers"]
     alphas = {line.name: [at for at, _ in line.points] for line in lines_over(policies, "rc.alpha")}
     assert alphas == {"dpo, rc diff, beta1 0.1": [0.0, 1.0], "dpo, rc diff, beta1 1.0": [0.0, 1.0]}
@@ -205,18 +206,16 @@ def test_an_evaluation_that_is_damaged_is_named_and_the_others_are_shown(run_dir
     whole = path.read_bytes()
     try:
         path.write_bytes(whole[:-5])
-        data = found_report(run_dir, "damaged")
+        found, problems = finished_evaluations(run_dir)
     finally:
         path.write_bytes(whole)
-    assert len(data["policies"]) == 8
-    (problem,) = data["missing"]
+    assert len(found) == 10
+    (problem,) = problems
     assert f"{path} has {len(whole) - 5} bytes" in problem
 
 
 def test_a_folder_without_evaluations_and_a_pipeline_are_refused(tmp_path):
-    with pytest.raises(
-        UserError, match="report.found=true reports the evaluations that are finished in run_dir=.*none"
-    ):
+    with pytest.raises(UserError, match="reports the evaluations that are finished"):
         make_report(tiny_run(tmp_path, "stage=report", "report.found=true"), [], build=False)
     with pytest.raises(UserError, match="use stage=report"):
         make_report(tiny_run(tmp_path, "report.found=true"), [], build=True)

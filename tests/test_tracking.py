@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import wandb
+from filelock import FileLock
 
 from rdo import distributed, tracking
 from rdo.files import read_json, read_json_lines
@@ -17,6 +18,7 @@ from rdo.interrupts import Stopped
 from rdo.schema import TrackerConfig
 from rdo.stages.sft import base_policy
 from rdo.tracking import METRICS, Tracker, wandb_run
+from rdo.tracking.publish import LOCK
 from rdo.tracking.wandb_run import last_step, run_id
 from tiny import metrics, tiny_run
 from tracked import SHORT, Logged, read_run, the_run, tracked_runs
@@ -409,6 +411,16 @@ def test_a_stage_that_was_made_without_wandb_is_shown_when_it_is_used_with_it(tm
         assert global_steps(logged) == [1, 2, 3, 4, 5]
         assert logged.made == [("sft", artifact.folder.name)]
         assert len(wandb_files(artifact.folder)) == 1
+
+
+def test_of_two_jobs_that_find_a_stage_one_shows_it(tmp_path, offline):
+    artifact = base_policy(tiny_run(tmp_path))
+    (artifact.folder / "wandb").mkdir()
+    with FileLock(artifact.folder / "wandb" / LOCK):  # the other job
+        assert base_policy(tiny_run(tmp_path, *SHORT)) == artifact
+    assert wandb_files(artifact.folder) == []
+    base_policy(tiny_run(tmp_path, *SHORT))
+    assert len(wandb_files(artifact.folder)) == 1
 
 
 def test_a_stage_stays_finished_when_wandb_does_not_take_it(tmp_path, monkeypatch, capsys):

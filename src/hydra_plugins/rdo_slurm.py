@@ -86,6 +86,6 @@ def failed(overrides: Sequence[str], error: Exception) -> JobReturn:
 
 
 def names(job_overrides: Sequence[Sequence[str]]) -> list[str]:
-    """What tells each point of a sweep from the others."""
-    common = set.intersection(*(set(overrides) for overrides in job_overrides)) if len(job_overrides) > 1 else set()
+    """What tells each point of a sweep from the others; nothing of one alone."""
+    common = set.intersection(*map(set, job_overrides))
     return [" ".join(override for override in overrides if override not in common) for overrides in job_overrides]

@@ -29,13 +29,13 @@ from rdo.adapter_files import adapter_base, is_adapter
 from rdo.distributed import from_first, meet, world
 from rdo.errors import UserError
 from rdo.files import held, patiently, read_json, remove_leftovers, write_errors, write_json
+from rdo.lineage import MANIFEST
 from rdo.progress import progress_bar
 from rdo.schema import EngineConfig
 from rdo.tracking.publish import publish
 
 # Raised whenever a stage's output changes its meaning, so that older folders are not mistaken for it.
 ARTIFACT_VERSION = 2
-MANIFEST = "manifest.json"
 # What a stage that was interrupted goes on from; removed when it is finished.
 PARTIAL = ("checkpoints", "shards")
 # Not results either: wandb goes on writing there.
@@ -303,5 +303,5 @@ def code_revision() -> str:
 @cache
 def library_versions() -> dict[str, str]:
     """Versions that figures may depend on."""
-    names = ("torch", "transformers", "tokenizers", "numpy")
+    names = ("torch", "transformers", "tokenizers", "numpy", "deepspeed", "peft")
     return {"python": platform.python_version(), "cores": str(os.cpu_count()), **{n: version(n) for n in names}}

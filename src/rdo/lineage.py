@@ -16,12 +16,14 @@ SWEPT = {
     "diffmodel.training.beta0": "diffmodel.beta0",
     "diffmodel.training.beta1": "diffmodel.beta1",
 }
+# What differs between seeds alone, in the toy world the data, too: its settings stand for it.
+LEFT_OUT = (".seed", ".data.records")
 # Of an evaluation's inputs what it is about, and not who judged.
 SUBJECT = ("policy", "scorer")
 
 
 def determinants(run_dir: Path, manifest: Mapping[str, Any], inputs: Collection[str] | None = None) -> dict[str, Any]:
-    """Every setting that a result follows from, its inputs' included (`inputs`: of these alone), by stage:
+    """Every setting that a result follows from, its data's and inputs' included (`inputs`: of these alone), by stage:
     "align.rc.alpha". Seeds are none of them: results that differ in their seed alone are of one kind."""
     found: dict[str, Any] = {}
     for name, entry in manifest["inputs"].items():
@@ -32,15 +34,16 @@ def determinants(run_dir: Path, manifest: Mapping[str, Any], inputs: Collection[
             found |= determinants(run_dir, read_json(path))
         else:
             found[f"{manifest['stage']}.{name}"] = entry["folder"]
+    found |= flat(manifest["config"].get("dataset", {}), "dataset")
     return found | dict(flat(manifest["settings"], manifest["stage"]))
 
 
 def flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Nested settings as pairs of dotted name and value, without seeds."""
+    """Nested settings as pairs of dotted name and value, without seeds and what follows from them."""
     if isinstance(value, Mapping):
         for name, member in value.items():
             yield from flat(member, f"{path}.{name}")
-    elif not path.endswith(".seed"):
+    elif not path.endswith(LEFT_OUT):
         yield path, value
 
 

@@ -55,7 +55,9 @@ def say(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """The same on standard error, for what went wrong and was mended."""
+    """The same on standard error, for what went wrong and was mended; of several processes one says it."""
+    if not world().first:
+        return
     with suppress(OSError):
         tqdm.write(f"warning: {text}", file=sys.stderr)
         sys.stderr.flush()

@@ -129,7 +129,7 @@ class Jobs:
                 self.outcomes[number] = result
             elif state in ENDED and self.overdue(number, state):
                 self.outcomes[number] = UserError(why(job, state))
-            if number in self.outcomes or (state != before.get(number) and state not in ENDED):
+            if number in self.outcomes or (state != before.get(number) and state not in (*ENDED, "COMPLETING")):
                 say(f"[slurm] {job.job_id} {self.titles[number]}: {described(self.outcomes.get(number), state)}")
         return self.states != before
 

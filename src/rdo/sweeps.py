@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, open_dict, read_write
 
 from rdo.configuration import compose_config, sweep_points
 from rdo.errors import UserError
@@ -30,8 +30,8 @@ class ReadyMade(Callback):
         with read_write(config), open_dict(config):
             config.hydra.sweeper.params = kept
         try:
-            overrides = [*OmegaConf.to_container(config.hydra.overrides.task)]
-            for point in sweep_points([*(f"{key}={value}" for key, value in kept.items()), *overrides]):
+            swept_over = [f"{key}={value}" for key, value in kept.items()]
+            for point in sweep_points([*swept_over, *config.hydra.overrides.task]):
                 compose_config(point)
         except UserError as error:
             fail(error)

@@ -21,7 +21,7 @@ from rdo.distributed import world
 from rdo.engine import Engine, make_engine
 from rdo.errors import NotFiniteError, UserError
 from rdo.files import DiskFull, patiently
-from rdo.models import check_positions, head_parameters, set_layout
+from rdo.models import check_positions, head_parameters, recompute_activations, set_layout
 from rdo.plan import Plan, learning_rate_factor, make_plan
 from rdo.progress import progress_bar, warn
 from rdo.schema import EngineConfig, ScorerConfig, TrainingConfig
@@ -62,6 +62,8 @@ def train(
         # An update below 1/256 of a weight is lost in bfloat16, and at 1e-6 nearly all are.
         raise UserError(f"weights of {model.dtype} cannot be trained exactly: use model.dtype=float32")
     layout = set_layout(model, engine_config.layout)
+    if engine_config.gradient_checkpointing:
+        recompute_activations(model)
     plan = make_plan(config, len(task.record_ids), seed)
     check_positions(model, max(len(ids) for n in range(plan.records) for ids in task.item(n, 0).sequences))
     engine = make_engine(model, make_optimizer(model, config), config, engine_config)

@@ -165,7 +165,7 @@ def _row_records(row: Any, place: str, reading: Reading) -> Iterator[Record]:
     reader = READERS[reading.format]
     if isinstance(row, TextRow):
         row = {name: _cell(name, text, reader.structured, place) for name, text in row.items()}
-    if len(reading.columns) < MOST_COLUMNS:
+    if len(reading.columns) < MOST_COLUMNS and not reading.columns.issuperset(row):
         reading.columns.update(name for name, value in row.items() if value is not None)
     row = Noticed(row, reading.read)
     for name in reader.columns:

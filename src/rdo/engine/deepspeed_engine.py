@@ -24,6 +24,7 @@ import torch
 import torch.distributed
 from transformers import PreTrainedModel
 
+from rdo.adapters import has_adapter
 from rdo.distributed import from_first, gathered, meet, world
 from rdo.engine import precision_of
 from rdo.engine.torch_engine import foreign
@@ -177,8 +178,11 @@ class ZeroEngine:
         state: dict[str, torch.Tensor] = {}
         weights = dict(self.model.named_parameters(remove_duplicate=False))
         tensors = {**dict(self.model.named_buffers(remove_duplicate=False)), **weights}
+        adapted = has_adapter(self.model)
         for name in self.model.state_dict():
             tensor = tensors[name]
+            if adapted and not tensor.requires_grad:
+                continue  # what an adapter is saved with are the weights that it has trained
             whole = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
             partitioned = [tensor] if whole is None and hasattr(tensor, "ds_id") else []
             with GatheredParameters(partitioned, enabled=bool(partitioned)):

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from rdo.adapters import load_trained_state, trained_state
 from rdo.engine import precision_of
 from rdo.errors import UserError
 from rdo.files import check_seal, replace_sealed
@@ -57,7 +58,7 @@ class TorchEngine:
     def save(self, path: Path, step: int) -> None:
         state: dict[str, Any] = {
             "step": step,
-            "model": self.model.state_dict(),
+            "model": trained_state(self.model),
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
         }
@@ -67,9 +68,8 @@ class TorchEngine:
     def load(self, path: Path) -> int:
         check_seal(path)
         state = torch.load(path, map_location=self.model.device, weights_only=True)
-        check_fits(path, state["model"], self.model)
-        self.model.load_state_dict(state["model"])
         try:
+            load_trained_state(self.model, state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
             raise foreign(path, str(error)) from error
@@ -81,15 +81,6 @@ class TorchEngine:
 
     def close(self) -> None:
         pass
-
-
-def check_fits(file: Path, saved: dict[str, torch.Tensor], model: PreTrainedModel) -> None:
-    """Raises UserError unless the saved weights are those of such a model."""
-    there = {name: tuple(tensor.shape) for name, tensor in saved.items()}
-    here = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in (*here, *there):
-        if there.get(name) != here.get(name):
-            raise foreign(file, f"{name}: {there.get(name, 'nothing')} there, {here.get(name, 'nothing')} here")
 
 
 def foreign(path: Path, reason: str) -> UserError:

@@ -41,4 +41,6 @@ def finish(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
         return {}
     lines = read_json_lines(folder / METRICS)
     last = lines[-1] if lines else {}
-    return {"parameters": model.num_parameters(), "steps": last.get("step", 0), "last": last}
+    # Where weights are divided among processes, what is left of them here is empty.
+    parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters())
+    return {"parameters": parameters, "steps": last.get("step", 0), "last": last}

@@ -89,8 +89,7 @@ def find_container(file: Path, head: bytes) -> str:
             convert = f"iconv -f {encoding} -t UTF-8"
             command = f"gzip -dc {name} | {convert}" if zipped else f"{convert} {name}"
             raise Broken(f"is {encoding}; convert it to UTF-8: {command} > NEW{suffix}")
-    line = head.split(b"\n", 1)[0].rstrip(b"\r")
-    if re.match(rb"[^\0-\x08]*\r[^\0-\x08]*\Z", line) and not head.lstrip().startswith(b"["):
+    if re.fullmatch(rb"\s*[^[\0-\x08\n][^\0-\x08\n]*\r[^\0-\x08\n]*", head.rstrip()):
         command = f"gzip -dc {name} | tr '\\r' '\\n'" if zipped else f"tr '\\r' '\\n' < {name}"
         raise Broken(f"its lines end in carriage returns alone, as on old Macs; convert it: {command} > NEW{suffix}")
     named = SUFFIXES.get(suffix, "")

@@ -99,8 +99,9 @@ def _earlier(row: Row, place: str) -> Conversation:
     before: list[Message] = []
     if row.get("system") is not None and text(row["system"], place, "system").strip():
         before.append(Message("system", row["system"]))
-    history = row.get("history")
-    for index, turn in enumerate(history if isinstance(history, list) else []):
+    # Of other data, `history` is a text of their own: then it is not read, and listed as such.
+    turns = row["history"] if isinstance(dict(row).get("history"), list) else []
+    for index, turn in enumerate(turns):
         said = listed(turn, place, f"history[{index}]")
         if len(said) != 2:
             problem = "must be [the user's text, the reply]; correct it or delete the row"
