@@ -54,6 +54,28 @@ def send(number: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_a_schedulers_notice_is_passed_on_when_everything_is_saved(capsys):
+    """submitit's handler of SIGUSR2 puts the job back into the queue."""
+    heard = []
+
+    @interrupts.stoppable
+    def work() -> None:
+        with postponed():
+            send(signal.SIGUSR2)
+            assert requested()
+            assert not heard
+        check("all is saved")
+
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: heard.append(number))
+    try:
+        with pytest.raises(SystemExit):
+            work()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert heard == [signal.SIGUSR2]
+    assert "stopped by SIGUSR2: all is saved" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_outside_of_postponed_work_the_first_signal_ends_it_at_once(number, code):
     assert not issubclass(Stopped, Exception)

@@ -15,6 +15,8 @@ from rdo.printable import single_line
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 DISK_FULL_TEXTS = re.compile(r"No space left on device|Disk quota exceeded|os error (28|122)\b|StreamWriter failed")
 MEMORY_TEXTS = re.compile(r"(?i)can('t|not) allocate memory|not enough memory|out of memory|ALLOC_FAILED")
+# What gloo and NCCL say in a process whose peer has ended.
+PEER_TEXTS = re.compile(r"Connection (closed|reset) by peer|remote process exited|NCCL communicator was aborted")
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -49,6 +51,11 @@ def explained(error: BaseException, run_dir: Path | None = None) -> UserError | 
         return UserError(
             "out of memory: lower engine.tokens_per_micro_batch (training, scoring) or eval.batch_size (generation), "
             "or take a smaller model; nothing finished is lost, and the same command goes on from there"
+        )
+    if system and PEER_TEXTS.search(str(error)):
+        return UserError(
+            "another process of this run ended: its own error says why, if it could say anything (a process that the "
+            "system kills for want of memory cannot); the same command goes on from the last checkpoint"
         )
     if isinstance(error, UnpicklingError):
         return UserError(

@@ -27,7 +27,7 @@ from rdo.alignment import choose_loss
 from rdo.artifacts import Artifact, MissingInput, Provenance
 from rdo.checks import without_effect
 from rdo.configuration import compose_config, plain, sweep_points, typed
-from rdo.errors import DISK_FULL, UserError, explained
+from rdo.errors import DISK_FULL, UserError, explained, standard_output_closed
 from rdo.files import read_json
 from rdo.metric import stage_metric
 from rdo.printable import credential_in, printable, scrubbed
@@ -156,7 +156,7 @@ def prepare_process(threads: int | None) -> None:
 
 def fail(error: Exception, run_dir: Path | None = None) -> NoReturn:
     """Shows an error as one line, a mistake of ours (with --debug: any) with its traceback, and exits with 1."""
-    if isinstance(error, BrokenPipeError):  # or Python would complain once more when it closes standard output
+    if isinstance(error, BrokenPipeError) and standard_output_closed():  # or Python would complain once more when it closes standard output
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if not distributed.fail():  # another process has failed before, and says why
         os._exit(1)
