@@ -57,9 +57,13 @@ class Cluster:
         )
         return done.stdout
 
+    def known(self, job: str, field: str) -> str:
+        """What SLURM has in a field of a job."""
+        return self.run("scontrol", "-o", "show", "job", job).split(f"{field}=")[1].split()[0]
+
     def restarts(self, job: str) -> int:
         """How often a job has been requeued."""
-        return int(self.run("scontrol", "-o", "show", "job", job).split("Restarts=")[1].split()[0])
+        return int(self.known(job, "Restarts"))
 
     @contextmanager
     def sweep(self, run_dir: Path, alphas: Sequence[int] = ALPHAS) -> Iterator[subprocess.Popen[str]]:
@@ -174,6 +178,7 @@ def disturb(cluster: Cluster, run_dir: Path, launcher: subprocess.Popen[str]) ->
     reached = [steps(run_dir, point) for point in range(2)]
     wait_until("the first point goes on", lambda: steps(run_dir, 0) > reached[0] + 15)
     os.kill(ranks(first)[-1], signal.SIGKILL)
+    wait_until("the first point fails", lambda: cluster.known(first, "JobState") == "FAILED")
     wait_until("the second point goes on", lambda: steps(run_dir, 1) > reached[1] + 15)
     cluster.run("sbatch", "--partition=high", "--cpus-per-task=4", "--output=/dev/null", "--wrap", "sleep 1")
     wait_until("the second point is preempted", lambda: cluster.restarts(second) == 2)

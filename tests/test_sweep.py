@@ -9,7 +9,7 @@ import pytest
 from rdo.errors import UserError
 from rdo.lineage import determinants, swept
 from rdo.report.aggregate import aggregate
-from rdo.report.sweep import beside, draw_sweep, lines_over, panels, sweep_figure
+from rdo.report.sweep import beside, draw_sweep, lines_over, logarithmic, panels, sweep_figure
 from rdo.stages.eval import evaluate_policy, evaluate_scorers
 from rdo.stages.found import finished_evaluations
 from rdo.stages.report import make_report
@@ -72,8 +72,8 @@ def test_the_figure_shows_reward_and_kl_with_intervals_and_units():
         pytest.approx([1.4, 1.6]),
         pytest.approx([1.9, 2.1]),
     ]
-    assert reward.get_legend_handles_labels()[1] == ["dpo none", "dpo, rc reward"]
-    level = next(drawn for drawn in reward.get_lines() if drawn.get_label() == "dpo none")
+    assert reward.get_legend_handles_labels()[1] == ["dpo, no coefficient", "dpo, rc reward"]
+    level = next(drawn for drawn in reward.get_lines() if drawn.get_label() == "dpo, no coefficient")
     assert list(level.get_ydata()) == [1.25, 1.25]
     low, high = reward.get_ylim()
     assert low < 0.9
@@ -114,8 +114,21 @@ def test_a_kl_that_nobody_knows_is_left_out():
 
 def test_lines_stand_beside_each_other():
     assert [beside(0.5, [0.0, 1.0], steps) for steps in (-1, 0, 1)] == pytest.approx([0.494, 0.5, 0.506])
-    assert [beside(1.0, [0.01, 1.0], steps) for steps in (0, 1)] == pytest.approx([1.0, 1.02])
+    assert [beside(1.0, [0.01, 0.1, 1.0], steps) for steps in (0, 1)] == pytest.approx([1.0, 1.02])
     assert beside(0.0, [0.0, 0.01, 1.0], 1) == pytest.approx(0.0002)
+
+
+@pytest.mark.parametrize(
+    ("tried", "wide"),
+    [
+        ([0.0, 0.25, 0.5, 0.75, 1.0], False),
+        ([0.1, 0.5], False),
+        ([0.03, 0.1, 0.3, 1.0], True),
+        ([0.0, 0.01, 0.1], True),
+    ],
+)
+def test_an_axis_is_logarithmic_for_a_sweep_over_magnitudes(tried, wide):
+    assert logarithmic(tried) == wide
 
 
 def test_the_picture_of_the_first_world_with_a_sweep(tmp_path: Path) -> None:

@@ -156,7 +156,8 @@ def prepare_process(threads: int | None) -> None:
 
 def fail(error: Exception, run_dir: Path | None = None) -> NoReturn:
     """Shows an error as one line, a mistake of ours (with --debug: any) with its traceback, and exits with 1."""
-    if isinstance(error, BrokenPipeError) and standard_output_closed():  # or Python would complain once more when it closes standard output
+    if isinstance(error, BrokenPipeError) and standard_output_closed():
+        # Or Python would complain once more when it closes standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if not distributed.fail():  # another process has failed before, and says why
         os._exit(1)

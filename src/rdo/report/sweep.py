@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,15 @@ SCORER_AXES = {name: POLICY_AXES[name] for name in ("diffmodel.beta0", "diffmode
 # Lines are drawn side by side, so that their error bars do not hide one another: the distance of two, as a share of the
 # axis, and as a factor where that is logarithmic.
 SHARE, FACTOR = 0.006, 1.02
+# An axis is logarithmic where the largest gap between two values is so many times the smallest.
+UNEVEN = 5.0
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Line:
-    """Rows that differ in one setting alone, by its values; `fixed` is what the others lines may have otherwise."""
+    """Rows that differ in one setting alone, by its values; `fixed` is what other lines may have otherwise."""
 
     name: str
     fixed: Mapping[str, Any]
@@ -77,9 +80,9 @@ def fixed_of(row: Row, parameter: str) -> dict[str, Any]:
 
 
 def line_name(row: Row) -> str:
-    """Loss and coefficients of a policy; the name of a scorer's form."""
+    """Loss and coefficients of a policy; the form of a scorer."""
     if "group" not in row:
-        return str(row.get("form") or row["name"])
+        return f"difference model, form {row['form']}" if row.get("form") else str(row["name"])
     rc = "no coefficient" if row.get("rc") in (None, "none") else f"rc {row['rc']}"
     return f"{row['group']}, {rc}" + (f" ({row['control']})" if row.get("control") else "")
 
@@ -128,8 +131,9 @@ def drawn_points(panel: Panel) -> list[list[tuple[float, Row, Summary]]]:
 def draw_panel(axes: Axes, panel: Panel, policies: Mapping[str, Row]) -> None:
     """One line a loss and coefficient, with intervals; dashed what the same loss reaches without a coefficient."""
     lines = drawn_points(panel)
-    levels: dict[str, tuple[float, str]] = {}
+    levels: dict[str, tuple[float, str]] = {}  # by the row's name: the height, and what the row is
     tried = sorted({at for points in lines for at, _, _ in points})
+    scale(axes, tried)
     for position, (line, points) in enumerate(zip(panel.lines, lines, strict=True)):
         errors = [error_of(value) for _, _, value in points]
         axes.errorbar(
@@ -147,18 +151,17 @@ def draw_panel(axes: Axes, panel: Panel, policies: Mapping[str, Row]) -> None:
         plain = policies.get(str(points[0][1].get("compared_with"))) if points else None
         level = panel.value(plain) if plain is not None else None
         if plain is not None and level is not None and level["mean"] is not None:
-            levels.setdefault(plain["name"], (level["mean"], colour_of(position)))
-    for name, (height, colour) in levels.items():
-        axes.axhline(height, color=colour, linewidth=1, linestyle=(0, (4, 3)), alpha=0.8, label=label(name))
-    scale(axes, tried)
+            levels.setdefault(plain["name"], (level["mean"], line_name(plain)))
+    for height, name in levels.values():
+        axes.axhline(height, color="#555555", linewidth=1, linestyle=(0, (4, 3)), zorder=1, label=label(name))
     axes.set_xlabel(panel.axis)
     axes.set_ylabel(panel.quantity)
 
 
 def logarithmic(tried: Sequence[float]) -> bool:
-    """Whether the values that were tried cover more than a factor of ten, zero aside."""
-    positive = [value for value in tried if value > 0]
-    return len(positive) > 1 and positive[-1] > 10 * positive[0]
+    """Whether the values that were tried, in rising order, lie as far apart as those of a sweep over magnitudes."""
+    gaps = [high - low for low, high in pairwise(tried)]
+    return len(gaps) > 1 and max(gaps) >= UNEVEN * min(gaps)
 
 
 def beside(value: float, tried: Sequence[float], steps: float) -> float:
@@ -171,7 +174,7 @@ def beside(value: float, tried: Sequence[float], steps: float) -> float:
 
 
 def scale(axes: Axes, tried: Sequence[float]) -> None:
-    """Marks the values that were tried; on a logarithmic axis, linear around zero, where they cover a wide range."""
+    """Marks the values that were tried; on a logarithmic axis, linear around zero, where that fits them."""
     if logarithmic(tried):
         axes.set_xscale("symlog", linthresh=min(value for value in tried if value > 0))
         axes.minorticks_off()

@@ -99,10 +99,9 @@ def start(config: TrackerConfig, folder: Path, name: str, identity: str, setting
             config=dict(settings),
         )
     except (wandb.Error, ValueError) as error:
-        raise UserError(
-            f"tracker=wandb: {single_line(str(error)).rstrip('.')}; set WANDB_MODE=offline to log into the run's folder, or "
-            "tracker=none"
-        ) from error
+        reason = single_line(str(error)).rstrip(".")
+        way_out = "set WANDB_MODE=offline to log into the run's folder, or tracker=none"
+        raise UserError(f"tracker=wandb: {reason}; {way_out}") from error
     run.define_metric("*", step_metric="global_step")
     return run
 
