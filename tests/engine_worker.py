@@ -26,10 +26,11 @@ from test_training import encoded, make_task, model_of
 RECORDS, BATCH, EPOCHS = 10, 4, 2
 
 
-def trained(name: str, engine: str, folder: Path, **settings: Any) -> dict[str, Any]:
+def trained(name: str, engine: str, folder: Path) -> dict[str, Any]:
     """What training a task under an engine comes to: metrics of each step, and the final weights.
 
-    TASK-lora trains an adapter of rank 8 (the paper's KTO), with activations computed again in the backward pass.
+    TASK-lora trains an adapter of rank 8 (the paper's KTO), with activations computed again in the backward pass;
+    ENGINE+PRECISION computes in another precision than float32.
     """
     folder.mkdir(parents=True, exist_ok=True)
     adapted, name = name.endswith("-lora"), name.removesuffix("-lora")
@@ -42,8 +43,10 @@ def trained(name: str, engine: str, folder: Path, **settings: Any) -> dict[str, 
         choose_trained(model, ModelConfig(lora=LoraConfig(rank=8)), 0)
     config = ScorerConfig(learning_rate=1e-3, head_learning_rate=5e-3, batch_size=BATCH, epochs=EPOCHS)
     config.schedule, config.max_gradient_norm = "cosine", 0.5
-    settings = {"tokens_per_micro_batch": 60, "gradient_checkpointing": adapted, **settings}
-    engine_config = EngineConfig(name=engine, **settings)
+    engine, _, precision = engine.partition("+")
+    engine_config = EngineConfig(
+        name=engine, precision=precision or "float32", tokens_per_micro_batch=60, gradient_checkpointing=adapted
+    )
     start = {key: value.clone() for key, value in trained_state(model).items()}
     with Tracker(TrackerConfig(), folder, "test", {}) as tracker:
         state = train(task, model, config, engine_config, 0, folder, tracker, "test")

@@ -288,9 +288,10 @@ def test_help_shows_every_stage_and_group(train_here, capsys):
     shown = capsys.readouterr().out
     for stage in CHOICES["stage.name"]:
         assert f"\n  {stage} " in shown
-    for group in (folder for folder in CONF.iterdir() if folder.is_dir()):
+    for group in (folder for folder in CONF.iterdir() if folder.is_dir() and folder.name != "hydra"):
         assert f"\n{group.name}: {', '.join(sorted(file.stem for file in group.iterdir()))}\n" in shown
     assert "--debug" in shown
+    assert "hydra/launcher=slurm" in shown
 
 
 def test_a_score_stage_needs_a_scorer():

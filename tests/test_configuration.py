@@ -21,7 +21,9 @@ from rdo.schema import Config
 from rdo.stages.report import rows
 
 GROUPS = {
-    folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()
+    folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+    for folder in CONF.iterdir()
+    if folder.is_dir() and folder.name != "hydra"  # hydra's own groups: see test_sweeps.py
 }
 FILES = [(group, name) for group, names in GROUPS.items() for name in names]
 
@@ -228,7 +230,7 @@ IMPOSSIBLE = {
     "needs dataset.hub_split": ["dataset=hh", "model=small", "dataset.hub_test_split=test"],
     "test on another": ["dataset=hh", "model=small", "dataset.hub_split=a", "dataset.hub_test_split=a"],
     "must be a file or a list of files": [*FILE[:2], "dataset.path=[3]"],
-    "dataset.path, a file": [*FILE[:2], "dataset.path=[]"],
+    "dataset.path: a file": [*FILE[:2], "dataset.path=[]"],
     "dataset.template=chat": [*FILE, "dataset.template=chat"],
     "model.path is not set; leave it out": ["model.revision=v1"],
     "is a folder; leave it out": ["model.path=.", "model.revision=v1"],

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,16 +23,26 @@ import torch
 
 from engine_worker import trained
 from rdo.artifacts import MANIFEST
-from rdo.files import read_json_lines
+from rdo.engine.deepspeed_engine import DESCRIPTION, ZeroEngine
+from rdo.errors import UserError
+from rdo.files import read_json_lines, replace_sealed, write_json
 from tiny import TINY
 
 HERE = Path(__file__).parent
 TRAIN = HERE.parent / "train.py"
 TASKS = ("dpo", "kto", "rrhf", "pointwise", "paper", "kto-lora", "pointwise-lora")
-ALL = ("zero1", "zero2", "zero3")
+ALL = ("zero1", "zero2", "zero3", "zero3_offload")
 # Processes, engines, tasks.
-SOME = [(2, ALL, ("kto", "paper", "pointwise-lora")), (4, ("zero2",), ("kto", "rrhf"))]
-MATRIX = [(count, ALL, TASKS) for count in (1, 2, 4)] if os.environ.get("RDO_ENGINES") == "all" else SOME
+SOME = [
+    (2, ("zero1", "zero2", "zero3", "zero2+bfloat16"), ("kto", "paper", "pointwise-lora")),
+    (4, ("zero2",), ("rrhf",)),
+]
+MATRIX = (
+    [(count, (*ALL, "zero2+bfloat16"), TASKS) for count in (1, 2, 4)]
+    if os.environ.get("RDO_ENGINES") == "all"
+    else SOME
+)
+KILLS = int(os.environ.get("RDO_KILLS", "1"))
 # What was measured over the whole matrix: losses and norms differ by 8e-7, weights by 8e-6 of the way that they went.
 LOSS, WEIGHTS = 3e-6, 5e-5
 
@@ -103,8 +113,10 @@ def test_losses_and_weights_are_those_of_one_process_of_pytorch(
             loss, norm = worst(*metrics, "loss"), worst(*metrics, "gradient_norm")
             print(f"| {engine} | {count} | {task} | {loss:.1e} | {norm:.1e} | {apart:.1e} |")
             assert moved > 0.1
-            assert max(loss, norm) < LOSS
-            assert apart < WEIGHTS
+            half = engine.endswith("+bfloat16")  # three significant digits
+            assert max(loss, norm) < (2e-2 if half else LOSS)
+            assert apart < (0.2 if half else WEIGHTS)
+            assert all(weight.dtype == torch.float32 for weight in found["weights"].values())
             for name in ("step", "learning_rate", "tokens"):
                 assert [line[name] for line in metrics[0]] == [line[name] for line in metrics[1]]
 
@@ -125,6 +137,7 @@ SETTINGS = (
     "sft.max_steps=3",
     "rm.max_steps=2",
     "align.batch_size=4",
+    "align.epochs=3",
 )
 
 
@@ -176,7 +189,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared(whole: Path, run_dir: Path) -> tuple[Path, list[str]]:
     """A run folder in which all is done but the alignment, and the command that does it."""
     shutil.copytree(whole, run_dir, ignore=shutil.ignore_patterns("align"))
-    # Longer steps, so that there is time to hit one.
     return run_dir, [str(TRAIN), *SETTINGS, "stage=align", f"run_dir={run_dir}", "engine=zero2"]
 
 
@@ -185,40 +197,70 @@ def children(process: subprocess.Popen[str]) -> list[int]:
     return [int(number) for number in listed.stdout.split()]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_rank_that_is_killed_ends_the_job_and_the_same_command_goes_on(how: int, whole: Path, tmp_path: Path) -> None:
+def logged(run_dir: Path) -> int:
+    """Steps that the metrics know."""
+    return sum(file.read_text().count("\n") for file in run_dir.glob("align/*/metrics.jsonl"))
+
+
+@pytest.mark.parametrize(("how", "kills"), [(signal.SIGKILL, KILLS), (signal.SIGTERM, 1)])
+def test_a_rank_that_is_killed_ends_the_job_and_the_same_command_goes_on(
+    how: int, kills: int, whole: Path, tmp_path: Path
+) -> None:
+    """At random steps, within them, and on either rank; metrics and weights are those of the run without kills."""
     run_dir, command = prepared(whole, tmp_path / "run")
-    process = launched(2, *command)
-    while not checkpoint(run_dir):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.002)
-    os.kill(random.Random(how).choice(children(process)), how)
-    code, _, error = finished(process, 60)
-    if code:  # it may have been done just before
+    draw, hits = random.Random(how), 0
+    while hits < kills:
+        process = launched(2, *command)
+        until = logged(run_dir) + draw.randrange(1, 5)
+        while process.poll() is None and logged(run_dir) < until:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.05))
+        if process.poll() is None:
+            os.kill(draw.choice(children(process)), how)
+        code, _, error = finished(process, 60)
+        if code == 0:  # it was done before
+            assert weights(run_dir) == weights(whole)
+            assert steps(run_dir) == steps(whole)
+            shutil.rmtree(run_dir / "align")
+            continue
         assert not list(run_dir.glob(f"align/*/{MANIFEST}"))
-        code, out, error = finished(launched(2, *command))
-        assert "going on from" in out
+        hits += 1
+    code, out, error = finished(launched(2, *command))
     assert code == 0, error
+    assert how == signal.SIGKILL or "going on from" in out
     assert weights(run_dir) == weights(whole)
     assert steps(run_dir) == steps(whole)
     assert not checkpoint(run_dir)
 
 
-def test_another_number_of_processes_or_another_engine_is_refused_with_a_way_out(whole: Path, tmp_path: Path) -> None:
-    run_dir, command = prepared(whole, tmp_path / "run")
-    process = launched(2, *command)
-    while not checkpoint(run_dir):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    for change, said in (
-        (["engine=zero3"], "was saved with engine zero2, and this run has zero3"),
-        ([], "was saved with processes 2, and this run has 1"),
+@pytest.mark.parametrize(
+    ("what", "then", "now"),
+    [("engine", "zero2", "zero3"), ("processes", 2, 1), ("precision", "torch.bfloat16", "torch.float32")],
+)
+def test_a_checkpoint_of_another_kind_of_run_is_refused_with_a_way_out(
+    what: str, then: Any, now: Any, tmp_path: Path
+) -> None:
+    described = {"engine": "zero3", "processes": 1, "precision": "torch.float32", "files": [], what: then}
+    write_json(tmp_path / "step_00000001" / DESCRIPTION, described)
+    engine: Any = SimpleNamespace(name="zero3", precision=torch.float32)
+    with pytest.raises(
+        UserError, match=f"with {what} {then}, and this run has {now}: start it with the same .* delete"
     ):
-        code, _, error = finished(launched(1, *command, *change))
-        assert code != 0
-        assert re.search(f"^error: .*{said}: start it with the same as before, or delete", error, re.MULTILINE)
+        ZeroEngine.examine(engine, tmp_path / "step_00000001")
+
+
+def test_a_damaged_checkpoint_of_several_processes_is_found(tmp_path: Path) -> None:
+    engine: Any = SimpleNamespace(name="zero3", precision=torch.float32)
+    described = {"engine": "zero3", "processes": 1, "precision": "torch.float32", "files": ["part.pt"]}
+    assert "cannot be read (FileNotFoundError)" in str(ZeroEngine.examine(engine, tmp_path))
+    write_json(tmp_path / DESCRIPTION, described)
+    assert "cannot be read" in str(ZeroEngine.examine(engine, tmp_path))
+    with replace_sealed(tmp_path / "state" / "part.pt") as file:
+        file.write(bytes(1000))
+    assert ZeroEngine.examine(engine, tmp_path) is None
+    part = tmp_path / "state" / "part.pt"
+    part.write_bytes(part.read_bytes().replace(bytes(8), b"\1" * 8, 1))
+    assert "checksum" in str(ZeroEngine.examine(engine, tmp_path))
 
 
 def test_several_processes_of_plain_pytorch_are_refused(tmp_path: Path) -> None:

@@ -267,11 +267,11 @@ def test_training_saves_the_last_whole_step(stop, steps, tmp_path, monkeypatch):
     losses, log = SftTask.losses, Tracker.log
     micro_batches = [0]
 
-    def counting(*arguments: Any) -> Any:
+    def counting(*arguments: Any, **named: Any) -> Any:
         micro_batches[-1] += 1
         if micro_batches[-1] == 2 and len(micro_batches) == steps + 1 and stop != "after a step":
             send(signal.SIGTERM)
-        return losses(*arguments)
+        return losses(*arguments, **named)
 
     def logging(*arguments: Any) -> None:
         log(*arguments)

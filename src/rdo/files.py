@@ -30,6 +30,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 # What a process that was killed may leave behind; the last are those of `datasets`.
 LEFTOVERS = (".*.part", ".*.old", "tmp????????")
+# How often a run that waits for another asks whether it is done.
+POLL_SECONDS = 0.5
 # While a disk is full, how long until the next try.
 RETRY_SECONDS = 30.0
 
@@ -274,16 +276,25 @@ def held(folder: Path, command: str) -> Iterator[None]:
 
     The lock goes with the process that holds it, however that ends; the note of who it is may outlive it.
     """
-    lock, note = FileLock(folder / LOCK), folder / HOLDER
+    # Without locks of the system a lock would be a mere file, which a machine that died would hold for ever.
+    lock, note = FileLock(folder / LOCK, fallback_to_soft=False), folder / HOLDER
     with write_errors(folder / LOCK):
         try:
             lock.acquire(timeout=0)
         except Timeout:
             say(f"{folder} is being made by {holder(note)}; waiting for it")
-            lock.acquire()
+            lock.acquire(poll_interval=POLL_SECONDS)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            raise UserError(
+                f"{folder}: its file system has no locks (flock), which keep two runs from making the same; choose "
+                "another run_dir, or have it mounted with them"
+            ) from error
     try:
         since = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
-        facts = {"process": os.getpid(), "host": platform.node(), "since": since, "command": command}
+        job = os.environ.get("SLURM_JOB_ID")
+        facts = {"process": os.getpid(), "host": platform.node(), "job": job, "since": since, "command": command}
         with suppress(OSError, UserError):  # it only helps others to understand
             write_json(note, facts)
         yield
@@ -297,7 +308,8 @@ def holder(note: Path) -> str:
     """Who wrote a holder's note, in words."""
     try:
         facts = read_json(note)
-        known = f"process {facts['process']} on {facts['host']} since {facts['since']} ({facts['command']})"
+        job = f", job {facts['job']}," if facts.get("job") else ""
+        known = f"process {facts['process']} on {facts['host']}{job} since {facts['since']} ({facts['command']})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"  # which has the lock, and has not written its note yet
     return single_line(known)

@@ -182,7 +182,9 @@ def stoppable(function: Callable[P, T]) -> Callable[P, T]:
             except Stopped as stop:
                 print(stop, file=sys.stderr, flush=True)
                 if stop.number == signal.SIGUSR2:
-                    before[stop.number](stop.number, None)  # puts the job back into the queue
+                    # Puts the job back into the queue, which may answer with SIGTERM at once.
+                    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                    before[stop.number](stop.number, None)
                 sys.exit(stop.exit_code)
             except BaseException as error:
                 # Libraries that wait for their processes may raise something else while Stopped passes through them.

@@ -238,6 +238,9 @@ def check_arguments(arguments: list[str]) -> list[str]:
         points = sweep_points(overrides) if options.multirun else [overrides]
         for run_dir in {compose_config(point).run_dir: None for point in points}:
             check_run_dir(Path(run_dir))
+    if not distributed.found_world(os.environ).first:
+        overrides.append("hydra.output_subdir=null")  # which one process writes
+        arguments = [*arguments, overrides[-1]]
     return sorted(arguments, key=lambda argument: argument in overrides)
 
 
