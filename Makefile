@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/python train.py
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 15
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
