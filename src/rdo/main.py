@@ -145,6 +145,8 @@ def prepare_process(threads: int | None) -> None:
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()  # it retries, and what it ends in is an error of ours
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which saving a model imports, warns of it
     if threads is not None:
         torch.set_num_threads(threads)
 

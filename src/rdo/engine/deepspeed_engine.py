@@ -199,7 +199,7 @@ class ZeroEngine:
 def imported(device: torch.device) -> Any:
     """DeepSpeed, ready to be used on this kind of device, without compiling anything and without MPI."""
     if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # also where there is a GPU that is not to be used
     for name, value in (("RANK", world().rank), ("WORLD_SIZE", world().size), ("LOCAL_RANK", world().local_rank)):
         os.environ.setdefault(name, str(value))
     warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # DeepSpeed's calls
