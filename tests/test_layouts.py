@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MiniMaxConfig, PreTrainedModel
 
-import rdo.attention
+import rdo.rectangles
 from helpers import COMMON, GROUPED, configuration, policy, relative_error, scorer, tree, words
 from rdo.errors import UserError
 from rdo.forest import Forest, make_layout
@@ -128,9 +128,9 @@ def test_layouts_agree_on_random_trees(seed: int):
 @pytest.mark.parametrize("call_cost", [0, 10**9])
 @pytest.mark.parametrize("model", ["llama-grouped", "mistral-window"])
 def test_how_segments_are_grouped_changes_nothing(monkeypatch: pytest.MonkeyPatch, model: str, call_cost: int):
-    monkeypatch.setattr(rdo.attention, "CALL_COST", call_cost)
+    monkeypatch.setattr(rdo.rectangles, "CALL_COST", call_cost)
     segments = Forest(LISTS["thirty pairs"]).segments
-    groups = rdo.attention.group_segments(segments)
+    groups = rdo.rectangles.group_segments(segments)
     # Equal sizes always go together; at the most there is one call for the root and one for everything else.
     sizes = {(segment.shared > 0, len(segment.path), segment.stop - segment.start) for segment in segments}
     assert len(groups) == (len(sizes) if call_cost == 0 else 2)

@@ -1,121 +1,59 @@
 """Forest attention: a token attends to its own path from the root and to nothing else.
 
-Registered with transformers' AttentionInterface under `ATTENTION_NAME`, so that every decoder that goes through the
-interface works unpatched: the forest travels to the attention layers as the extra forward argument `forest`.
+Registered with transformers' AttentionInterface, one name a kernel (`rectangles`: rectangles.py; `varlen`, `flex`:
+cuda_attention.py), so that every decoder that goes through the interface works unpatched: the forest travels to the
+attention layers as the extra forward argument `forest`, as the plan of the kernel that runs it.
 
-Every segment of a forest is one rectangle: its own tokens as queries, its whole path as keys, causal from the bottom
-right. Small rectangles are padded together into one call, because on a CPU a call costs more than a little padding.
 No mask function is registered: transformers then builds no mask, which is what a forest wants. Padded rows (`Flat`)
 need their mask and therefore never run under this attention (see models.set_layout).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from rdo.errors import UserError
-from rdo.forest import Forest, Segment
+from rdo.forest import Forest
+from rdo.rectangles import RectanglePlan
 
-ATTENTION_NAME = "rdo_forest"
-# One more call is worth about this many query-key cells (measured at widths 64 to 512 on one CPU core).
-CALL_COST = 4096
 # What a decoder may pass beside query, key and value without changing what attention means.
 HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "is_causal"}
+PREFIX = "rdo_forest_"
 
 
-@dataclass(frozen=True)
-class Rectangles:
-    """Segments that run in one call: `queries` [g, n] and `keys` [g, k] hold flat rows, padded with row 0.
+class Plan(Protocol):
+    """How a kernel runs the attention of one forest; made once for a micro-batch and shared by all layers."""
 
-    valid: [g, n], which queries are real. key_positions: [g, k], huge where padded, so that the causal rule masks
-    them. causal: all segments start at their root, so that plain causal attention needs no mask.
-    """
-
-    queries: torch.Tensor
-    keys: torch.Tensor
-    valid: torch.Tensor
-    query_positions: torch.Tensor
-    key_positions: torch.Tensor
-    causal: bool
-
-    def mask(self, window: int | None) -> torch.Tensor:
-        """[g, 1, n, k], true where a query may look; `window` counts distance along the path."""
-        distance = self.query_positions[:, :, None] - self.key_positions[:, None, :]
-        allowed = distance >= 0
-        if window is not None:
-            allowed = allowed & (distance < window)
-        return allowed[:, None]
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Attention of one flat row: query [1, heads, tokens, width], key and value [1, kv heads, tokens, width] give
+        [1, tokens, heads, width]. scaling: of the scores, null for 1 / sqrt(width). window: how many tokens of its own
+        path a token sees, itself included; null for all."""
 
 
-class AttentionPlan:
-    """How the rectangles of a forest are run; made once for a micro-batch and shared by all layers."""
-
-    def __init__(self, forest: Forest, device: torch.device | str = "cpu"):
-        groups = group_segments(forest.segments)
-        self.rectangles = [make_rectangles(group, device) for group in groups]
-        order = torch.cat([r.queries[r.valid] for r in self.rectangles])
-        self.inverse = torch.empty_like(order)
-        self.inverse[order] = torch.arange(len(order), device=order.device)
-        self.longest = max(len(segment.path) for segment in forest.segments)
-        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
-
-    def mask(self, number: int, window: int | None) -> torch.Tensor | None:
-        """The mask of a group, or None where plain causal attention does."""
-        if window is not None and window >= self.longest:
-            window = None
-        rectangles = self.rectangles[number]
-        if rectangles.causal and window is None:
-            return None
-        if (number, window) not in self._masks:
-            self._masks[number, window] = rectangles.mask(window)
-        return self._masks[number, window]
+KERNELS: dict[str, Callable[[Forest, torch.device], Plan]] = {"rectangles": RectanglePlan}
 
 
-def group_segments(segments: list[Segment]) -> list[list[Segment]]:
-    """Puts segments of similar size into one call as long as the padding costs less than another call."""
-    groups: list[list[Segment]] = []
-    width = height = 0
-    # Whole sequences and tails apart, because whole ones need no mask; then by size.
-    for segment in sorted(segments, key=lambda s: (s.shared > 0, len(s.path), s.stop - s.start)):
-        keys, queries = len(segment.path), segment.stop - segment.start
-        if groups and (groups[-1][0].shared > 0) == (segment.shared > 0):
-            wider, higher = max(width, keys), max(height, queries)
-            padded = (len(groups[-1]) + 1) * wider * higher
-            if padded - len(groups[-1]) * width * height - keys * queries <= CALL_COST:
-                groups[-1].append(segment)
-                width, height = wider, higher
-                continue
-        groups.append([segment])
-        width, height = keys, queries
-    return groups
+def attention_name(kernel: str) -> str:
+    """The name of a kernel's forest attention in transformers' AttentionInterface."""
+    return f"{PREFIX}{kernel}"
 
 
-def make_rectangles(segments: list[Segment], device: torch.device | str) -> Rectangles:
-    """Pads a group of segments to one shape."""
-    height = max(s.stop - s.start for s in segments)
-    width = max(len(s.path) for s in segments)
-    queries = np.zeros((len(segments), height), dtype=np.int64)
-    keys = np.zeros((len(segments), width), dtype=np.int64)
-    valid = np.zeros((len(segments), height), dtype=bool)
-    # A padded query may see the first key, so that its softmax is a number; its output is dropped.
-    query_positions = np.zeros((len(segments), height), dtype=np.int64)
-    key_positions = np.full((len(segments), width), np.iinfo(np.int64).max // 2)
-    for g, segment in enumerate(segments):
-        own, path = segment.stop - segment.start, len(segment.path)
-        queries[g, :own] = np.arange(segment.start, segment.stop)
-        keys[g, :path] = segment.path
-        valid[g, :own] = True
-        query_positions[g, :own] = np.arange(segment.shared, path)
-        key_positions[g, :path] = np.arange(path)
-    arrays = (queries, keys, valid, query_positions, key_positions)
-    moved = [torch.from_numpy(array).to(device) for array in arrays]
-    return Rectangles(moved[0], moved[1], moved[2], moved[3], moved[4], all(s.shared == 0 for s in segments))
+def make_plan(implementation: str, forest: Forest, device: torch.device) -> Plan | None:
+    """The plan of a model's attention implementation, or None where it is none of ours."""
+    if not implementation.startswith(PREFIX):
+        return None
+    return KERNELS[implementation.removeprefix(PREFIX)](forest, device)
 
 
 def forest_attention(
@@ -127,13 +65,13 @@ def forest_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    forest: AttentionPlan | None = None,
+    forest: Plan | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one flat row: query [1, heads, tokens, width], key and value [1, kv heads, tokens, width].
+    """What attention layers call: shapes as in `Plan.attend`.
 
-    Returns [1, tokens, heads, width]. Raises UserError where a model asks for something that forest attention does
-    not do (soft caps, attention sinks, learned biases), naming the way out.
+    Raises UserError where a model asks for something that forest attention does not do (soft caps, attention sinks,
+    learned biases), naming the way out.
     """
     unknown = sorted(name for name, given in others.items() if given is not None and name not in HARMLESS)
     if forest is None or attention_mask is not None or dropout or unknown:
@@ -141,26 +79,8 @@ def forest_attention(
             f"passes {', '.join(unknown)} to its attention" if unknown else "needs a mask or dropout in its attention"
         )
         raise UserError(f"{type(module).__name__} {what}, which engine.layout=forest cannot do; use engine.layout=flat")
-    groups = query.shape[1] // key.shape[1]
-    # [tokens, heads, width]: rows first, so that gathering rows copies contiguous memory.
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value.to(query.dtype)))
-    outputs = []
-    for number, rectangles in enumerate(forest.rectangles):
-        mask = forest.mask(number, sliding_window)
-        rows_q = q[rectangles.queries].transpose(1, 2)
-        rows_k, rows_v = (
-            tensor[rectangles.keys].transpose(1, 2).repeat_interleave(groups, dim=1)
-            if groups > 1
-            else tensor[rectangles.keys].transpose(1, 2)
-            for tensor in (k, v)
-        )
-        if mask is None:
-            # All segments start at the root: queries and keys are the same rows, and padding only follows.
-            out = scaled_dot_product_attention(rows_q, rows_k, rows_v, is_causal=True, scale=scaling)
-        else:
-            out = scaled_dot_product_attention(rows_q, rows_k, rows_v, attn_mask=mask, scale=scaling)
-        outputs.append(out.transpose(1, 2)[rectangles.valid])
-    return torch.cat(outputs)[forest.inverse][None], None
+    return forest.attend(query, key, value.to(query.dtype), scaling, sliding_window), None
 
 
-AttentionInterface.register(ATTENTION_NAME, forest_attention)
+for name in KERNELS:
+    AttentionInterface.register(attention_name(name), forest_attention)

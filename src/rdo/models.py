@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rdo.attention import ATTENTION_NAME, AttentionPlan
+from rdo.attention import attention_name, make_plan
 from rdo.errors import UserError
 from rdo.forest import Flat, Forest, Layout, LayoutName
 from rdo.readout import Scalar, Span, combine, in_full_precision, scalar_values, span_log_probabilities
@@ -78,7 +78,7 @@ def beside_backbone(model: PreTrainedModel, name: str) -> bool:
     return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
 
 
-def why_not_forest(model: PreTrainedModel) -> str | None:
+def why_not_forest(model: PreTrainedModel, kernel: str) -> str | None:
     """What keeps a model out of a forest, or None; leaves the model prepared for the layout that it can run.
 
     Declaring transformers' attention interface is not enough: models that do also mix tokens elsewhere (convolutions,
@@ -93,7 +93,7 @@ def why_not_forest(model: PreTrainedModel) -> str | None:
     try:
         with torch.no_grad():
             alone = in_full_precision(hidden_states(model, flat))
-            model.set_attn_implementation(ATTENTION_NAME)
+            model.set_attn_implementation(attention_name(kernel))
             together = in_full_precision(hidden_states(model, forest))[np.concatenate(forest.rows)]
     except Exception as error:  # whatever the code of an architecture that we do not know may raise
         model.set_attn_implementation(usual)
@@ -114,7 +114,7 @@ def set_layout(model: PreTrainedModel, wanted: str) -> LayoutName:
     if wanted == "flat":
         model.set_attn_implementation(model.get_correct_attn_implementation(None))
         return "flat"
-    reason = why_not_forest(model)
+    reason = why_not_forest(model, "rectangles")
     if reason is None:
         return "forest"
     if wanted == "forest":
@@ -144,7 +144,7 @@ def hidden_states(model: PreTrainedModel, layout: Layout) -> torch.Tensor:
             input_ids=layout.ids[None].to(device),
             position_ids=layout.positions[None].to(device),
             use_cache=False,
-            forest=AttentionPlan(layout, device),
+            forest=make_plan(model.config._attn_implementation or "", layout, device),
         )
         return output.last_hidden_state[0]
     output = backbone(input_ids=layout.ids.to(device), attention_mask=layout.mask.to(device), use_cache=False)
