@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AttentionInterface
 
+from rdo.cuda_attention import HALF, FlexPlan, VarlenPlan, why_not_flex, why_not_varlen
 from rdo.errors import UserError
 from rdo.forest import Forest
 from rdo.rectangles import RectanglePlan
@@ -38,10 +39,38 @@ class Plan(Protocol):
     ) -> torch.Tensor:
         """Attention of one flat row: query [1, heads, tokens, width], key and value [1, kv heads, tokens, width] give
         [1, tokens, heads, width]. scaling: of the scores, null for 1 / sqrt(width). window: how many tokens of its own
-        path a token sees, itself included; null for all."""
+        path a token sees, itself included; null for all. The dtypes may differ, under autocast."""
 
 
-KERNELS: dict[str, Callable[[Forest, torch.device], Plan]] = {"rectangles": RectanglePlan}
+KERNELS: dict[str, Callable[[Forest, torch.device], Plan]] = {
+    "rectangles": RectanglePlan,
+    "varlen": VarlenPlan,
+    "flex": FlexPlan,
+}
+# What keeps a kernel from a device, a dtype and a head width; `rectangles` runs everywhere.
+OBSTACLES: dict[str, Callable[[torch.device, torch.dtype, int], str | None]] = {
+    "varlen": why_not_varlen,
+    "flex": why_not_flex,
+}
+
+
+def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype, head_width: int) -> str:
+    """The kernel that runs a forest under engine.attention. dtype: what attention computes in, under autocast, too.
+
+    auto: on a GPU in half precision the first of varlen and flex that runs there, else rectangles (in float32 flex asks
+    for more shared memory than many GPUs have). Raises UserError where what is demanded does not run.
+    """
+    if wanted in OBSTACLES:
+        reason = OBSTACLES[wanted](device, dtype, head_width)
+        if reason is not None:
+            raise UserError(f"engine.attention={wanted} {reason}; use engine.attention=auto")
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda" and dtype in HALF:
+        for kernel, why_not in OBSTACLES.items():
+            if why_not(device, dtype, head_width) is None:
+                return kernel
+    return "rectangles"
 
 
 def attention_name(kernel: str) -> str:
@@ -79,7 +108,7 @@ def forest_attention(
             f"passes {', '.join(unknown)} to its attention" if unknown else "needs a mask or dropout in its attention"
         )
         raise UserError(f"{type(module).__name__} {what}, which engine.layout=forest cannot do; use engine.layout=flat")
-    return forest.attend(query, key, value.to(query.dtype), scaling, sliding_window), None
+    return forest.attend(query, key, value, scaling, sliding_window), None
 
 
 for name in KERNELS:

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rdo.devices import to_device
 from rdo.models import check_positions, set_layout
 from rdo.plan import stable_seed
 from rdo.schema import EvalConfig
@@ -73,8 +74,8 @@ def generate_batch(
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in batch])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
     output = model.generate(  # type: ignore[operator]
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
+        input_ids=to_device(ids, model.device),
+        attention_mask=to_device(mask, model.device),
         max_new_tokens=config.max_new_tokens,
         pad_token_id=pad,
         eos_token_id=tokenizer.eos_token_id,

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rdo.attention import attention_name, make_plan
+from rdo.devices import to_device
 from rdo.errors import UserError
 from rdo.forest import Flat, Forest, Layout, LayoutName
 from rdo.readout import Scalar, Span, combine, in_full_precision, scalar_values, span_log_probabilities
@@ -141,13 +142,14 @@ def hidden_states(model: PreTrainedModel, layout: Layout) -> torch.Tensor:
     device = model.device
     if isinstance(layout, Forest):
         output = backbone(
-            input_ids=layout.ids[None].to(device),
-            position_ids=layout.positions[None].to(device),
+            input_ids=to_device(layout.ids[None], device),
+            position_ids=to_device(layout.positions[None], device),
             use_cache=False,
             forest=make_plan(model.config._attn_implementation or "", layout, device),
         )
         return output.last_hidden_state[0]
-    output = backbone(input_ids=layout.ids.to(device), attention_mask=layout.mask.to(device), use_cache=False)
+    ids, mask = to_device(layout.ids, device), to_device(layout.mask, device)
+    output = backbone(input_ids=ids, attention_mask=mask, use_cache=False)
     return output.last_hidden_state.flatten(0, 1)
 
 
@@ -167,8 +169,9 @@ def read_scalars(model: PreTrainedModel, layout: Layout, values: Sequence[Sequen
         raise UserError(f"{type(model).__name__} cannot run in a forest; use engine.layout=flat")
     check_positions(model, max(map(len, layout.sequences)))
     check_ids(model, layout)
-    outputs = model(input_ids=layout.ids.to(model.device), attention_mask=layout.mask.to(model.device)).logits
-    rows = torch.tensor([read.sequence for value in values for read in value], device=model.device)
+    ids, mask = to_device(layout.ids, model.device), to_device(layout.mask, model.device)
+    outputs = model(input_ids=ids, attention_mask=mask).logits
+    rows = to_device(np.array([read.sequence for value in values for read in value]), model.device)
     return combine(in_full_precision(outputs[rows]), values)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from rdo.devices import to_device
 from rdo.forest import Forest, Segment
 
 # One more call is worth about this many query-key cells (measured at widths 64 to 512 on one CPU core).
@@ -76,7 +77,7 @@ class RectanglePlan:
         """See `attention.Plan`."""
         groups = query.shape[1] // key.shape[1]
         # [tokens, heads, width]: rows first, so that gathering rows copies contiguous memory.
-        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        q, k, v = (tensor[0].transpose(0, 1).to(query.dtype) for tensor in (query, key, value))
         outputs = []
         for number, rectangles in enumerate(self.rectangles):
             mask = self.mask(number, window)
@@ -133,5 +134,5 @@ def make_rectangles(segments: list[Segment], device: torch.device | str) -> Rect
         query_positions[g, :own] = np.arange(segment.shared, path)
         key_positions[g, :path] = np.arange(path)
     arrays = (queries, keys, valid, query_positions, key_positions)
-    moved = [torch.from_numpy(array).to(device) for array in arrays]
+    moved = [to_device(array, device) for array in arrays]
     return Rectangles(moved[0], moved[1], moved[2], moved[3], moved[4], all(s.shared == 0 for s in segments))
