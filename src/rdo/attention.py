@@ -78,11 +78,15 @@ def attention_name(kernel: str) -> str:
     return f"{PREFIX}{kernel}"
 
 
+def kernel_of(implementation: str) -> str | None:
+    """The kernel of a model's attention implementation, or None where it is none of ours."""
+    return implementation.removeprefix(PREFIX) if implementation.startswith(PREFIX) else None
+
+
 def make_plan(implementation: str, forest: Forest, device: torch.device) -> Plan | None:
     """The plan of a model's attention implementation, or None where it is none of ours."""
-    if not implementation.startswith(PREFIX):
-        return None
-    return KERNELS[implementation.removeprefix(PREFIX)](forest, device)
+    kernel = kernel_of(implementation)
+    return None if kernel is None else KERNELS[kernel](forest, device)
 
 
 def forest_attention(

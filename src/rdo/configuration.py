@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rdo import checks
 from rdo.alignment import choose_loss
+from rdo.attention import KERNELS
 from rdo.checks import UNBOUNDED, one_of, value_at, within
 from rdo.coefficients import NEGATIVE
 from rdo.data.formats import READERS
@@ -38,6 +39,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine.name": ("torch", "zero1", "zero2", "zero3", "zero3_offload"),
     "engine.precision": ("float32", "bfloat16", "float16", "auto"),
     "engine.layout": ("auto", "forest", "flat"),
+    "engine.attention": ("auto", *KERNELS),
     "engine.device": ("auto", "cpu", "cuda"),
     "dataset.source": ("toy", "file", "hub"),
     "dataset.format": ("auto", *READERS),

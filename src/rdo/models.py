@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rdo.attention import attention_name, make_plan
+from rdo.attention import attention_name, choose_kernel, kernel_of, make_plan
+from rdo.cuda_attention import HALF
 from rdo.devices import to_device
 from rdo.errors import UserError
 from rdo.forest import Flat, Forest, Layout, LayoutName
@@ -79,11 +82,12 @@ def beside_backbone(model: PreTrainedModel, name: str) -> bool:
     return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
 
 
-def why_not_forest(model: PreTrainedModel, kernel: str) -> str | None:
-    """What keeps a model out of a forest, or None; leaves the model prepared for the layout that it can run.
+def why_not_forest(model: PreTrainedModel, kernel: str, dtype: torch.dtype) -> str | None:
+    """What keeps a model out of a forest under a kernel, or None; leaves it prepared for the layout that it can run.
 
     Declaring transformers' attention interface is not enough: models that do also mix tokens elsewhere (convolutions,
-    linear attention), look both ways, or ask for soft caps and sinks. So the model itself is asked, on a tiny forest.
+    linear attention), look both ways, or ask for soft caps and sinks. So the model itself is asked, on a tiny forest,
+    computing in `dtype` as it will.
     """
     usual = model.get_correct_attn_implementation(None)
     model.set_attn_implementation(usual)
@@ -92,7 +96,7 @@ def why_not_forest(model: PreTrainedModel, kernel: str) -> str | None:
     ids = [[token % len(input_embeddings(model)) for token in sequence] for sequence in TRIAL]
     forest, flat = Forest(ids), Flat(ids)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), computing_in(dtype, model):
             alone = in_full_precision(hidden_states(model, flat))
             model.set_attn_implementation(attention_name(kernel))
             together = in_full_precision(hidden_states(model, forest))[np.concatenate(forest.rows)]
@@ -100,28 +104,65 @@ def why_not_forest(model: PreTrainedModel, kernel: str) -> str | None:
         model.set_attn_implementation(usual)
         return str(error) if isinstance(error, UserError) else f"{type(model).__name__} fails: {error}"
     # A wrong path shows in tens of per cent; half precision rounds by a few.
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
+    tolerance = 5e-2 if dtype in HALF else 1e-3
     if not float((together - alone).norm()) <= tolerance * float(alone.norm()):
         model.set_attn_implementation(usual)
         return f"{type(model).__name__} lets tokens see more than their own path"
     return None
 
 
-def set_layout(model: PreTrainedModel, wanted: str) -> LayoutName:
+def computing_in(dtype: torch.dtype, model: PreTrainedModel) -> AbstractContextManager[Any]:
+    """Autocast, where a model is to compute in another dtype than its weights are in."""
+    return nullcontext() if dtype == model.dtype else torch.autocast(model.device.type, dtype)
+
+
+def set_layout(
+    model: PreTrainedModel, wanted: str, attention: str = "auto", precision: torch.dtype | None = None
+) -> LayoutName:
     """Decides by the one rule which layout a model runs in, prepares its attention, and returns the layout.
 
-    auto: forest wherever the model can, else flat. Raises UserError where `forest` is demanded in vain.
+    auto: forest wherever the model can, else flat. attention: engine.attention, the kernel of a forest. precision: what
+    the model will compute in where that is half precision, be it under autocast; else it is the weights' dtype. Raises
+    UserError where `forest`, or a kernel, is demanded in vain.
     """
     if wanted == "flat":
         model.set_attn_implementation(model.get_correct_attn_implementation(None))
         return "flat"
-    reason = why_not_forest(model, "rectangles")
+    dtype = precision if precision in HALF else model.dtype
+    reason = why_not_forest(model, "rectangles", dtype)
     if reason is None:
+        set_kernel(model, attention, dtype)
         return "forest"
     if wanted == "forest":
         raise UserError(f"engine.layout=forest cannot run this model; use engine.layout=flat (or auto): {reason}")
     print(f"[layout] flat, because {reason}", flush=True)
     return "flat"
+
+
+def set_kernel(model: PreTrainedModel, attention: str, dtype: torch.dtype) -> None:
+    """Prepares a model that runs in a forest for the kernel of engine.attention; UserError where it cannot run that."""
+    kernel = choose_kernel(attention, model.device, dtype, head_width(model))
+    if kernel == "rectangles":
+        return
+    reason = why_not_forest(model, kernel, dtype)
+    if reason is None:
+        return
+    if attention != "auto":
+        raise UserError(f"engine.attention={kernel} cannot run this model; use engine.attention=auto: {reason}")
+    print(f"[layout] engine.attention=rectangles, because of {kernel}: {reason}", flush=True)
+    model.set_attn_implementation(attention_name("rectangles"))
+
+
+def head_width(model: PreTrainedModel) -> int:
+    """The width of an attention head, as the config has it."""
+    config = model.config.get_text_config()
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def described_layout(model: PreTrainedModel, layout: LayoutName) -> str:
+    """A layout as a person reads it: on a GPU with the kernel of a forest."""
+    kernel = kernel_of(model.config._attn_implementation or "")
+    return f"{layout} ({kernel})" if kernel is not None and model.device.type == "cuda" else layout
 
 
 def check_positions(model: PreTrainedModel, longest: int, remedy: str = "lower dataset.max_length") -> None:

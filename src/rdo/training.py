@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from rdo import interrupts
 from rdo.checkpoints import Checkpoints
 from rdo.distributed import world
-from rdo.engine import Engine, make_engine
+from rdo.engine import Engine, make_engine, precision_of
 from rdo.errors import NotFiniteError, UserError
 from rdo.files import DiskFull, patiently
-from rdo.models import check_positions, head_parameters, recompute_activations, set_layout
+from rdo.models import check_positions, described_layout, head_parameters, recompute_activations, set_layout
 from rdo.plan import Plan, learning_rate_factor, make_plan
 from rdo.progress import progress_bar, warn
 from rdo.schema import EngineConfig, ScorerConfig, TrainingConfig
@@ -61,7 +61,8 @@ def train(
     if model.dtype not in (torch.float32, torch.float64):
         # An update below 1/256 of a weight is lost in bfloat16, and at 1e-6 nearly all are.
         raise UserError(f"weights of {model.dtype} cannot be trained exactly: use model.dtype=float32")
-    layout = set_layout(model, engine_config.layout)
+    precision = precision_of(engine_config, model.device)
+    layout = set_layout(model, engine_config.layout, engine_config.attention, precision)
     if engine_config.gradient_checkpointing:
         recompute_activations(model)
     plan = make_plan(config, len(task.record_ids), seed)
@@ -71,8 +72,8 @@ def train(
     done = checkpoints.restore(engine)
     if world().first:
         patiently(lambda: tracker.resume(done), engine_config.disk_full_minutes)
-    engine_used = described(engine_config)
-    print(f"[{title}] {plan.records} records, {plan.steps} steps, layout {layout}{engine_used}", flush=True)
+    how = described_layout(model, layout) + described(engine_config)
+    print(f"[{title}] {plan.records} records, {plan.steps} steps, layout {how}", flush=True)
     with interrupts.postponed(), progress_bar(plan.steps, title, initial=done) as bar:
         for step in range(done, plan.steps):
             started = time.perf_counter()

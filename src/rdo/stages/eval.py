@@ -243,7 +243,8 @@ def encode_texts(
 
 def judge_all(run: Run, model: PreTrainedModel, readings: list[Reading], title: str) -> list[list[float]]:
     """A judge's values of all readings, in the layout that it can run."""
-    layout, budget = set_layout(model, run.config.engine.layout), run.config.engine.tokens_per_micro_batch
+    engine = run.config.engine
+    layout, budget = set_layout(model, engine.layout, engine.attention), engine.tokens_per_micro_batch
     with progress_bar(len(readings), title) as bar:
 
         def read(part: range) -> list[list[float]]:

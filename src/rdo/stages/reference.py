@@ -92,7 +92,7 @@ def write_reference(run: Run, base: Artifact, mismatched: bool, folder: Path) ->
     """
     model, tokenizer = run.policy(base)
     engine = run.config.engine
-    layout = set_layout(model, engine.layout)
+    layout = set_layout(model, engine.layout, engine.attention)
     records, encoded = run.records("train"), run.encoded("train", tokenizer)
     chosen = select(records, run.config.align)
     other = partners(records, chosen) if mismatched else {}
@@ -123,7 +123,8 @@ def write_reference(run: Run, base: Artifact, mismatched: bool, folder: Path) ->
 def log_probabilities(run: Run, model: PreTrainedModel, items: Sequence[Item], title: str) -> list[list[float]]:
     """Log-probability of each response given its record's prompt, without gradients, in the order given. Raises
     Stopped between two batches when the process is asked to stop."""
-    layout, budget = set_layout(model, run.config.engine.layout), run.config.engine.tokens_per_micro_batch
+    engine = run.config.engine
+    layout, budget = set_layout(model, engine.layout, engine.attention), engine.tokens_per_micro_batch
     with progress_bar(len(items), title) as bar:
 
         def read(part: range) -> list[list[float]]:

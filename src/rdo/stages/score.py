@@ -169,7 +169,7 @@ def write_scores(
     """Scores the records, shard by shard, and joins them to the Parquet file. Raises as `Shards.make` does."""
     model, tokenizer = load_kind(run, artifact, kind)
     form, engine = check_form(model), run.config.engine
-    layout = set_layout(model, engine.layout)
+    layout = set_layout(model, engine.layout, engine.attention)
     records, encoded = run.records(split), run.encoded(split, tokenizer)
     chosen = np.array(select(records, selection), int) if selection else np.arange(len(records))
     if not len(chosen):
