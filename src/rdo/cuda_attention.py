@@ -31,6 +31,10 @@ from rdo.readout import in_full_precision
 
 HALF = (torch.float16, torch.bfloat16)
 BLOCK = 128  # rows of a block of FlexAttention's mask: its default, that its kernels are tuned for
+# The tensors of a BlockMask, [1, 1, blocks] and [1, 1, blocks, blocks].
+BLOCK_TENSORS = tuple(
+    f"{full}{side}_{what}" for full in ("", "full_") for side in ("kv", "q") for what in ("num_blocks", "indices")
+)
 COMPILATIONS = 64  # of FlexAttention in one process: one for each dtype, width, and so on, but none for a new length
 
 
@@ -175,8 +179,9 @@ class FlexPlan:
         self.longest_path = max(len(segment.path) for segment in forest.segments)
         padding = (0, self.rows - len(forest))
         ends = subtree_ends(forest.segments)
-        self.ends = to_device(np.pad(ends, padding).astype(np.int32), device)  # nothing sees what is padded
-        self.positions = to_device(np.pad(forest.positions.numpy(), padding).astype(np.int32), device)
+        # Nothing sees what is padded.
+        self.ends = vary(to_device(np.pad(ends, padding).astype(np.int32), device))
+        self.positions = vary(to_device(np.pad(forest.positions.numpy(), padding).astype(np.int32), device))
         self.masks: dict[int | None, Any] = {}
 
     def mask(self, window: int | None) -> Any:
@@ -190,13 +195,13 @@ class FlexPlan:
             blocks = [*ordered((counts > 0) & ~full), *ordered(full)]
             visible = subtree_mask(self.ends)
             if window is not None:
-                visible = window_mask(self.ends, self.positions, self.positions - (window - 1))
-            self.masks[window] = flex.BlockMask.from_kv_blocks(
-                *(to_device(array, self.device) for array in blocks),
-                BLOCK_SIZE=BLOCK,
-                mask_mod=visible,
-                seq_lengths=(self.rows, self.rows),
-            )
+                visible = window_mask(self.ends, self.positions, vary(self.positions - (window - 1)))
+            moved = (to_device(array, self.device) for array in blocks)
+            lengths = (self.rows, self.rows)
+            mask = flex.BlockMask.from_kv_blocks(*moved, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=lengths)
+            for part in (getattr(mask, name) for name in BLOCK_TENSORS):
+                vary(part, *range(2, part.dim()))
+            self.masks[window] = mask
         return self.masks[window]
 
     def attend(
@@ -213,7 +218,7 @@ class FlexPlan:
         if scaling is not None and not math.isclose(scaling, usual):
             query = query * (scaling / usual)  # as a number of its own, each would be compiled for
         padding = (0, 0, 0, self.rows - self.tokens)
-        q, k, v = (pad(tensor.to(dtype), padding) for tensor in (query, key, value))
+        q, k, v = (vary(pad(tensor.to(dtype), padding), 2) for tensor in (query, key, value))
         # Compiled code holds for one state of autocast, and everything is cast already.
         with torch.autocast(query.device.type, enabled=False):
             out = flex_attention()(q, k, v, block_mask=self.mask(window), enable_gqa=q.shape[1] != k.shape[1])
@@ -223,10 +228,18 @@ class FlexPlan:
 @cache
 def flex_attention() -> Callable[..., torch.Tensor]:
     """FlexAttention, compiled once for all lengths. An error, not slow and large eager code, where that fails."""
-    config = importlib.import_module("torch._dynamo").config
+    config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, COMPILATIONS)
     module = importlib.import_module("torch.nn.attention.flex_attention")
     return torch.compile(module.flex_attention, dynamic=True, fullgraph=True)
+
+
+def vary(tensor: torch.Tensor, *dimensions: int) -> torch.Tensor:
+    """Tells the compiler that these dimensions (without any, the first) vary, each for itself: what happens to be equal
+    at first, such as the numbers of blocks and of heads, it would take for the same, and compile again later."""
+    for dimension in dimensions or (0,):
+        torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+    return tensor
 
 
 def computed_dtype(value: torch.Tensor) -> torch.dtype:

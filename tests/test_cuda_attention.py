@@ -1,0 +1,337 @@
+"""The GPU kernels of forest attention, as far as a CPU goes: varlen under an emulation of PyTorch's function, flex by
+its block mask and its forward pass, and which kernel is chosen where. launch/gpu_check.py checks them on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import flex_attention as flex
+from transformers import PreTrainedModel
+
+import rdo.cuda_attention
+import rdo.models
+from emulated import varlen_attn, varlen_attn_of_2_11
+from helpers import policy, relative_error, tree
+from rdo.attention import choose_kernel
+from rdo.cuda_attention import FlexPlan, GatherRows, VarlenPlan, seen_by_blocks, subtree_ends
+from rdo.errors import UserError
+from rdo.forest import Forest, make_layout
+from rdo.models import hidden_states, set_kernel, set_layout, why_not_forest
+from rdo.readout import span_log_probabilities
+from rdo.rectangles import RectanglePlan
+from test_layouts import DECODERS, FLOAT32, FLOAT64, LISTS, Sequences, gradients, half_way
+
+EVERY_DTYPE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def emulate(monkeypatch: pytest.MonkeyPatch, function: Callable[..., torch.Tensor] = varlen_attn) -> None:
+    """Puts an emulation in the place of PyTorch's variable-length attention, in every dtype that it computes in."""
+    knows_groups = function is not varlen_attn_of_2_11
+    monkeypatch.setattr(rdo.cuda_attention, "variable_length_attention", lambda: (function, knows_groups))
+    monkeypatch.setattr(rdo.cuda_attention, "HALF", EVERY_DTYPE)
+
+
+def read(model: PreTrainedModel, sequences: Sequences, kernel: str) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Hidden states of every sequence and log-probabilities, under a kernel, or in the flat layout."""
+    if kernel == "flat":
+        set_layout(model, "flat")
+    else:
+        assert why_not_forest(model, kernel, model.dtype) is None
+    layout = make_layout("flat" if kernel == "flat" else "forest", sequences)
+    hidden = hidden_states(model, layout)
+    states = [hidden[layout.index(s, np.arange(len(ids)))] for s, ids in enumerate(sequences)]
+    sums, _ = span_log_probabilities(hidden, model.get_output_embeddings(), layout, half_way(sequences))
+    return states, sums
+
+
+def check(model: PreTrainedModel, sequences: Sequences, kernel: str, tolerance: float) -> None:
+    """Whether hidden states, log-probabilities and gradients under a kernel are those of the flat layout."""
+    wanted_states, wanted = read(model, sequences, "flat")
+    wanted_gradients = gradients(model, wanted)
+    states, found = read(model, sequences, kernel)
+    assert relative_error(states, wanted_states) < tolerance
+    assert relative_error([found], [wanted]) < tolerance
+    assert relative_error(gradients(model, found), wanted_gradients) < tolerance
+
+
+def visible(forest: Forest, window: int | None = None) -> np.ndarray:
+    """Which rows see which, [tokens, tokens], by the paths that the forest itself gives."""
+    seen = np.zeros((len(forest), len(forest)), dtype=bool)
+    for rows in forest.rows:
+        for position, row in enumerate(rows):
+            first = 0 if window is None else max(0, position - window + 1)
+            seen[row, rows[first : position + 1]] = True
+    return seen
+
+
+@pytest.mark.parametrize("model", DECODERS)
+@pytest.mark.parametrize("name", ["tree", "three differences"])
+def test_varlen_agrees_with_the_flat_layout(monkeypatch: pytest.MonkeyPatch, model: str, name: str):
+    emulate(monkeypatch)
+    check(policy(model), LISTS[name], "varlen", FLOAT32)
+
+
+@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("model", ["llama-grouped", "mistral-window"])
+def test_varlen_agrees_in_double_precision(monkeypatch: pytest.MonkeyPatch, model: str, name: str):
+    emulate(monkeypatch)
+    check(policy(model, torch.float64), LISTS[name], "varlen", FLOAT64)
+
+
+@pytest.mark.parametrize("model", ["llama", "llama-grouped", "mistral-window"])
+def test_varlen_agrees_where_pytorch_knows_no_groups(monkeypatch: pytest.MonkeyPatch, model: str):
+    emulate(monkeypatch, varlen_attn_of_2_11)
+    check(policy(model, torch.float64), LISTS["six responses"], "varlen", FLOAT64)
+
+
+def test_varlen_gathers_nothing_where_nothing_is_shared():
+    apart = Forest([(2, 3, 4), (5, 6)])
+    assert VarlenPlan(apart, "cpu").rows is None
+    assert VarlenPlan(Forest([(2, 3, 4), (2, 6)]), "cpu").rows is not None
+
+
+def test_varlen_computes_in_half_precision_under_autocast(monkeypatch: pytest.MonkeyPatch):
+    """Queries and keys come in float32 there, values in bfloat16."""
+    taken: list[torch.dtype] = []
+
+    def noting(query: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
+        taken.append(query.dtype)
+        return varlen_attn(query, *others, **options)
+
+    model, sequences = policy("llama-grouped"), LISTS["six responses"]
+    exact = gradients(model, read(model, sequences, "flat")[1])
+    monkeypatch.setattr(rdo.cuda_attention, "variable_length_attention", lambda: (noting, True))
+    assert why_not_forest(model, "varlen", torch.bfloat16) is None
+    errors = {}
+    for kernel in ("flat", "varlen"):
+        if kernel == "flat":
+            set_layout(model, "flat")
+        else:
+            assert why_not_forest(model, "varlen", torch.bfloat16) is None
+        layout = make_layout("flat" if kernel == "flat" else "forest", sequences)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = hidden_states(model, layout)
+            sums, _ = span_log_probabilities(hidden, model.get_output_embeddings(), layout, half_way(sequences))
+        errors[kernel] = relative_error(gradients(model, sums), exact)
+    assert set(taken) == {torch.bfloat16}
+    assert 0 < errors["varlen"] < 1.5 * errors["flat"] < 0.15
+
+
+def test_varlen_refuses_to_compute_in_full_precision():
+    model = policy()
+    reason = why_not_forest(model, "varlen", torch.float32)
+    assert reason is not None
+    assert "engine.attention=auto" in reason
+    assert set_layout(model, "auto") == "forest"
+
+
+def test_gradients_of_a_row_that_many_read_are_added_in_float32():
+    tensor = torch.ones(2, 1, 8, dtype=torch.bfloat16, requires_grad=True)
+    rows = torch.tensor([0] * 1000 + [1])
+    GatherRows.apply(tensor, rows).sum().backward()
+    # One at a time, bfloat16 counts to 256 and stays there.
+    assert tensor.grad[:, 0, 0].tolist() == [1000.0, 1.0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_subtrees_say_who_sees_whom(seed: int):
+    forest = Forest(tree(seed, count=12))
+    rows = np.arange(len(forest))
+    found = (rows[None] <= rows[:, None]) & (rows[:, None] < subtree_ends(forest.segments)[None])
+    assert (found == visible(forest)).all()
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 7])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_block_mask_is_what_is_seen(monkeypatch: pytest.MonkeyPatch, seed: int, window: int | None):
+    monkeypatch.setattr(rdo.cuda_attention, "BLOCK", 4)
+    forest = Forest(tree(seed, count=12))
+    plan = FlexPlan(forest, "cpu")
+    seen = np.zeros((plan.rows, plan.rows), dtype=int)
+    seen[: len(forest), : len(forest)] = visible(forest, window)
+    counts = seen.reshape(plan.rows // 4, 4, plan.rows // 4, 4).sum((1, 3))
+    assert (seen_by_blocks(forest.segments, plan.rows, window) == counts).all()
+    mask = plan.mask(window)
+    # Partial blocks and full ones apart, row by row and column by column: the backward pass goes by columns.
+    assert (mask.to_dense()[0, 0].numpy() == (counts > 0)).all()
+    assert mask.full_kv_num_blocks[0, 0].tolist() == (counts == 16).sum(1).tolist()
+    assert mask.full_q_num_blocks[0, 0].tolist() == (counts == 16).sum(0).tolist()
+    for row, number in enumerate(mask.kv_num_blocks[0, 0].tolist()):
+        partial = np.flatnonzero((counts[row] > 0) & (counts[row] < 16)).tolist()
+        assert mask.kv_indices[0, 0, row, :number].tolist() == partial
+    rows = torch.arange(plan.rows)
+    within = mask.mask_mod(0, 0, rows[:, None], rows[None])
+    assert (within.numpy() == seen).all()
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flex_agrees_with_rectangles(monkeypatch: pytest.MonkeyPatch, window: int | None, dtype: torch.dtype):
+    monkeypatch.setattr(rdo.cuda_attention, "flex_attention", lambda: flex.flex_attention)
+    forest = Forest(tree(5, count=40, longest=40))
+    assert 256 < len(forest) % 128 + 256 < 384, "rows must be padded here"
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, len(forest), 16, generator=generator)
+    key, value = (torch.randn(1, 2, len(forest), 16, generator=generator) for _ in range(2))
+    with torch.no_grad():
+        wanted = RectanglePlan(forest).attend(query, key, value, 0.3, window)
+        found = FlexPlan(forest, "cpu").attend(query.to(dtype), key.to(dtype), value.to(dtype), 0.3, window)
+    assert found.dtype == dtype
+    assert relative_error([found], [wanted]) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("model", ["llama-grouped", "mistral-window", "gpt2-by-layer", "gemma3"])
+def test_flex_agrees_with_the_flat_layout(monkeypatch: pytest.MonkeyPatch, model: str):
+    monkeypatch.setattr(rdo.cuda_attention, "flex_attention", lambda: flex.flex_attention)
+    with torch.no_grad():
+        wanted, found = (read(policy(model), LISTS["tree"], kernel) for kernel in ("flat", "flex"))
+    assert relative_error(found[0], wanted[0]) < FLOAT32
+    assert relative_error([found[1]], [wanted[1]]) < FLOAT32
+
+
+def test_flex_is_compiled_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch):
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(flex.flex_attention, backend=counter, dynamic=True, fullgraph=True)
+    monkeypatch.setattr(rdo.cuda_attention, "flex_attention", lambda: compiled)
+    with torch.no_grad():
+        for number, count in enumerate((2, 40, 90, 60)):
+            forest = Forest(tree(number, count=count))
+            query, key, value = (torch.randn(1, heads, len(forest), 16) for heads in (4, 2, 2))
+            # Under autocast or not, with a scale of its own for every layer.
+            with torch.autocast("cpu", torch.bfloat16, enabled=number % 2 == 1):
+                value = value.bfloat16() if number % 2 else value
+                FlexPlan(forest, "cpu").attend(query.to(value.dtype), key.to(value.dtype), value, 0.1 + number, None)
+    assert counter.frame_count == 2  # one for each dtype
+    torch._dynamo.reset()
+
+
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+FULL, BRAIN, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float16, torch.float64
+RULE: list[tuple[torch.device, torch.dtype, int, dict[str, Any], str]] = [
+    (CPU, FULL, 64, {}, "rectangles"),
+    (CPU, BRAIN, 64, {}, "rectangles"),
+    (CUDA, BRAIN, 64, {}, "varlen"),
+    (CUDA, HALF, 128, {}, "varlen"),
+    (CUDA, BRAIN, 256, {"capability": (9, 0)}, "varlen"),
+    (CUDA, BRAIN, 256, {"capability": (8, 9)}, "flex"),
+    (CUDA, BRAIN, 192, {"capability": (8, 9)}, "varlen"),
+    (CUDA, BRAIN, 256, {"capability": (12, 0)}, "flex"),
+    (CUDA, BRAIN, 260, {}, "flex"),
+    (CUDA, BRAIN, 100, {}, "flex"),
+    (CUDA, HALF, 64, {"capability": (7, 5)}, "flex"),
+    (CUDA, HALF, 64, {"capability": (7, 5), "triton": False}, "rectangles"),
+    (CUDA, BRAIN, 64, {"flash": False}, "flex"),
+    (CUDA, BRAIN, 64, {"flash": False, "triton": False}, "rectangles"),
+    (CUDA, BRAIN, 64, {"cudnn": True}, "flex"),
+    (CUDA, BRAIN, 64, {"varlen": False}, "flex"),
+    (CUDA, BRAIN, 12, {}, "rectangles"),
+    (CUDA, FULL, 64, {}, "rectangles"),
+    (CUDA, DOUBLE, 64, {}, "rectangles"),
+]
+
+
+def pretend(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int] = (8, 0),
+    flash: bool = True,
+    triton: bool = True,
+    cudnn: bool = False,
+    varlen: bool = True,
+) -> None:
+    """A GPU, and a PyTorch that was built for it."""
+
+    def imported(name: str) -> Any:
+        if not varlen:
+            raise ImportError(name)
+        return SimpleNamespace(_should_use_cudnn=lambda index: cudnn)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: flash)
+    finding = SimpleNamespace(find_spec=lambda name: triton or None)
+    monkeypatch.setattr(rdo.cuda_attention, "importlib", SimpleNamespace(import_module=imported, util=finding))
+
+
+@pytest.mark.parametrize(("device", "dtype", "width", "machine", "chosen"), RULE)
+def test_the_kernel_is_chosen_by_one_rule(monkeypatch, device, dtype, width, machine, chosen):
+    pretend(monkeypatch, **machine)
+    assert choose_kernel("auto", device, dtype, width) == chosen
+    assert choose_kernel("rectangles", device, dtype, width) == "rectangles"
+    if chosen != "rectangles":
+        assert choose_kernel(chosen, device, dtype, width) == chosen
+
+
+def test_flex_can_be_demanded_in_full_precision(monkeypatch: pytest.MonkeyPatch):
+    pretend(monkeypatch)
+    assert choose_kernel("flex", CUDA, FULL, 64) == "flex"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "device", "dtype", "width", "machine", "said"),
+    [
+        ("varlen", CPU, BRAIN, 64, {}, "needs an NVIDIA GPU"),
+        ("varlen", CUDA, FULL, 64, {}, r"this is float32 \(see engine\.precision"),
+        ("varlen", CUDA, BRAIN, 100, {}, "multiple of 8 up to 256, and the model's is 100"),
+        ("varlen", CUDA, BRAIN, 256, {"capability": (8, 6)}, "up to 192, and the model's is 256"),
+        ("varlen", CUDA, HALF, 64, {"capability": (7, 0)}, "compute capability"),
+        ("varlen", CUDA, HALF, 64, {"flash": False}, "flash attention"),
+        ("varlen", CUDA, HALF, 64, {"cudnn": True}, "cuDNN"),
+        ("varlen", CUDA, HALF, 64, {"varlen": False}, r"PyTorch 2\.11"),
+        ("flex", CPU, FULL, 64, {}, "needs a GPU"),
+        ("flex", CUDA, DOUBLE, 64, {}, "float64"),
+        ("flex", CUDA, BRAIN, 8, {}, "16 or more, and the model's is 8"),
+        ("flex", CUDA, BRAIN, 64, {"triton": False}, "Triton"),
+    ],
+)
+def test_a_kernel_that_is_demanded_in_vain_is_refused_by_name(monkeypatch, kernel, device, dtype, width, machine, said):
+    pretend(monkeypatch, **machine)
+    with pytest.raises(UserError, match=rf"^engine\.attention={kernel} .*{said}.*; use engine\.attention=auto$"):
+        choose_kernel(kernel, device, dtype, width)
+
+
+@pytest.mark.parametrize("kernel", ["varlen", "flex"])
+def test_on_a_cpu_the_gpu_kernels_are_refused(kernel: str):
+    model = policy()
+    with pytest.raises(UserError, match=rf"engine\.attention={kernel} needs a"):
+        set_layout(model, "auto", kernel)
+    assert set_layout(model, "flat", kernel) == "flat"
+
+
+def test_a_kernel_that_the_model_itself_cannot_run_is_left_out_aloud(monkeypatch, capsys):
+    def broken(*inputs: Any, **options: Any) -> torch.Tensor:
+        raise RuntimeError("no kernel image is available")
+
+    model = policy()
+    emulate(monkeypatch, broken)
+    monkeypatch.setattr(rdo.models, "choose_kernel", lambda *rule: "varlen")
+    assert set_layout(model, "auto") == "forest"
+    assert model.config._attn_implementation == "rdo_forest_rectangles"
+    said = capsys.readouterr().out
+    assert "engine.attention=rectangles, because of varlen" in said
+    assert "no kernel image" in said
+    with pytest.raises(UserError, match=r"engine\.attention=varlen cannot run this model.*=auto.*no kernel image"):
+        set_layout(model, "auto", "varlen")
+    emulate(monkeypatch)
+    set_kernel(model, "auto", torch.float32)
+    assert model.config._attn_implementation == "rdo_forest_varlen"
+
+
+def test_a_kernel_with_another_alignment_is_found_out(monkeypatch: pytest.MonkeyPatch):
+    """Aligned at the top left, a segment's tokens see the beginning of their path alone."""
+
+    def top_left(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any, **options: Any) -> Any:
+        offsets, lengths = others[1], others[0].diff()
+        own = torch.cat([torch.arange(n) + start for n, start in zip(lengths, offsets, strict=False)])
+        return varlen_attn(query, key[own], value[own], others[0], others[0], others[2], others[2], **options)
+
+    emulate(monkeypatch, top_left)
+    reason = why_not_forest(policy(), "varlen", torch.float32)
+    assert reason is not None
+    assert "more than their own path" in reason
