@@ -13,6 +13,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[1] / "src"), str(Path(__file__).parent)]
 # ruff: noqa: E402
 
+from made_tasks import encoded, make_task
 from rdo import distributed
 from rdo.adapters import choose_trained, trained_state
 from rdo.engine import deepspeed_engine
@@ -21,7 +22,7 @@ from rdo.schema import EngineConfig, LoraConfig, ModelConfig, ScorerConfig, Trac
 from rdo.scorers import FORMS
 from rdo.tracking import METRICS, Tracker
 from rdo.training import train
-from test_training import encoded, make_task, model_of
+from test_training import model_of
 
 RECORDS, BATCH, EPOCHS = 10, 4, 2
 

@@ -44,6 +44,7 @@ SIZES = {
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 GPT2_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 SHORT_WINDOW = 5
+COUNTS = ("layers", "heads", "n_layer", "n_head")  # sizes that are no widths
 
 TEXTS = [
     "\n\nHuman: Which bread keeps for a week?\n\nAssistant:",
@@ -52,28 +53,33 @@ TEXTS = [
 ]
 
 
-def configuration(name: str) -> PreTrainedConfig:
-    """A small configuration of every architecture that the tests run."""
+def configuration(name: str, scale: int = 1) -> PreTrainedConfig:
+    """A small configuration of every architecture that the tests run; scale: times its widths, positions and window."""
+    sizes, grouped, gpt2 = (
+        {key: value if key.endswith(COUNTS) else scale * value for key, value in given.items()}
+        for given in (SIZES, GROUPED, GPT2_SIZES)
+    )
+    head = {"head_dim": 8 * scale}
     made: dict[str, Any] = {
-        "llama": lambda: LlamaConfig(**COMMON, **SIZES),
-        "llama-grouped": lambda: LlamaConfig(**COMMON, **GROUPED),
-        "mistral-window": lambda: MistralConfig(**COMMON, **GROUPED, sliding_window=SHORT_WINDOW),
-        "qwen2": lambda: Qwen2Config(**COMMON, **GROUPED),
-        "gpt2": lambda: GPT2Config(**COMMON, **GPT2_SIZES),
-        "gpt2-by-layer": lambda: GPT2Config(**COMMON, **GPT2_SIZES, scale_attn_by_inverse_layer_idx=True),
-        "gpt-neox": lambda: GPTNeoXConfig(**COMMON, **SIZES),
-        "gemma": lambda: GemmaConfig(**COMMON, **GROUPED, head_dim=8),
+        "llama": lambda: LlamaConfig(**COMMON, **sizes),
+        "llama-grouped": lambda: LlamaConfig(**COMMON, **grouped),
+        "mistral-window": lambda: MistralConfig(**COMMON, **grouped, sliding_window=SHORT_WINDOW * scale),
+        "qwen2": lambda: Qwen2Config(**COMMON, **grouped),
+        "gpt2": lambda: GPT2Config(**COMMON, **gpt2),
+        "gpt2-by-layer": lambda: GPT2Config(**COMMON, **gpt2, scale_attn_by_inverse_layer_idx=True),
+        "gpt-neox": lambda: GPTNeoXConfig(**COMMON, **sizes),
+        "gemma": lambda: GemmaConfig(**COMMON, **grouped, **head),
         # Layers that see everything and layers that see a window take turns.
         "gemma3": lambda: Gemma3TextConfig(
             **COMMON,
-            **GROUPED,
-            head_dim=8,
-            sliding_window=SHORT_WINDOW,
+            **grouped,
+            **head,
+            sliding_window=SHORT_WINDOW * scale,
             layer_types=["sliding_attention", "full_attention"],
         ),
-        "gemma2": lambda: Gemma2Config(**COMMON, **GROUPED, head_dim=8, final_logit_softcapping=None),
-        "bert": lambda: BertConfig(**COMMON, **SIZES),
-        "deberta": lambda: DebertaV2Config(**COMMON, **SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"]),
+        "gemma2": lambda: Gemma2Config(**COMMON, **grouped, **head, final_logit_softcapping=None),
+        "bert": lambda: BertConfig(**COMMON, **sizes),
+        "deberta": lambda: DebertaV2Config(**COMMON, **sizes, relative_attention=True, pos_att_type=["p2c", "c2p"]),
     }
     return made[name]()
 
@@ -89,27 +95,30 @@ def randomise(model: PreTrainedModel, seed: int = 0, scale: float = 0.2) -> PreT
     return model
 
 
-def policy(name: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def policy(name: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, scale: int = 1) -> PreTrainedModel:
     """A causal language model with random weights and no dropout."""
-    return from_configuration(configuration(name), AutoModelForCausalLM, dtype, seed)
+    return from_configuration(configuration(name, scale), AutoModelForCausalLM, dtype, seed, scale)
 
 
-def scorer(name: str = "llama", form: str = "pointwise", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def scorer(
+    name: str = "llama", form: str = "pointwise", dtype: torch.dtype = torch.float32, scale: int = 1
+) -> PreTrainedModel:
     """A scorer with random weights, its head included."""
-    config = configuration(name)
+    config = configuration(name, scale)
     config.num_labels = 2 if form == "residual" else 1
-    model = from_configuration(config, AutoModelForSequenceClassification, dtype)
+    model = from_configuration(config, AutoModelForSequenceClassification, dtype, scale=scale)
     model.config.rdo_form = form
     return model
 
 
 def from_configuration(
-    config: PreTrainedConfig, factory: Any, dtype: torch.dtype = torch.float32, seed: int = 0
+    config: PreTrainedConfig, factory: Any, dtype: torch.dtype = torch.float32, seed: int = 0, scale: int = 1
 ) -> PreTrainedModel:
+    """A model of a configuration and its scale."""
     model = without_dropout(factory.from_config(config, dtype=dtype))
     if dtype == torch.float64:
         keep_double(model)
-    return randomise(model, seed)
+    return randomise(model, seed, 0.2 * scale**-0.75)  # so that attention is as sharp as in a narrow one
 
 
 def keep_double(model: PreTrainedModel) -> None:

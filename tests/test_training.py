@@ -15,35 +15,27 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from engines import one_step
+from made_tasks import SETTINGS, TASKS, alignment_task, encoded, make_task
 from rdo import losses
 from rdo.alignment import AlignmentRecord, AlignmentTask, Pair, choose_loss
 from rdo.data.encoding import EncodedRecord
-from rdo.data.records import Preference
 from rdo.forest import make_layout
-from rdo.losses import rrhf_pairs
 from rdo.models import read_log_probabilities, set_layout
 from rdo.plan import learning_rate_factor, make_plan
 from rdo.pretrained import load_tokenizer
 from rdo.readout import Span
 from rdo.run import Run, model_path
 from rdo.schema import EngineConfig, TrackerConfig, TrainingConfig
-from rdo.scorers import ComparisonTemplate
 from rdo.stages.align import aligned_policy
 from rdo.stages.reference import reference
 from rdo.stages.scorer import scorer
 from rdo.stages.sft import base_policy
-from rdo.tasks import ById, Demonstration, ScorerTask, SftTask, learns_from
+from rdo.tasks import ById
 from rdo.tracking import Tracker
 from rdo.training import train
 from tiny import tiny_run
 
 torch.set_num_threads(1)
-
-SETTINGS = {
-    "dpo": {"name": "dpo", "beta": 0.2},
-    "kto": {"name": "kto", "beta": 0.1, "mean_over": "samples"},
-    "rrhf": {"name": "rrhf", "pairs": "ranking", "ranking": "scores", "mean_over": "queries", "sft_weight": 1.0},
-}
 
 
 def llama(scorer_labels: int | None = None) -> torch.nn.Module:
@@ -61,71 +53,6 @@ def llama(scorer_labels: int | None = None) -> torch.nn.Module:
     )
     factory = AutoModelForCausalLM if scorer_labels is None else AutoModelForSequenceClassification
     return factory.from_config(config).eval()
-
-
-def encoded(count: int, responses: int, seed: int = 0) -> list[EncodedRecord]:
-    """Random records of uneven length; some responses share their beginning."""
-    draw = random.Random(seed)
-    made = []
-    for n in range(count):
-        prompt = tuple(draw.randrange(2, 50) for _ in range(draw.randrange(3, 12)))
-        start = tuple(draw.randrange(2, 50) for _ in range(2))
-        tails = [tuple(draw.randrange(2, 50) for _ in range(draw.randrange(1, 9))) for _ in range(responses)]
-        made.append(EncodedRecord(f"r{n:02d}", prompt, tuple((*start, *tail, 1) for tail in tails)))
-    return made
-
-
-def alignment_task(name: str, records: list[EncodedRecord]) -> AlignmentTask:
-    """The task of a loss, with made-up references, coefficients and (for KTO) mismatched responses."""
-    loss = choose_loss(SETTINGS[name])
-    draw = random.Random(1)
-    ranks = {record.id: [draw.random() for _ in record.responses] for record in sorted(records, key=lambda r: r.id)}
-    reference = {
-        record.id: tuple(-4.0 * len(ids) + draw.random() for ids in record.responses)
-        for record in sorted(records, key=lambda r: r.id)
-    }
-    by_id = {record.id: record for record in records}
-    names = sorted(by_id)
-    items = []
-    for record in records:
-        order = rrhf_pairs(ranks[record.id]) if name == "rrhf" else [(0, 1)]
-        partner = by_id[names[(names.index(record.id) + 1) % len(names)]]
-        items.append(
-            AlignmentRecord(
-                record,
-                tuple(Pair(i, j, 0.5 + ranks[record.id][i]) for i, j in order),
-                reference[record.id],
-                best=ranks[record.id].index(max(ranks[record.id])) if loss.sft_weight else None,
-                mismatched=tuple((ids, -4.1 * len(ids)) for ids in partner.responses) if loss.needs_kl else (),
-            )
-        )
-    return AlignmentTask(ById([item.record_id for item in items], items.__getitem__), loss)
-
-
-class Words:
-    """Stands in for a tokenizer where only the comparison template is needed."""
-
-    bos_token_id = cls_token_id = None
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> object:
-        return type("Ids", (), {"input_ids": [2 + ord(letter) % 40 for letter in text]})()
-
-
-def make_task(name: str, records: list[EncodedRecord]) -> object:
-    if name in SETTINGS:
-        return alignment_task(name, records)
-    if name == "sft":
-        shown = [Demonstration(record, (0, 1)) for record in records]
-        return SftTask(ById([item.record_id for item in shown], shown.__getitem__))
-    pairs = [(record, Preference(0, 1, tie=record.id == "r03")) for record in records]
-    pairs = [pair for pair in pairs if learns_from(name, pair[1])]
-    keys = [(record.id, preference.chosen, preference.rejected) for record, preference in pairs]
-    template = ComparisonTemplate(["q", "a", "b"], Words())  # type: ignore[arg-type]
-    beta = 0.1 if name == "paper" else 0.0
-    return ScorerTask(ById(keys, pairs.__getitem__), name, template, beta, beta, seed=3)
-
-
-TASKS = ["dpo", "kto", "rrhf", "sft", "pointwise", "paper", "antisymmetric", "residual"]
 
 
 def model_of(name: str) -> torch.nn.Module:

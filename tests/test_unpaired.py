@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from engines import one_step
+from made_tasks import encoded
 from rdo.alignment import AlignmentRecord, AlignmentTask, LossChoice, Pair, Sample, choose_loss
 from rdo.data.encoding import EncodedRecord
 from rdo.models import set_layout
 from rdo.readout import Span
 from rdo.tasks import ById
-from test_training import assert_same_gradient, encoded, llama
+from test_training import assert_same_gradient, llama
 
 
 def kto(**others: Any) -> LossChoice:
