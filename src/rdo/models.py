@@ -49,7 +49,9 @@ def recompute_activations(model: PreTrainedModel) -> None:
             f"engine.gradient_checkpointing=true: {type(model).__name__} has no layers that can be run again; leave it "
             "out, and lower engine.tokens_per_micro_batch"
         )
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    # Before transformers 5.23 it had the second name, of which that warns.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     # What it adds for frozen embeddings, only reentrant checkpointing needs: inputs that require gradients.
     model.disable_input_require_grads()
     for layer in layers:

@@ -1,0 +1,222 @@
+#!/usr/bin/env python3
+"""Checks every path of a GPU against float32 on the CPU, then measures how fast they are.
+
+    launch/gpu_check.py [--seconds 520] [--out FOLDER] [--device cuda] [--only TEXT]
+
+One line a check (tests/gpu_checks.py has them): what, its error, how large that may be. All of it is in
+FOLDER/gpu_check.json after every line, so that a kill loses nothing. What no longer fits into the time is left out, and
+said. Exit status: 1 where a check failed, 2 where there is no such device. `--device cpu` runs what a CPU can, varlen
+under an emulation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+# ruff: noqa: E402
+
+import torch
+import transformers
+
+import gpu_checks as suite
+from rdo.attention import KERNELS, OBSTACLES
+from rdo.readout import LOGITS_BUDGET
+
+MODELS = ("llama-grouped", "llama", "mistral-window", "gpt2", "gpt-neox", "qwen2", "gemma", "gemma3", "gpt2-by-layer")
+TASKS = ("dpo", "rrhf", "kto", "pointwise", "paper")
+CHECK_SHARE = 0.6  # of the time, that the checks may take; what they leave is the benchmark's
+# Seconds that must be left for a check to begin; what compiles takes long.
+USUAL, COMPILING = 6.0, 45.0
+
+
+class Checks:
+    """What was checked, printed and written as it goes."""
+
+    def __init__(self, out: Path, ends: float, only: str, machine: dict[str, Any]):
+        """ends: the time.monotonic() at which checks must be done. only: what must be in a check's name."""
+        self.file, self.ends, self.only = out / "gpu_check.json", ends, only
+        self.found: dict[str, Any] = {"machine": machine, "checks": [], "left_out": {}, "benchmark": None}
+        out.mkdir(parents=True, exist_ok=True)
+        self.write()
+
+    @property
+    def failed(self) -> list[str]:
+        return [row["name"] for row in self.found["checks"] if not row["ok"]]
+
+    def run(self, name: str, check: Callable[[], suite.Lines], seconds: float = USUAL) -> None:
+        """Runs a check if there are so many seconds left; whatever it raises is its failure alone."""
+        if self.only not in name:
+            return
+        if time.monotonic() + seconds > self.ends:
+            return self.leave_out(name, "no time")
+        started = time.monotonic()
+        try:
+            for part, error, tolerance in check():
+                self.record(f"{name}: {part}", error, tolerance, time.monotonic() - started)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # so that this check's failure is not the next one's
+        except Exception as error:  # the checks that follow are worth as much
+            self.record(name, math.nan, 0.0, time.monotonic() - started, traceback.format_exc())
+            print(f"    {type(error).__name__}: {str(error).strip()[:2000]}", flush=True)
+
+    def record(self, name: str, error: float, tolerance: float, seconds: float, trace: str | None = None) -> None:
+        """One line; an error that is no number has failed."""
+        ok = error <= tolerance
+        row = {"name": name, "error": error if math.isfinite(error) else str(error), "tolerance": tolerance, "ok": ok}
+        self.found["checks"].append({**row, "seconds": round(seconds, 2), **({"trace": trace} if trace else {})})
+        print(f"{name:<58} {error:9.2e} {tolerance:9.2e}  {'ok' if ok else 'FAIL'}", flush=True)
+        self.write()
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Says what is not checked."""
+        if self.only in name:
+            self.found["left_out"][name] = reason
+            print(f"{name:<58} left out: {reason}", flush=True)
+            self.write()
+
+    def write(self) -> None:
+        """The file is whole at any moment."""
+        part = self.file.with_suffix(".part")
+        part.write_text(json.dumps(self.found, indent=1))
+        part.replace(self.file)
+
+
+def check_all(checks: Checks, device: torch.device) -> None:
+    """Every check that the device can run; what compiles comes last."""
+    gpu = device.type == "cuda"
+    modes = tuple(suite.MODES) if gpu else ("float32",)
+    checks.run("transfers", partial(suite.check_transfers, device))
+    if gpu:
+        check_choices(checks, device)
+    for mode in modes:
+        for name in MODELS:
+            checks.run(f"{name} {mode} flat", partial(suite.check_flat, name, mode, device))
+    kernels = [kernel for kernel in KERNELS if kernel != "flex"]
+    for mode in modes:
+        for kernel in kernels:
+            check_kernel(checks, mode, kernel, MODELS, device)
+    for mode in modes:
+        for budget in (LOGITS_BUDGET, 20_000, 1_000):
+            check = partial(suite.check_model, "llama-grouped", mode, "rectangles", device, budget)
+            checks.run(f"head {mode} {budget} logits", check)
+    for precision in ("float32", "bfloat16") if gpu else ("float32",):
+        for task in TASKS:
+            checks.run(f"task {task} {precision}", partial(suite.check_task, task, precision, device))
+    for kernel in kernels:
+        check_recomputing(checks, "autocast" if gpu else "float32", kernel, device)
+    if gpu:
+        check_waiting_and_flex(checks, device)
+
+
+def check_kernel(
+    checks: Checks, mode: str, kernel: str, models: Sequence[str], device: torch.device, seconds: float = USUAL
+) -> None:
+    """Models in a forest under a kernel, where the device has it."""
+    why_not = suite.obstacle(kernel, mode, device)
+    if why_not is not None:
+        return checks.leave_out(f"{mode} {kernel}", why_not)
+    for name in models:
+        checks.run(f"{name} {mode} {kernel}", partial(suite.check_model, name, mode, kernel, device), seconds)
+
+
+def check_recomputing(checks: Checks, mode: str, kernel: str, device: torch.device, seconds: float = USUAL) -> None:
+    """Gradient checkpointing under a kernel, where the device has it."""
+    if suite.obstacle(kernel, mode, device) is None:
+        check = partial(suite.check_model, "llama-grouped", mode, kernel, device, recomputing=True)
+        checks.run(f"recomputing {mode} {kernel}", check, seconds)
+
+
+def check_choices(checks: Checks, device: torch.device) -> None:
+    """What engine.attention=auto takes: any GPU since 2020 runs varlen."""
+    recent = torch.cuda.get_device_capability(device) >= (8, 0)
+    for mode in suite.MODES:
+        expected = "varlen" if recent and mode != "float32" else None
+        checks.run(f"choice {mode}", partial(suite.check_choice, mode, expected, device))
+
+
+def check_waiting_and_flex(checks: Checks, device: torch.device) -> None:
+    """What only a GPU can get wrong, and the kernel that compiles."""
+    for precision in ("float32", "bfloat16"):
+        for task in TASKS:
+            name = f"waiting {task} {precision} auto"
+            checks.run(name, partial(suite.check_waiting, task, "auto", precision, device))
+    for mode in ("bfloat16", "autocast", "float32", "float16"):
+        models = MODELS if mode == "bfloat16" else MODELS[:1]  # the others would compile the same again
+        check_kernel(checks, mode, "flex", models, device, COMPILING)
+    check_recomputing(checks, "autocast", "flex", device, COMPILING)
+    for name in ("llama-grouped", "mistral-window"):
+        checks.run(f"compiling {name} flex", partial(suite.check_compiling, name, device), COMPILING)
+    checks.run("waiting dpo bfloat16 flex", partial(suite.check_waiting, "dpo", "flex", "bfloat16", device), COMPILING)
+
+
+def benchmark(seconds: float, device: torch.device) -> dict[str, Any] | None:
+    """Measures for at most so many seconds; what it returns is written into the file."""
+    # =================================================================================================================
+    # THE GPU BENCHMARK GOES HERE, for example:
+    #     from rdo.bench.gpu import run
+    #     return run(device, seconds)
+    # =================================================================================================================
+    print("no benchmark yet", flush=True)
+    return None
+
+
+def described(device: torch.device) -> dict[str, str]:
+    """What the checks ran on."""
+    found = {"device": str(device), "torch": torch.__version__, "transformers": transformers.__version__}
+    if device.type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
+        found["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        reasons = {kernel: why_not(device, torch.bfloat16, 64) for kernel, why_not in OBSTACLES.items()}
+        found |= {kernel: f"no: it {reason}" if reason else "yes" for kernel, reason in reasons.items()}
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Checks every GPU path against float32 on the CPU, then measures.")
+    parser.add_argument("--seconds", type=float, default=520, help="how long all of it may take")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), help="where gpu_check.json goes")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--only", default="", help="only checks with this in their names, and no benchmark")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("there is no CUDA device here; --device cpu runs what a CPU can")
+        return 2
+    started = time.monotonic()
+    device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
+    if device.type == "cpu":
+        suite.emulate()
+    else:
+        torch.set_num_threads(os.cpu_count() or 1)  # what is wanted is computed on the CPU
+    share = CHECK_SHARE if device.type == "cuda" and not options.only else 1.0
+    checks = Checks(options.out, started + share * options.seconds, options.only, described(device))
+    print(", ".join(f"{name} {value}" for name, value in checks.found["machine"].items()))
+    print(f"{'check':<58} {'error':>9} {'at most':>9}", flush=True)
+    check_all(checks, device)
+    if device.type == "cuda" and not options.only:
+        try:
+            checks.found["benchmark"] = benchmark(started + options.seconds - time.monotonic(), device)
+        except Exception:  # what was checked stands
+            checks.record("benchmark", math.nan, 0.0, 0.0, traceback.format_exc())
+            traceback.print_exc()
+        checks.write()
+    lines, left_out, took = len(checks.found["checks"]), len(checks.found["left_out"]), time.monotonic() - started
+    for name in checks.failed:
+        print(f"FAIL {name}")
+    print(f"{lines} lines, {len(checks.failed)} failed, {left_out} left out, {took:.0f} s; {checks.file}")
+    return 1 if checks.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
