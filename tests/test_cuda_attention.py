@@ -216,8 +216,8 @@ def test_flex_is_compiled_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch):
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 FULL, BRAIN, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float16, torch.float64
 RULE: list[tuple[torch.device, torch.dtype, int, dict[str, Any], str]] = [
-    (CPU, FULL, 64, {}, "rectangles"),
-    (CPU, BRAIN, 64, {}, "rectangles"),
+    (CPU, FULL, 64, {}, "spans"),
+    (CPU, BRAIN, 64, {}, "spans"),
     (CUDA, BRAIN, 64, {}, "varlen"),
     (CUDA, HALF, 128, {}, "varlen"),
     (CUDA, BRAIN, 256, {"capability": (9, 0)}, "varlen"),

@@ -1,8 +1,8 @@
 """Forest attention: a token attends to its own path from the root and to nothing else.
 
-Registered with transformers' AttentionInterface, one name a kernel (`rectangles`: rectangles.py; `varlen`, `flex`:
-cuda_attention.py), so that every decoder that goes through the interface works unpatched: the forest travels to the
-attention layers as the extra forward argument `forest`, as the plan of the kernel that runs it.
+Registered with transformers' AttentionInterface, one name a kernel (`rectangles`: rectangles.py; `spans`: spans.py;
+`varlen`, `flex`: cuda_attention.py), so that every decoder that goes through the interface works unpatched: the forest
+travels to the attention layers as the extra forward argument `forest`, as the plan of the kernel that runs it.
 
 No mask function is registered: transformers then builds no mask, which is what a forest wants. Padded rows (`Flat`)
 need their mask and therefore never run under this attention (see models.set_layout).
@@ -20,6 +20,7 @@ from rdo.cuda_attention import HALF, FlexPlan, VarlenPlan, why_not_flex, why_not
 from rdo.errors import UserError
 from rdo.forest import Forest
 from rdo.rectangles import RectanglePlan
+from rdo.spans import SpanPlan, why_not_spans
 
 # What a decoder may pass beside query, key and value without changing what attention means.
 HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "is_causal"}
@@ -44,11 +45,13 @@ class Plan(Protocol):
 
 KERNELS: dict[str, Callable[[Forest, torch.device], Plan]] = {
     "rectangles": RectanglePlan,
+    "spans": SpanPlan,
     "varlen": VarlenPlan,
     "flex": FlexPlan,
 }
 # What keeps a kernel from a device, a dtype and a head width; `rectangles` runs everywhere.
 OBSTACLES: dict[str, Callable[[torch.device, torch.dtype, int], str | None]] = {
+    "spans": why_not_spans,
     "varlen": why_not_varlen,
     "flex": why_not_flex,
 }
@@ -57,8 +60,8 @@ OBSTACLES: dict[str, Callable[[torch.device, torch.dtype, int], str | None]] = {
 def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype, head_width: int) -> str:
     """The kernel that runs a forest under engine.attention. dtype: what attention computes in, under autocast, too.
 
-    auto: on a GPU in half precision the first of varlen and flex that runs there, else rectangles (in float32 flex asks
-    for more shared memory than many GPUs have). Raises UserError where what is demanded does not run.
+    auto: on a CPU spans; on a GPU in half precision the first of varlen and flex that runs there, else rectangles (in
+    float32 flex asks for more shared memory than many GPUs have). Raises UserError where what is demanded does not run.
     """
     if wanted in OBSTACLES:
         reason = OBSTACLES[wanted](device, dtype, head_width)
@@ -66,7 +69,7 @@ def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype, head_wi
             raise UserError(f"engine.attention={wanted} {reason}; use engine.attention=auto")
     if wanted != "auto":
         return wanted
-    if device.type == "cuda" and dtype in HALF:
+    if device.type == "cpu" or dtype in HALF:
         for kernel, why_not in OBSTACLES.items():
             if why_not(device, dtype, head_width) is None:
                 return kernel

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import linear, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 from rdo.forest import Layout
@@ -72,8 +72,8 @@ def token_log_probabilities(
     """log softmax(head(hidden))[target] for hidden [tokens, width] and target [tokens]."""
 
     def chunk_log_probabilities(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        logits = in_full_precision(head(rows))
-        return logits.gather(-1, wanted[:, None])[:, 0] - logits.logsumexp(-1)
+        # One fused kernel: with gather and logsumexp apart the head took twice as long on a CPU.
+        return log_softmax(in_full_precision(head(rows)), -1).gather(-1, wanted[:, None])[:, 0]
 
     step = max(1, logits_budget // head.weight.shape[0])
     if len(target) <= step:
