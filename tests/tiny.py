@@ -27,7 +27,7 @@ CACHE = Cache()
 def tiny_run(run_dir: Path, *overrides: str, requested: str = "") -> Run:
     """A run of these overrides on top of the tiny ones; data is shared by all of a process."""
     config = compose_config([*TINY, f"run_dir={run_dir}", *overrides])
-    prepare_process(config.engine.threads)
+    prepare_process(config.engine)
     provenance = Provenance(run_dir, "python train.py", plain(config), config.build_inputs)
     return Run(config, provenance, requested, CACHE)
 

@@ -39,6 +39,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine.name": ("torch", "zero1", "zero2", "zero3", "zero3_offload"),
     "engine.precision": ("float32", "bfloat16", "float16", "auto"),
     "engine.layout": ("auto", "forest", "flat"),
+    "engine.products": ("auto", "torch", "onednn"),
     "engine.attention": ("auto", *KERNELS),
     "engine.device": ("auto", "cpu", "cuda"),
     "dataset.source": ("toy", "file", "hub"),

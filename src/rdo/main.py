@@ -22,7 +22,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from rdo import distributed, interrupts
+from rdo import distributed, interrupts, processor
 from rdo.alignment import choose_loss
 from rdo.artifacts import Artifact, MissingInput, Provenance
 from rdo.checks import without_effect
@@ -33,7 +33,7 @@ from rdo.metric import stage_metric
 from rdo.printable import credential_in, printable, scrubbed
 from rdo.report.console import describe_policy, describe_scorer
 from rdo.run import Cache, Run
-from rdo.schema import Config
+from rdo.schema import Config, EngineConfig
 from rdo.stages.align import aligned_policy, needed_scores
 from rdo.stages.eval import EVALUATION, evaluate_policy, evaluate_scorers
 from rdo.stages.inspect import inspect_data
@@ -99,7 +99,7 @@ def run_stage(composed: DictConfig) -> float | None:
 
 def run_config(config: Config, overrides: list[str]) -> float | None:
     """Runs the stage of a checked config."""
-    prepare_process(config.engine.threads)
+    prepare_process(config.engine)
     for note in without_effect(config):
         print(f"note: {note}", flush=True)
     command = shlex.join(["python", "train.py", *overrides])
@@ -139,16 +139,18 @@ def finished(artifact: Artifact, metric: str | None) -> float | None:
     return stage_metric(artifact, metric)
 
 
-def prepare_process(threads: int | None) -> None:
-    """Quiets libraries that talk over the progress bars, and sets the number of threads where the config says."""
+def prepare_process(config: EngineConfig) -> None:
+    """Quiets libraries that talk over the progress bars, and makes the most of the processor."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()  # it retries, and what it ends in is an error of ours
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which saving a model imports, warns of it
-    if threads is not None:
-        torch.set_num_threads(threads)
+    processor.keep_memory()
+    processor.choose_products(config.products)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from rdo.cuda_attention import HALF
 from rdo.devices import to_device
 from rdo.errors import UserError
 from rdo.forest import Flat, Forest, Layout, LayoutName
+from rdo.processor import prepare_products
 from rdo.readout import Scalar, Span, combine, in_full_precision, scalar_values, span_log_probabilities
 
 # Three sequences of one length, so that no padding is needed: two share four tokens, two share eight.
@@ -121,12 +122,14 @@ def computing_in(dtype: torch.dtype, model: PreTrainedModel) -> AbstractContextM
 def set_layout(
     model: PreTrainedModel, wanted: str, attention: str = "auto", precision: torch.dtype | None = None
 ) -> LayoutName:
-    """Decides by the one rule which layout a model runs in, prepares its attention, and returns the layout.
+    """Decides by the one rule which layout a model runs in, prepares its attention (on a CPU also its products),
+    and returns the layout.
 
     auto: forest wherever the model can, else flat. attention: engine.attention, the kernel of a forest. precision: what
     the model will compute in where that is half precision, be it under autocast; else it is the weights' dtype. Raises
     UserError where `forest`, or a kernel, is demanded in vain.
     """
+    prepare_products(model)
     if wanted == "flat":
         model.set_attn_implementation(model.get_correct_attn_implementation(None))
         return "flat"

@@ -159,7 +159,10 @@ class EngineConfig:
     gradient_checkpointing: bool = False  # less memory for about a third more time: layers run again going backward
     tokens_per_micro_batch: int = 16384
     device: str = "auto"  # auto | cpu | cuda
-    threads: int | None = None
+    threads: int | None = None  # of a CPU; null: one a core
+    products: str = (
+        "auto"  # of matrices, on a CPU: torch | onednn | auto: onednn on AMD's, twice as fast there
+    )
     checkpoint_every_steps: int = 200
     checkpoint_every_minutes: float = 10.0
     keep_checkpoints: int = 2
