@@ -291,6 +291,7 @@ def test_a_comparison_of_nothing_is_refused_where_one_is_made(default):
         ("dataset=tdlr", "tldr"),
         ("stage=algin", "align"),
         ("engine.layout=forrest", "forest"),
+        ("engine.attention=varlem", "varlen"),
         ("eval.judges=[orcale]", "oracle"),
         ("loss.bta=0.1", "loss.beta"),
         ("loss.pairs=rankin", "ranking"),

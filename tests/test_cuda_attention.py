@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention as flex
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 import rdo.cuda_attention
@@ -20,10 +21,10 @@ import rdo.models
 from emulated import varlen_attn, varlen_attn_of_2_11
 from helpers import policy, relative_error, tree
 from rdo.attention import choose_kernel
-from rdo.cuda_attention import FlexPlan, GatherRows, VarlenPlan, seen_by_blocks, subtree_ends
+from rdo.cuda_attention import FlexPlan, GatherRows, VarlenPlan, computed_dtype, seen_by_blocks, subtree_ends
 from rdo.errors import UserError
 from rdo.forest import Forest, make_layout
-from rdo.models import hidden_states, set_kernel, set_layout, why_not_forest
+from rdo.models import head_width, hidden_states, set_kernel, set_layout, why_not_forest
 from rdo.readout import span_log_probabilities
 from rdo.rectangles import RectanglePlan
 from test_layouts import DECODERS, FLOAT32, FLOAT64, LISTS, Sequences, gradients, half_way
@@ -132,12 +133,38 @@ def test_varlen_refuses_to_compute_in_full_precision():
     assert set_layout(model, "auto") == "forest"
 
 
+class Additions(TorchFunctionMode):
+    """Notes the dtypes that are added up in: a GPU rounds every addition to them, a CPU some of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_function__(self, function: Any, types: Any, given: Any = (), options: Any = None) -> Any:
+        if "index" in function.__name__ and given[0].is_floating_point():
+            self.dtypes.append(given[0].dtype)
+        return function(*given, **(options or {}))
+
+
 def test_gradients_of_a_row_that_many_read_are_added_in_float32():
     tensor = torch.ones(2, 1, 8, dtype=torch.bfloat16, requires_grad=True)
     rows = torch.tensor([0] * 1000 + [1])
-    GatherRows.apply(tensor, rows).sum().backward()
+    read = GatherRows.apply(tensor, rows)
+    read.sum().backward()
     # One at a time, bfloat16 counts to 256 and stays there.
     assert tensor.grad[:, 0, 0].tolist() == [1000.0, 1.0]
+    with Additions() as additions:
+        GatherRows.backward(SimpleNamespace(saved_tensors=(rows,), tokens=2), torch.ones_like(read))
+        GatherRows.backward(SimpleNamespace(saved_tensors=(rows,), tokens=2), torch.ones_like(read).double())
+    assert additions.dtypes == [torch.float32, torch.float64]
+
+
+def test_attention_computes_in_what_autocast_says_or_the_values_are_in():
+    values = {dtype: torch.ones(1, dtype=dtype) for dtype in EVERY_DTYPE}
+    assert {dtype: computed_dtype(value) for dtype, value in values.items()} == {dtype: dtype for dtype in EVERY_DTYPE}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert computed_dtype(values[torch.float32]) == torch.bfloat16
+        assert computed_dtype(values[torch.float64]) == torch.float64  # which autocast leaves alone
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -159,6 +186,8 @@ def test_the_block_mask_is_what_is_seen(monkeypatch: pytest.MonkeyPatch, seed: i
     counts = seen.reshape(plan.rows // 4, 4, plan.rows // 4, 4).sum((1, 3))
     assert (seen_by_blocks(forest.segments, plan.rows, window) == counts).all()
     mask = plan.mask(window)
+    assert plan.mask(window) is mask
+    assert plan.mask(1000) is plan.mask(None)
     # Partial blocks and full ones apart, row by row and column by column: the backward pass goes by columns.
     assert (mask.to_dense()[0, 0].numpy() == (counts > 0)).all()
     assert mask.full_kv_num_blocks[0, 0].tolist() == (counts == 16).sum(1).tolist()
@@ -196,21 +225,27 @@ def test_flex_agrees_with_the_flat_layout(monkeypatch: pytest.MonkeyPatch, model
     assert relative_error([found[1]], [wanted[1]]) < FLOAT32
 
 
-def test_flex_is_compiled_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch):
-    counter = CompileCounterWithBackend("aot_eager")
+@pytest.mark.parametrize(("heads", "width"), [((4, 2), 16), ((3, 3), 256)])
+@pytest.mark.parametrize("window", [None, 5])
+def test_flex_is_compiled_once_for_all_lengths(
+    monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int], width: int, window: int | None
+):
+    """Also where the first length has as many blocks as there are heads, or as many rows as heads are wide."""
+    counter = CompileCounterWithBackend("eager")
     torch._dynamo.reset()
     compiled = torch.compile(flex.flex_attention, backend=counter, dynamic=True, fullgraph=True)
     monkeypatch.setattr(rdo.cuda_attention, "flex_attention", lambda: compiled)
     with torch.no_grad():
         for number, count in enumerate((2, 40, 90, 60)):
             forest = Forest(tree(number, count=count))
-            query, key, value = (torch.randn(1, heads, len(forest), 16) for heads in (4, 2, 2))
+            query, key, value = (
+                torch.randn(1, many, len(forest), width, dtype=torch.bfloat16) for many in (*heads, heads[1])
+            )
             # Under autocast or not, with a scale of its own for every layer.
             with torch.autocast("cpu", torch.bfloat16, enabled=number % 2 == 1):
-                value = value.bfloat16() if number % 2 else value
-                FlexPlan(forest, "cpu").attend(query.to(value.dtype), key.to(value.dtype), value, 0.1 + number, None)
-    assert counter.frame_count == 2  # one for each dtype
+                FlexPlan(forest, "cpu").attend(query, key, value, 0.1 + number, window)
     torch._dynamo.reset()
+    assert counter.frame_count == 1
 
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -302,6 +337,23 @@ def test_on_a_cpu_the_gpu_kernels_are_refused(kernel: str):
     with pytest.raises(UserError, match=rf"engine\.attention={kernel} needs a"):
         set_layout(model, "auto", kernel)
     assert set_layout(model, "flat", kernel) == "flat"
+
+
+@pytest.mark.parametrize(
+    ("weights", "precision", "computed"),
+    [(FULL, None, FULL), (FULL, FULL, FULL), (FULL, BRAIN, BRAIN), (BRAIN, None, BRAIN), (DOUBLE, FULL, DOUBLE)],
+)
+def test_the_rule_is_asked_for_what_attention_computes_in(monkeypatch, weights, precision, computed):
+    asked: list[Any] = []
+    monkeypatch.setattr(rdo.models, "choose_kernel", lambda *rule: asked.append(rule) or "rectangles")
+    model = policy("llama", weights)
+    set_layout(model, "auto", "auto", precision)
+    assert asked == [("auto", CPU, computed, 8)]
+
+
+@pytest.mark.parametrize(("name", "width"), [("gpt2", 8), ("gpt-neox", 8), ("gemma3", 8), ("llama-grouped", 8)])
+def test_the_width_of_a_head_is_found_in_every_config(name: str, width: int):
+    assert head_width(policy(name)) == width
 
 
 def test_a_kernel_that_the_model_itself_cannot_run_is_left_out_aloud(monkeypatch, capsys):
