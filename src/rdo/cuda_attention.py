@@ -17,7 +17,6 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -252,11 +251,9 @@ def computed_dtype(value: torch.Tensor) -> torch.dtype:
 
 def subtree_ends(segments: Sequence[Segment]) -> np.ndarray:
     """For every row, one more than the last row of its subtree, [tokens]."""
-    tokens = segments[-1].stop
-    ends = np.full(tokens, tokens)
-    for previous, segment in pairwise(segments):
-        # A segment leaves its predecessor's path where the two part: what lies beyond has no more rows.
-        ends[previous.path[segment.shared :]] = segment.start
+    ends = np.empty(segments[-1].stop, dtype=np.int64)
+    for segment in segments:
+        ends[segment.path] = segment.stop  # depth first: of those below a row, the last segment comes last
     return ends
 
 

@@ -23,13 +23,14 @@ CALL_COST = 4096
 class Rectangles:
     """Segments that run in one call: `queries` [g, n] and `keys` [g, k] hold flat rows, padded with row 0.
 
-    valid: [g, n], which queries are real. key_positions: [g, k], huge where padded, so that the causal rule masks
-    them. causal: all segments start at their root, so that plain causal attention needs no mask.
+    real: where in [g, n] the queries are that are not padding, as an index (a mask would have to be counted, which on a
+    GPU the host waits for). key_positions: [g, k], huge where padded, so that the causal rule masks them. causal: all
+    segments start at their root, so that plain causal attention needs no mask.
     """
 
     queries: torch.Tensor
     keys: torch.Tensor
-    valid: torch.Tensor
+    real: tuple[torch.Tensor, torch.Tensor]
     query_positions: torch.Tensor
     key_positions: torch.Tensor
     causal: bool
@@ -49,9 +50,8 @@ class RectanglePlan:
     def __init__(self, forest: Forest, device: torch.device | str = "cpu"):
         groups = group_segments(forest.segments)
         self.rectangles = [make_rectangles(group, device) for group in groups]
-        order = torch.cat([r.queries[r.valid] for r in self.rectangles])
-        self.inverse = torch.empty_like(order)
-        self.inverse[order] = torch.arange(len(order), device=order.device)
+        order = np.concatenate([np.arange(s.start, s.stop) for group in groups for s in group])
+        self.inverse = to_device(np.argsort(order), device)
         self.longest = max(len(segment.path) for segment in forest.segments)
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
 
@@ -93,7 +93,7 @@ class RectanglePlan:
                 out = scaled_dot_product_attention(rows_q, rows_k, rows_v, is_causal=True, scale=scaling)
             else:
                 out = scaled_dot_product_attention(rows_q, rows_k, rows_v, attn_mask=mask, scale=scaling)
-            outputs.append(out.transpose(1, 2)[rectangles.valid])
+            outputs.append(out.transpose(1, 2)[rectangles.real])
         return torch.cat(outputs)[self.inverse][None]
 
 
@@ -133,6 +133,6 @@ def make_rectangles(segments: list[Segment], device: torch.device | str) -> Rect
         valid[g, :own] = True
         query_positions[g, :own] = np.arange(segment.shared, path)
         key_positions[g, :path] = np.arange(path)
-    arrays = (queries, keys, valid, query_positions, key_positions)
-    moved = [to_device(array, device) for array in arrays]
-    return Rectangles(moved[0], moved[1], moved[2], moved[3], moved[4], all(s.shared == 0 for s in segments))
+    moved = [to_device(array, device) for array in (queries, keys, *np.nonzero(valid), query_positions, key_positions)]
+    causal = all(s.shared == 0 for s in segments)
+    return Rectangles(moved[0], moved[1], (moved[2], moved[3]), moved[4], moved[5], causal)
