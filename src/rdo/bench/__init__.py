@@ -1,0 +1,1 @@
+"""How fast every computation of this project is, against TRL, padding, and no sharing (stage=bench)."""
