@@ -5,8 +5,9 @@
 | varlen | one flash attention over all segments; the keys of a path are gathered | float16 and bfloat16 |
 | flex | one compiled kernel that skips blocks of the mask which are empty; nothing is gathered | all but float64 |
 
-Neither is in every PyTorch, so that both are imported when they are first asked for. What a layer passes may be of
-several dtypes: under autocast, queries and keys leave the rotary embedding in float32, and values do not go through it.
+Neither has been run on a GPU yet; launch/gpu_check.py compares them with the CPU there. Neither is in every PyTorch, so
+that both are imported when they are first asked for. What a layer passes may be of several dtypes: under autocast,
+queries and keys leave the rotary embedding in float32, and values do not go through it.
 """
 
 from __future__ import annotations
