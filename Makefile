@@ -1,14 +1,18 @@
-# make demo: the whole pipeline on the toy world, then where the report lies. make test: the tests. Both make .venv.
+# make demo: the whole pipeline on the toy world, then where the report lies. make test: the tests. make bench: every
+# computation against TRL. All of them make .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 
 demo: .venv/installed
 	$(BIN)/python train.py
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 15
+
+bench: .venv/installed-bench
+	$(BIN)/python train.py stage=bench
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -24,6 +28,10 @@ lint: .venv/installed-dev
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
 	$(BIN)/pip install --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.venv/installed-bench: .venv/installed requirements-bench.txt
+	$(BIN)/pip install --disable-pip-version-check -r requirements-bench.txt
 	touch $@
 
 clean:

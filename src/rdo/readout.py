@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import linear, log_softmax
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from rdo.forest import Layout
@@ -72,8 +74,7 @@ def token_log_probabilities(
     """log softmax(head(hidden))[target] for hidden [tokens, width] and target [tokens]."""
 
     def chunk_log_probabilities(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        # One fused kernel: with gather and logsumexp apart the head took twice as long on a CPU.
-        return log_softmax(in_full_precision(head(rows)), -1).gather(-1, wanted[:, None])[:, 0]
+        return LogProbability.apply(in_full_precision(head(rows)), wanted)
 
     step = max(1, logits_budget // head.weight.shape[0])
     if len(target) <= step:
@@ -83,6 +84,30 @@ def token_log_probabilities(
         part = slice(start, start + step)
         parts.append(checkpoint(chunk_log_probabilities, hidden[part], target[part], use_reentrant=False))
     return torch.cat(parts)
+
+
+class LogProbability(torch.autograd.Function):
+    """log softmax(logits)[target] for logits [tokens, ids], which it takes over, and target [tokens].
+
+    A vocabulary's worth of numbers for every token is the largest tensor of a step. It exists once: going forward the
+    probabilities take its place, going backward the gradients. (PyTorch's own functions hold it three times.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        wanted = logits.gather(-1, target[:, None])
+        largest = logits.amax(-1, keepdim=True)
+        total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+        ctx.save_for_backward(logits, total, target)
+        return (wanted - largest - total.log())[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        exponentials, total, target = ctx.saved_tensors
+        gradient = gradient[:, None]
+        exponentials.mul_(-gradient / total)
+        return exponentials.scatter_add_(-1, target[:, None], gradient), None
 
 
 def scalar_values(

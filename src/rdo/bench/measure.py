@@ -53,6 +53,14 @@ def take_turns(contestants: Sequence[Contestant], rounds: int, device: torch.dev
             contestant.after()
 
 
+def untimed(contestants: Sequence[Contestant]) -> None:
+    """Runs once more, for nothing."""
+    for contestant in contestants:
+        contestant.prepare()
+        contestant.run()
+        contestant.after()
+
+
 def timed(run: Callable[[], object], device: torch.device) -> float:
     """Seconds, until the device is done."""
     synchronize(device)

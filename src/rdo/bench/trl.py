@@ -34,8 +34,9 @@ SUPPORTED = ("dpo", "kto", "rm", "reference")
 
 
 def word_tokenizer(vocabulary: int, end: int) -> PreTrainedTokenizerBase:
-    """A tokenizer whose every word is one id: "w7" is 7; `end` is the end of a sequence, PAD the padding."""
-    ids = {{PAD: "<pad>", end: "<eos>"}.get(n, f"w{n}"): n for n in range(vocabulary)}
+    """A tokenizer whose every word is one id: "w7" is 7; `end` ends a sequence, PAD (or the next id) is padding."""
+    names = {PAD if end != PAD else PAD + 1: "<pad>", end: "<eos>"}
+    ids = {names.get(n, f"w{n}"): n for n in range(vocabulary)}
     tokenizer = Tokenizer(WordLevel(ids, unk_token="<pad>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -158,4 +159,3 @@ def contestant(
     if work.name == "reference":
         return Contestant(name, references)
     return Contestant(name, step, after=lambda: gradient_norm(trainer.model))
-

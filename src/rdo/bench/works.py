@@ -22,7 +22,7 @@ from rdo.data.records import Preference
 from rdo.engine.torch_engine import TorchEngine
 from rdo.forest import Flat, Layout, LayoutName, TokenIds, make_layout
 from rdo.losses import best_response, rrhf_pairs
-from rdo.models import read_log_probabilities
+from rdo.models import is_decoder_scorer, read_log_probabilities
 from rdo.packing import pack
 from rdo.readout import Span
 from rdo.schema import EngineConfig
@@ -45,20 +45,26 @@ class Work:
     """One kind of work on some records.
 
     run(layout): its numbers, [any number]: the loss, or all outputs. after: the gradient's norm, [1], which it clears
-    (nothing, [0], where there is none). reads: at how many positions a head is read. width: its outputs.
+    (nothing, [0], where there is none). reads: at how many positions of `sequences` a head is read. beforehand:
+    sequences that a forward pass reads before (KTO's mismatched pairs), all of whose responses' tokens are read.
     """
 
     name: str
     model: PreTrainedModel
-    sequences: list[TokenIds]
+    sequences: Sequence[TokenIds]
     reads: int
     trained: bool
     run: Callable[[LayoutName], torch.Tensor]
     after: Callable[[], torch.Tensor] = lambda: torch.zeros(0)
-    # What others need to do the same: records, and what was made up about them.
-    records: list[EncodedRecord] = field(default_factory=list)
-    mismatched: list[tuple[TokenIds, ...]] = field(default_factory=list)
-    scorer: bool = False
+    beforehand: Sequence[TokenIds] = ()
+    records: list[EncodedRecord] = field(default_factory=list)  # what others need to do the same
+
+
+def head_of(model: PreTrainedModel) -> torch.nn.Linear:
+    """What is read off the hidden states: a scorer's scalar head, or a policy's language-model head."""
+    head = model.score if is_decoder_scorer(model) else model.get_output_embeddings()
+    assert isinstance(head, torch.nn.Linear)
+    return head
 
 
 def gradient_norm(model: PreTrainedModel) -> torch.Tensor:
@@ -68,9 +74,7 @@ def gradient_norm(model: PreTrainedModel) -> torch.Tensor:
     return torch.stack(norms).norm()[None]
 
 
-def training_work(
-    name: str, model: PreTrainedModel, task: Task, config: EngineConfig, reads: int, **more: Any
-) -> Work:
+def training_work(name: str, model: PreTrainedModel, task: Task, config: EngineConfig, reads: int, **more: Any) -> Work:
     """Forward and backward pass of one step over all records of a task, through the product's own step."""
     items = [task.item(n, 0) for n in range(len(task.record_ids))]
     engine = TorchEngine(model, torch.optim.SGD(model.parameters()), None, config)
@@ -92,7 +96,7 @@ def alignment_work(
 ) -> Work:
     """A step of DPO or KTO on pairs, or of RRHF on ranked responses."""
     loss = choose_loss(LOSSES[name])
-    mismatched = rotated(records) if loss.needs_kl else [()] * len(records)
+    mismatched: list[tuple[tuple[int, ...], ...]] = rotated(records) if loss.needs_kl else [()] * len(records)
     items = []
     for record, others in zip(records, mismatched, strict=True):
         ranks = [float(len(response) % 7) + n / 10 for n, response in enumerate(record.responses)]
@@ -110,10 +114,13 @@ def alignment_work(
         )
     task = AlignmentTask(ById([item.record_id for item in items], items.__getitem__), loss)
     reads = sum(len(record.responses[r]) for record, item in zip(records, items, strict=True) for r in item.responses)
-    return training_work(name, model, task, config, reads, records=records, mismatched=mismatched)
+    before = [
+        (*record.prompt, *response) for record, others in zip(records, mismatched, strict=True) for response in others
+    ]
+    return training_work(name, model, task, config, reads, records=records, beforehand=before)
 
 
-def rotated(records: Sequence[EncodedRecord]) -> list[tuple[TokenIds, ...]]:
+def rotated(records: Sequence[EncodedRecord]) -> list[tuple[tuple[int, ...], ...]]:
     """Two mismatched responses a record: of all chosen, then all rejected ones, the response before its own."""
     samples = [record.responses[0] for record in records] + [record.responses[1] for record in records]
     before = [samples[-1], *samples[:-1]]
@@ -144,7 +151,7 @@ def scorer_work(
     template = ComparisonTemplate(COMPARISON, tokenizer)
     task = ScorerTask(ById(keys, pairs.__getitem__), form, template, beta, beta, seed=0)
     reads = len(records) * (2 if name == "rm" else 3)
-    return training_work(name, model, task, config, reads, records=records, scorer=True)
+    return training_work(name, model, task, config, reads, records=records)
 
 
 def scoring_work(
@@ -170,7 +177,7 @@ def scoring_work(
         return torch.tensor([number for values in found for number in values])
 
     sequences = [ids for reading in readings for ids in reading.sequences]
-    return Work(name, model, sequences, len(sequences), False, run, records=records, scorer=True)
+    return Work(name, model, sequences, len(sequences), False, run, records=records)
 
 
 def reference_work(model: PreTrainedModel, records: list[EncodedRecord], config: EngineConfig) -> Work:
