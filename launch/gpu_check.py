@@ -32,6 +32,7 @@ import transformers
 
 import gpu_checks as suite
 from rdo.attention import KERNELS, OBSTACLES
+from rdo.bench.gpu import run
 from rdo.readout import LOGITS_BUDGET
 
 MODELS = ("llama-grouped", "llama", "mistral-window", "gpt2", "gpt-neox", "qwen2", "gemma", "gemma3", "gpt2-by-layer")
@@ -161,17 +162,6 @@ def check_waiting_and_flex(checks: Checks, device: torch.device) -> None:
     checks.run("waiting dpo bfloat16 flex", partial(suite.check_waiting, "dpo", "flex", "bfloat16", device), COMPILING)
 
 
-def benchmark(seconds: float, device: torch.device) -> dict[str, Any] | None:
-    """Measures for at most so many seconds; what it returns is written into the file."""
-    # =================================================================================================================
-    # THE GPU BENCHMARK GOES HERE, for example:
-    #     from rdo.bench.gpu import run
-    #     return run(device, seconds)
-    # =================================================================================================================
-    print("no benchmark yet", flush=True)
-    return None
-
-
 def described(device: torch.device) -> dict[str, str]:
     """What the checks ran on."""
     found = {"device": str(device), "torch": torch.__version__, "transformers": transformers.__version__}
@@ -206,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_all(checks, device)
     if device.type == "cuda" and not options.only:
         try:
-            checks.found["benchmark"] = benchmark(started + options.seconds - time.monotonic(), device)
+            checks.found["benchmark"] = run(device, started + options.seconds - time.monotonic(), options.out)
         except Exception:  # what was checked stands
             checks.record("benchmark", math.nan, 0.0, 0.0, traceback.format_exc())
             traceback.print_exc()

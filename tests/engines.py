@@ -10,7 +10,7 @@ import torch
 from rdo.checkpoints import Checkpoints
 from rdo.engine.torch_engine import TorchEngine
 from rdo.schema import EngineConfig
-from rdo.step import Task, training_step
+from rdo.step import Task, deal_step, training_step
 
 
 class PlainEngine:
@@ -28,7 +28,7 @@ class PlainEngine:
 
 def one_step(task: Task, model: Any, layout: str, items: Sequence[Any], budget: int) -> dict[str, float]:
     """The measures of one step that leaves its gradients in the model; without those of speed."""
-    measured, _ = training_step(task, PlainEngine(model), layout, items, budget)  # type: ignore[arg-type]
+    measured, _ = training_step(task, PlainEngine(model), layout, deal_step(items, layout, budget))  # type: ignore[arg-type]
     return {name: value for name, value in measured.items() if name not in ("tokens", "unique_token_share")}
 
 

@@ -30,7 +30,7 @@ from rdo.forest import LayoutName, make_layout
 from rdo.models import head_width, hidden_states, recompute_activations, set_layout
 from rdo.readout import LOGITS_BUDGET, Span, span_log_probabilities
 from rdo.schema import EngineConfig
-from rdo.step import training_step
+from rdo.step import deal_step, training_step
 
 # The dtype of the weights, and of autocast where it is on.
 MODES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
@@ -172,7 +172,7 @@ def steps(task: str, layout: str, precision: str, device: torch.device, scale: i
     losses: list[float] = []
     gradients: list[torch.Tensor] = []
     for _ in range(3):
-        measured, _ = training_step(made_up, engine, how, items, budget=700)
+        measured, _ = training_step(made_up, engine, how, deal_step(items, how, 700))
         gradients = gradients or [p.grad.float().cpu() for p in engine.model.parameters() if p.grad is not None]
         losses.append(measured["loss"])
         engine.step()

@@ -6,18 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import tree
-from rdo.forest import Flat, Forest, LayoutName
+from rdo.forest import Flat, Forest, LayoutName, count_unique
 from rdo.packing import cost, pack
 
 items = st.lists(st.builds(tree, st.integers(0, 1000), st.integers(1, 5), st.integers(1, 12)), max_size=12)
 layouts = st.sampled_from(["forest", "flat"])
 
 
-@given(items, layouts, st.integers(1, 200), st.booleans())
+@given(items, layouts, st.integers(1, 200))
 def test_every_item_is_in_one_batch_and_no_batch_is_over_budget(
-    made: list[list[tuple[int, ...]]], layout: LayoutName, budget: int, by_length: bool
+    made: list[list[tuple[int, ...]]], layout: LayoutName, budget: int
 ):
-    batches = pack(made, layout, budget, by_length)
+    batches = pack(made, layout, budget)
     assert sorted(number for batch in batches for number in batch) == list(range(len(made)))
     for batch in batches:
         sequences = [ids for number in batch for ids in made[number]]
@@ -26,10 +26,19 @@ def test_every_item_is_in_one_batch_and_no_batch_is_over_budget(
 
 
 @given(items, st.integers(1, 200))
-def test_a_forest_keeps_the_order_unless_told_otherwise(made: list[list[tuple[int, ...]]], budget: int):
-    assert [n for batch in pack(made, "forest", budget) for n in batch] == list(range(len(made)))
-    widths = [cost(made[n], "forest")[1] for batch in pack(made, "forest", budget, by_length=True) for n in batch]
+def test_a_forest_packs_what_begins_alike_and_rows_by_their_width(made: list[list[tuple[int, ...]]], budget: int):
+    beginnings = [made[n][0] for batch in pack(made, "forest", budget) for n in batch]
+    assert beginnings == sorted(beginnings)
+    widths = [cost(made[n], "flat")[1] for batch in pack(made, "flat", budget) for n in batch]
     assert widths == sorted(widths)
+
+
+def test_records_of_one_query_are_computed_together():
+    """Two labels of each of three queries, far apart in the data."""
+    made = [[(query, 5, 6, 7, label)] for label in (1, 2) for query in (30, 10, 20)]
+    batches = pack(made, "forest", 10)
+    assert batches == [[1, 4], [2, 5], [0, 3]]
+    assert sum(count_unique([ids for n in batch for ids in made[n]]) for batch in batches) == 18
 
 
 def test_as_many_as_fit_go_together():

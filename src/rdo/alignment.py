@@ -7,7 +7,7 @@ conf/loss/NAME.yaml. So a new loss is one function, one YAML file and one golden
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from rdo import losses
 from rdo.data.encoding import EncodedRecord
+from rdo.devices import tensor_on
 from rdo.errors import UserError
 from rdo.forest import LayoutName, make_layout
 from rdo.models import read_log_probabilities
@@ -212,7 +213,7 @@ class AlignmentTask:
                 sequences.append((*item.encoded.prompt, *response))
                 references.append(reference)
         policy, _ = read_log_probabilities(model, make_layout(layout, sequences), spans)
-        return policy - policy.new_tensor(references)
+        return policy - tensor_on(policy.device, references, policy.dtype)
 
     def losses(
         self,
@@ -226,7 +227,7 @@ class AlignmentTask:
         values, measures = self.pair_losses(items, read, prepared)
         loss = values.sum() / counts[self.loss.mean_over]
         if self.loss.sft_weight:
-            best = [read.place[n, item.best] for n, item in enumerate(items) if item.best is not None]
+            best = read.index((n, item.best) for n, item in enumerate(items) if item.best is not None)
             cross_entropy = losses.sft(read.policy[best], read.length[best], reduction=self.loss.sft_reduction)
             loss = loss + self.loss.sft_weight * cross_entropy.sum() / counts["best"]
             measures["sft_loss"] = (cross_entropy.sum(), len(best))
@@ -237,9 +238,10 @@ class AlignmentTask:
     ) -> tuple[Tensor, Measures]:
         """Weighted losses, one a pair or a sample, and what to log of them."""
         pairs = [(n, pair) for n, item in enumerate(items) for pair in item.pairs]
-        chosen = [read.place[n, pair.chosen] for n, pair in pairs]
-        rejected = [read.place[n, pair.rejected] for n, pair in pairs]
-        weight = read.policy.new_tensor([pair.weight for _, pair in pairs])
+        chosen = read.index((n, pair.chosen) for n, pair in pairs)
+        rejected = read.index((n, pair.rejected) for n, pair in pairs)
+        policy, device = read.policy, read.policy.device
+        weight = tensor_on(device, [pair.weight for _, pair in pairs], policy.dtype)
         tensors = {
             "policy_chosen": read.policy[chosen],
             "policy_rejected": read.policy[rejected],
@@ -247,21 +249,30 @@ class AlignmentTask:
             "reference_rejected": read.reference[rejected],
             "chosen_length": read.length[chosen],
             "rejected_length": read.length[rejected],
-            "row_length": read.length.new_tensor([items[n].row_length for n, _ in pairs]),
+            "row_length": tensor_on(device, [items[n].row_length for n, _ in pairs], read.length.dtype),
             **prepared,
         }
+        desirable: list[bool] = []
         if self.loss.mean_over == "samples":
             alone = [(n, sample) for n, item in enumerate(items) for sample in item.samples]
-            every = [*chosen, *rejected, *(read.place[n, sample.response] for n, sample in alone)]
-            desirable = [*(True for _ in chosen), *(False for _ in rejected), *(s.desirable for _, s in alone)]
-            tensors["log_ratio"] = read.policy[every] - read.reference[every]
-            tensors["desirable"] = torch.tensor(desirable, dtype=torch.bool, device=weight.device)
+            every = torch.cat([chosen, rejected, read.index((n, sample.response) for n, sample in alone)])
+            desirable = [*(True for _ in pairs), *(False for _ in pairs), *(s.desirable for _, s in alone)]
+            tensors["log_ratio"] = policy[every] - read.reference[every]
+            tensors["desirable"] = tensor_on(device, desirable, torch.bool)
             weight = torch.cat([weight, weight, weight.new_ones(len(alone))])
         values = self.loss.function(**{name: tensors[name] for name in self.loss.inputs}, **self.loss.settings)
-        return weight * values, self.measure(tensors, weight, values, prepared)
+        return weight * values, self.measure(tensors, weight, values, prepared, desirable)
 
-    def measure(self, tensors: dict[str, Tensor], weight: Tensor, values: Tensor, prepared: dict[str, Any]) -> Measures:
-        """Sums and counts of what the dashboards show; what no pair or sample is there for has the count 0."""
+    def measure(
+        self,
+        tensors: dict[str, Tensor],
+        weight: Tensor,
+        values: Tensor,
+        prepared: dict[str, Any],
+        desirable: Sequence[bool],
+    ) -> Measures:
+        """Sums and counts of what the dashboards show; what no pair or sample is there for has the count 0. desirable:
+        of the samples, known on the host, which therefore need not wait for a GPU to count them."""
         policy = tensors["policy_chosen"] - tensors["policy_rejected"]
         pairs = len(policy)
         measures: Measures = {
@@ -287,8 +298,9 @@ class AlignmentTask:
             measures["implicit_reward_margin"] = (self.loss.settings.get("beta", 1.0) * margin.sum(), pairs)
         if "log_ratio" in tensors:
             reward = self.loss.settings.get("beta", 1.0) * tensors["log_ratio"]
-            for name, which in (("desirable", tensors["desirable"]), ("undesirable", ~tensors["desirable"])):
-                measures[f"implicit_reward_{name}"] = (reward[which].sum(), int(which.sum()))
+            gains = torch.where(tensors["desirable"], reward, 0.0)
+            measures["implicit_reward_desirable"] = (gains.sum(), sum(desirable))
+            measures["implicit_reward_undesirable"] = ((reward - gains).sum(), len(desirable) - sum(desirable))
         if "kl" in prepared:
             measures["kl_estimate"] = (prepared["kl"] * len(values), len(values))
         return measures
@@ -296,12 +308,16 @@ class AlignmentTask:
 
 @dataclass(frozen=True)
 class Responses:
-    """Read-outs of a micro-batch, [responses] each; `place` finds (item, response) in them."""
+    """Read-outs of a micro-batch, [responses] each; `place` finds (item, response) in them, `index` many."""
 
     policy: Tensor
     reference: Tensor
     length: Tensor
     place: dict[tuple[int, int | None], int]
+
+    def index(self, wanted: Iterable[tuple[int, int | None]]) -> Tensor:
+        """Where the read-outs of (item, response) stand, [wanted]."""
+        return tensor_on(self.policy.device, [self.place[one] for one in wanted], torch.int64)
 
 
 def read_responses(model: PreTrainedModel, layout: LayoutName, items: Sequence[AlignmentRecord]) -> Responses:
@@ -317,4 +333,4 @@ def read_responses(model: PreTrainedModel, layout: LayoutName, items: Sequence[A
             sequences.append(ids)
             reference.append(item.reference[response])
     policy, length = read_log_probabilities(model, make_layout(layout, sequences), spans)
-    return Responses(policy, policy.new_tensor(reference), length, place)
+    return Responses(policy, tensor_on(policy.device, reference, policy.dtype), length, place)

@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 
 from rdo.devices import to_device
 from rdo.errors import UserError
-from rdo.forest import Forest, Segment
+from rdo.forest import Forest, Segment, subtree_ends
 from rdo.readout import in_full_precision
 
 HALF = (torch.float16, torch.bfloat16)
@@ -248,14 +248,6 @@ def computed_dtype(value: torch.Tensor) -> torch.dtype:
     kind = value.device.type
     on = torch.is_autocast_enabled(kind) and value.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if on else value.dtype
-
-
-def subtree_ends(segments: Sequence[Segment]) -> np.ndarray:
-    """For every row, one more than the last row of its subtree, [tokens]."""
-    ends = np.empty(segments[-1].stop, dtype=np.int64)
-    for segment in segments:
-        ends[segment.path] = segment.stop  # depth first: of those below a row, the last segment comes last
-    return ends
 
 
 def subtree_mask(ends: torch.Tensor) -> Callable[..., torch.Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -16,3 +18,10 @@ def to_device(array: np.ndarray | torch.Tensor, device: torch.device | str) -> t
     if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def tensor_on(
+    device: torch.device | str, values: Sequence[float] | Sequence[bool], dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Numbers [values] on the device, of the dtype that they have by themselves unless another is given."""
+    return to_device(torch.tensor(values, dtype=dtype), device)

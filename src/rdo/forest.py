@@ -104,6 +104,14 @@ class Flat:
 Layout = Forest | Flat
 
 
+def subtree_ends(segments: Sequence[Segment]) -> np.ndarray:
+    """For every row of a forest, one more than the last row that descends from it, [tokens]."""
+    ends = np.empty(segments[-1].stop, dtype=np.int64)
+    for segment in segments:
+        ends[segment.path] = segment.stop  # depth first: of those below a row, the last segment comes last
+    return ends
+
+
 def make_layout(name: LayoutName, sequences: Sequence[TokenIds]) -> Layout:
     """Lays a micro-batch of non-empty sequences out."""
     return Forest(sequences) if name == "forest" else Flat(sequences)

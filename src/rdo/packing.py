@@ -13,18 +13,19 @@ def cost(sequences: Sequence[TokenIds], layout: LayoutName) -> tuple[int, int]:
     return (count_unique(sequences) if layout == "forest" else len(sequences) * width), width
 
 
-def pack(
-    items: Sequence[Sequence[TokenIds]], layout: LayoutName, budget: int, by_length: bool = False
-) -> list[list[int]]:
+def pack(items: Sequence[Sequence[TokenIds]], layout: LayoutName, budget: int) -> list[list[int]]:
     """Numbers of the items of each micro-batch, no micro-batch above `budget` tokens unless one item alone is.
 
     The budget counts unique tokens of each item in a forest, and padded rows in the flat layout, which therefore packs
-    items of similar length together (as does `by_length`). No result depends on the packing beyond rounding.
+    items of similar length together. A forest packs items together that begin alike, so that what several records have
+    in common (a query that was labelled twice, a dialogue and its continuation) is computed once for all of them. No
+    result depends on the packing beyond rounding.
     """
     costs = [cost(item, layout) for item in items]
-    order = list(range(len(items)))
-    if by_length or layout == "flat":
-        order.sort(key=lambda number: costs[number][1])
+    if layout == "flat":
+        order = sorted(range(len(items)), key=lambda number: costs[number][1])
+    else:
+        order = sorted(range(len(items)), key=lambda number: tuple(items[number][0]))
     batches: list[list[int]] = []
     tokens = rows = 0
     for number in order:

@@ -25,9 +25,13 @@ class Plan:
     def steps_per_epoch(self) -> int:
         return math.ceil(self.records / self.batch_size)
 
+    def epoch(self, step: int) -> int:
+        """The epoch of a step, from 0."""
+        return step // self.steps_per_epoch
+
     def batch(self, step: int) -> tuple[int, list[int]]:
         """Epoch and record numbers of a step; the last batch of an epoch may be smaller."""
-        epoch, within = divmod(step, self.steps_per_epoch)
+        epoch, within = self.epoch(step), step % self.steps_per_epoch
         generator = torch.Generator().manual_seed(stable_seed(self.seed, "order", epoch))
         order = torch.randperm(self.records, generator=generator).tolist()
         return epoch, order[within * self.batch_size : (within + 1) * self.batch_size]

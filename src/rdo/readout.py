@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
+from rdo.devices import tensor_on, to_device
 from rdo.forest import Layout
 
 # Logits that may exist at once, in elements: 64 Mi of float32 are 256 MiB.
@@ -59,11 +60,10 @@ def span_log_probabilities(
         targets.append(ids[span.start :])
         lengths.append(len(ids) - span.start)
     device = hidden.device
-    index = torch.from_numpy(np.concatenate(rows)).to(device)
-    target = torch.from_numpy(np.concatenate(targets)).to(device)
+    index, target = to_device(np.concatenate(rows), device), to_device(np.concatenate(targets), device)
     tokens = token_log_probabilities(hidden[index], head, target, logits_budget)
-    count = torch.tensor(lengths, device=device)
-    owner = torch.repeat_interleave(torch.arange(len(spans), device=device), count)
+    count = tensor_on(device, lengths, torch.int64)
+    owner = to_device(np.repeat(np.arange(len(spans)), lengths), device)
     total = torch.zeros(len(spans), dtype=tokens.dtype, device=device).index_add(0, owner, tokens)
     return total, count
 
@@ -116,7 +116,7 @@ def scalar_values(
     """One number for each value [values]: the sum of its scalar reads."""
     reads = [read for value in values for read in value]
     rows = np.concatenate([layout.index(read.sequence, read.position) for read in reads])
-    index = torch.from_numpy(rows).to(hidden.device)
+    index = to_device(rows, hidden.device)
     bias = None if head.bias is None else in_full_precision(head.bias)
     outputs = linear(in_full_precision(hidden[index]), in_full_precision(head.weight), bias)
     return combine(outputs, values)
@@ -129,9 +129,9 @@ def combine(outputs: torch.Tensor, values: Sequence[Sequence[Scalar]]) -> torch.
     """
     device = outputs.device
     reads = [read for value in values for read in value]
-    label = torch.tensor([read.label for read in reads], device=device)
-    factor = torch.tensor([read.factor for read in reads], dtype=outputs.dtype, device=device)
-    owner = torch.tensor([number for number, value in enumerate(values) for _ in value], device=device)
+    label = tensor_on(device, [read.label for read in reads])
+    factor = tensor_on(device, [read.factor for read in reads], outputs.dtype)
+    owner = tensor_on(device, [number for number, value in enumerate(values) for _ in value])
     picked = outputs.gather(-1, label[:, None])[:, 0] * factor
     sums = torch.zeros(2 * len(values), dtype=outputs.dtype, device=device)
     gains, losses = sums.index_add(0, 2 * owner + (factor < 0), picked).view(-1, 2).unbind(1)

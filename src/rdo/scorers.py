@@ -131,7 +131,7 @@ def read_under(
     results: list[list[float]] = [[] for _ in readings]
     sequences: list[list[TokenIds]] = [list(reading.sequences) for reading in readings]
     with torch.no_grad():
-        for batch in pack(sequences, layout, budget, by_length=True):
+        for batch in pack(sequences, layout, budget):
             interrupts.check()
             chosen = [readings[number] for number in batch]
             ids, values = merge(chosen)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from rdo.forest import Forest
+from rdo.forest import Forest, subtree_ends
 from rdo.rectangles import RectanglePlan
 
 # Below so many tokens a segment, on average, padding segments together is faster than a call each (measured at widths
@@ -48,12 +48,10 @@ class Rectangle:
 
 def contiguous_rectangles(forest: Forest) -> list[Rectangle]:
     """The rectangles of a forest, those of the segments against themselves first."""
-    end = np.empty(len(forest), dtype=np.int64)  # of the rows that descend from a row
-    for segment in forest.segments:
-        end[segment.path] = segment.stop  # depth first: the last segment below a row comes last
+    ends = subtree_ends(forest.segments)
     found = [Rectangle(s.start, s.stop, s.start, s.stop) for s in forest.segments]
     for segment in forest.segments:
-        own = end[segment.start : segment.stop]
+        own = ends[segment.start : segment.stop]
         borders = np.flatnonzero(np.diff(own, prepend=-1, append=-1)).tolist()
         for first, last in pairwise(borders):
             if own[first] > segment.stop:

@@ -7,10 +7,12 @@ number of processes and order of records.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -21,6 +23,7 @@ from rdo.engine import Engine
 from rdo.forest import LayoutName, TokenIds
 from rdo.packing import cost, deal
 
+T = TypeVar("T")
 Counts = dict[str, float]
 Measures = dict[str, tuple[torch.Tensor, float]]  # name -> (sum, count)
 
@@ -79,15 +82,26 @@ class Wishes:
 NOTHING = Wishes()
 
 
+@dataclass(frozen=True)
+class Dealt:
+    """A step's items, and this process's micro-batches of them: as many as every process runs, of which the first
+    `real` count."""
+
+    items: list[Any]
+    batches: list[list[Any]]
+    real: int
+
+
 def training_step(
-    task: Task, engine: Engine, layout: LayoutName, items: Sequence[Any], budget: int, wishes: Wishes = NOTHING
+    task: Task, engine: Engine, layout: LayoutName, step: Dealt, wishes: Wishes = NOTHING
 ) -> tuple[dict[str, float], Wishes]:
     """Accumulates the gradient of the step's mean loss; the step's measures, over all processes, and their wishes.
 
-    One process alone raises Stopped between two micro-batches when it is asked to stop.
+    A GPU is waited for once, at the end. One process alone raises Stopped between two micro-batches when it is asked to
+    stop.
     """
-    batches, real = own_micro_batches(items, layout, budget)
-    counts = task.counts(items)
+    batches, real = step.batches, step.real
+    counts = task.counts(step.items)
     prepared: dict[str, Any] = {}
     if task.preparation is not None:
         values = task.preparation.values
@@ -108,14 +122,29 @@ def training_step(
     return sums.agreed(wishes)
 
 
-def own_micro_batches(items: Sequence[Any], layout: LayoutName, budget: int) -> tuple[list[list[Any]], int]:
-    """This process's micro-batches of a step, as many as every process runs, and how many of them count."""
+def deal_step(items: Sequence[Any], layout: LayoutName, budget: int) -> Dealt:
+    """Deals a step's items to the processes and packs this one's."""
     dealt = deal([item.sequences for item in items], layout, budget, world().size)
     own = dealt[world().rank]
     idle = max(map(len, dealt)) - len(own)
     smallest = min(range(len(items)), key=lambda number: cost(items[number].sequences, layout)) if idle else 0
     batches = [[items[n] for n in batch] for batch in own]
-    return batches + [[items[smallest]]] * idle, len(own)
+    return Dealt(list(items), batches + [[items[smallest]]] * idle, len(own))
+
+
+def ahead(make: Callable[[int], T], numbers: Iterable[int]) -> Iterator[tuple[int, T]]:
+    """What `make` makes of each number, the next one in a thread while the current one is worked on: reading, encoding
+    and packing a step's records takes no time from the one before it."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting: deque[tuple[int, Future[T]]] = deque()
+        for number in numbers:
+            waiting.append((number, thread.submit(make, number)))
+            if len(waiting) > 1:
+                ready, made = waiting.popleft()
+                yield ready, made.result()
+        while waiting:
+            ready, made = waiting.popleft()
+            yield ready, made.result()
 
 
 def computed_tokens(items: Sequence[Any], layout: LayoutName) -> int:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from rdo import losses
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
+from rdo.devices import tensor_on
 from rdo.forest import LayoutName, make_layout
 from rdo.models import read_log_probabilities, read_scalars
 from rdo.plan import stable_seed
@@ -159,7 +160,7 @@ class ScorerTask:
     ) -> tuple[Tensor, Measures]:
         sequences, values = merge([item.reading for item in items])
         outputs = read_scalars(model, make_layout(layout, sequences), values).view(len(items), -1)
-        target = outputs.new_tensor([item.target for item in items])
+        target = tensor_on(outputs.device, [item.target for item in items], outputs.dtype)
         if self.form == "pointwise":
             forward = outputs[:, 0] - outputs[:, 1]
             per_pair = losses.bradley_terry(outputs[:, 0], outputs[:, 1])
@@ -179,5 +180,5 @@ class ScorerTask:
         right = torch.where(forward == 0, 0.5, right)
         measures["accuracy"] = (right.sum(), len(items))
         measures["difference_size"] = (forward.abs().sum(), len(items))
-        measures["sequence_length"] = (forward.new_tensor(sum(map(len, sequences))), len(sequences))
+        measures["sequence_length"] = (torch.tensor(float(sum(map(len, sequences)))), len(sequences))
         return per_pair.sum() / counts["pairs"], measures

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import Any
@@ -21,11 +22,12 @@ from rdo.distributed import world
 from rdo.engine import Engine, make_engine, precision_of
 from rdo.errors import NotFiniteError, UserError
 from rdo.files import DiskFull, patiently
+from rdo.forest import LayoutName
 from rdo.models import check_positions, described_layout, head_parameters, recompute_activations, set_layout
 from rdo.plan import Plan, learning_rate_factor, make_plan
 from rdo.progress import progress_bar, warn
 from rdo.schema import EngineConfig, ScorerConfig, TrainingConfig
-from rdo.step import Item, Task, Wishes, training_step
+from rdo.step import Dealt, Item, Task, Wishes, ahead, deal_step, training_step
 from rdo.tracking import Tracker
 
 
@@ -74,22 +76,20 @@ def train(
         patiently(lambda: tracker.resume(done), engine_config.disk_full_minutes)
     how = described_layout(model, layout) + described(engine_config)
     print(f"[{title}] {plan.records} records, {plan.steps} steps, layout {how}", flush=True)
+    make_step = partial(dealt_step, task, plan, layout, engine_config.tokens_per_micro_batch)
     with interrupts.postponed(), progress_bar(plan.steps, title, initial=done) as bar:
-        for step in range(done, plan.steps):
+        for step, dealt in ahead(make_step, range(done, plan.steps)):
             started = time.perf_counter()
-            epoch, numbers = plan.batch(step)
-            items = [task.item(number, epoch) for number in numbers]
             set_learning_rates(engine.param_groups, learning_rate_factor(step, plan.steps, config))
             wishes = Wishes(interrupts.requested(), checkpoints.is_due(step + 1))
             try:
-                budget = engine_config.tokens_per_micro_batch
-                measured, wishes = training_step(task, engine, layout, items, budget, wishes)
+                measured, wishes = training_step(task, engine, layout, dealt, wishes)
             except interrupts.Stopped as stop:
                 raise interrupts.Stopped(stop.number, part(checkpoints, engine, step, plan)) from None
-            measured["gradient_norm"] = update(engine, measured["loss"], items, step)
+            measured["gradient_norm"] = update(engine, measured["loss"], dealt.items, step)
             seconds = time.perf_counter() - started
             rates = learning_rates(engine.param_groups)
-            tracker.log(step + 1, {"epoch": epoch, **measured, **rates, **speed(measured, seconds)})
+            tracker.log(step + 1, {"epoch": plan.epoch(step), **measured, **rates, **speed(measured, seconds)})
             bar.update(1)
             bar.set_postfix(loss=f"{measured['loss']:.4f}", refresh=False)
             if step + 1 < plan.steps:  # after the last, the model itself is saved
@@ -102,6 +102,12 @@ def train(
     state = engine.full_state()
     engine.close()
     return state
+
+
+def dealt_step(task: Task, plan: Plan, layout: LayoutName, budget: int, step: int) -> Dealt:
+    """The records of a step, dealt and packed."""
+    epoch, numbers = plan.batch(step)
+    return deal_step([task.item(number, epoch) for number in numbers], layout, budget)
 
 
 def described(config: EngineConfig) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
+from statistics import NormalDist
 
 import numpy as np
 
@@ -21,7 +23,8 @@ LONGEST = 512
 def made_records(
     count: int, responses: int, vocabulary: int, seed: int = 0, query: int | None = None
 ) -> list[EncodedRecord]:
-    """Random records, whose lengths are log-normal, cut to LONGEST tokens, with HH's means; or of one query length."""
+    """Records of random words, whose lengths are log-normal with HH's means, cut to LONGEST tokens; or all alike, with
+    a query of so many tokens."""
     generator = np.random.default_rng(seed)
     lengths = drawn(generator, count, responses) if query is None else fixed(count, responses, query)
     records = []
@@ -37,17 +40,22 @@ def fixed(count: int, responses: int, query: int) -> list[list[int]]:
 
 
 def drawn(generator: np.random.Generator, count: int, responses: int) -> list[list[int]]:
-    """Lengths of query and responses, drawn at random. The cut takes from the mean, which the scale gives back."""
-    normal = generator.standard_normal((count, 1 + responses))
-    reference = np.random.default_rng(1).standard_normal((20_000, 2))
-    query_scale, response_scale = scales(reference)
+    """Lengths of query and responses: evenly spaced quantiles of the distributions, in random order, so that a few
+    records are as long and as uneven as many would be. The cut takes from the mean, which the scales give back."""
+    queries = generator.permutation(quantiles(count))
+    answers = generator.permutation(quantiles(count * responses)).reshape(count, responses)
+    query_scale, response_scale = scales()
     lengths = []
-    for row in normal:
-        longest_query = LONGEST - RESPONSE
-        query = clipped(query_scale * math.exp(QUERY_SPREAD * row[0]), longest_query)
-        answers = [clipped(response_scale * math.exp(RESPONSE_SPREAD * z), LONGEST - query) for z in row[1:]]
-        lengths.append([query, *answers])
+    for z, others in zip(queries, answers, strict=True):
+        query = clipped(query_scale * math.exp(QUERY_SPREAD * z), LONGEST - RESPONSE)
+        rest = [clipped(response_scale * math.exp(RESPONSE_SPREAD * other), LONGEST - query) for other in others]
+        lengths.append([query, *rest])
     return lengths
+
+
+def quantiles(count: int) -> np.ndarray:
+    """So many quantiles [count] of the normal distribution, evenly spaced."""
+    return np.array([NormalDist().inv_cdf((n + 0.5) / count) for n in range(count)])
 
 
 def clipped(length: float, longest: int) -> int:
@@ -55,18 +63,19 @@ def clipped(length: float, longest: int) -> int:
     return int(min(max(round(length), 2), longest))
 
 
-def scales(normal: np.ndarray) -> tuple[float, float]:
-    """Medians of query and response lengths whose means, after the cut, are QUERY and RESPONSE; found by bisection on
-    many draws [draws, 2]."""
+@cache
+def scales() -> tuple[float, float]:
+    """Medians of query and response lengths whose means, after the cut, are QUERY and RESPONSE."""
+    normal = quantiles(300)
 
     def query_lengths(scale: float) -> np.ndarray:
-        return np.clip(scale * np.exp(QUERY_SPREAD * normal[:, 0]), 2, LONGEST - RESPONSE)
+        return np.clip(scale * np.exp(QUERY_SPREAD * normal), 2, LONGEST - RESPONSE)
 
     query_scale = bisect(lambda scale: float(query_lengths(scale).mean()), QUERY)
-    room = LONGEST - query_lengths(query_scale)
+    room = LONGEST - query_lengths(query_scale)[:, None]  # any query may come with any response
 
     def response_mean(scale: float) -> float:
-        return float(np.clip(scale * np.exp(RESPONSE_SPREAD * normal[:, 1]), 2, room).mean())
+        return float(np.clip(scale * np.exp(RESPONSE_SPREAD * normal), 2, room).mean())
 
     return query_scale, bisect(response_mean, RESPONSE)
 

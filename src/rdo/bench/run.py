@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -60,11 +61,17 @@ def measure_all(
     threads: Sequence[int],
     file: Path,
     more: Callable[[], dict[str, Any]] = dict,
+    ends: float = math.inf,
 ) -> dict[str, Any]:
-    """Measures what the config names and writes it to the file. more: what else is measured, last."""
-    found: dict[str, Any] = {"machine": machine(setting, subjects, threads), "rows": [], "growth": []}
+    """Measures what the config names and writes it to the file. more: what else is measured, last. ends: the
+    time.monotonic() after which nothing is begun that is not said to be left out."""
+    found: dict[str, Any] = {"machine": machine(setting, subjects, threads), "rows": [], "growth": [], "left_out": []}
     setting.say(suite.HEAD)
     for name in config.works:
+        if time.monotonic() > ends:
+            setting.say(f"{name:<11} left out: no time")
+            found["left_out"].append(name)
+            continue
         records = records_of(name, config.pairs, given, subjects.policy.config.vocab_size)
         started = time.perf_counter()
         if name == "generation":
@@ -75,7 +82,7 @@ def measure_all(
         write_json(file, found)
         gc.collect()  # TRL's trainers refer to themselves in circles
     torch.set_num_threads(threads[-1])
-    if config.growth:
+    if config.growth and time.monotonic() < ends:
         setting.say(f"\n{GROWTH_HEAD}")
         found["growth"] = measure_growth(subjects.policy, subjects.reference, setting)
         write_json(file, found)
@@ -90,7 +97,7 @@ def measure_generation(
     """The row of generation, for each number of threads. It reads on and on, so that it has no token bound."""
     from rdo.bench.generating import NEW_TOKENS, generation
 
-    ours, other = generation(subjects.policy, subjects.tokenizer, [*records, *records])
+    ours, other = generation(subjects.policy, subjects.tokenizer, records)
     for contestant in (ours, other):
         warm_up(contestant, setting.device)
     rows = []
@@ -107,7 +114,7 @@ def measure_generation(
             "ratios": each,
             "seconds_ours": sorted(ours.seconds)[len(each) // 2],
             "seconds_other": sorted(other.seconds)[len(each) // 2],
-            "tokens_generated": 2 * len(records) * NEW_TOKENS,
+            "tokens_generated": len(records) * NEW_TOKENS,
             "refused": None if differ(ours, other) == 0 else "the first tokens differ",
             "bound_share": None,
             "gflops": None,

@@ -27,7 +27,7 @@ from rdo.packing import pack
 from rdo.readout import Span
 from rdo.schema import EngineConfig
 from rdo.scorers import ComparisonTemplate, Reading, add_difference, read_under
-from rdo.step import Task, training_step
+from rdo.step import Task, deal_step, training_step
 from rdo.tasks import ById, ScorerTask
 
 BETA = 0.1
@@ -80,7 +80,7 @@ def training_work(name: str, model: PreTrainedModel, task: Task, config: EngineC
     engine = TorchEngine(model, torch.optim.SGD(model.parameters()), None, config)
 
     def run(layout: LayoutName) -> torch.Tensor:
-        measured, _ = training_step(task, engine, layout, items, config.tokens_per_micro_batch)
+        measured, _ = training_step(task, engine, layout, deal_step(items, layout, config.tokens_per_micro_batch))
         return torch.tensor([measured["loss"]])
 
     sequences = [ids for item in items for ids in item.sequences]
@@ -187,7 +187,7 @@ def reference_work(model: PreTrainedModel, records: list[EncodedRecord], config:
     def run(layout: LayoutName) -> torch.Tensor:
         found: dict[int, list[float]] = {}
         with torch.no_grad():
-            for batch in pack(items, layout, config.tokens_per_micro_batch, by_length=True):
+            for batch in pack(items, layout, config.tokens_per_micro_batch):
                 sequences = [ids for n in batch for ids in items[n]]
                 starts = [len(records[n].prompt) for n in batch for _ in items[n]]
                 spans = [Span(number, start) for number, start in enumerate(starts)]

@@ -140,7 +140,7 @@ def read_under(
     sequences = [[(*record.prompt, *ids) for ids in responses] for record, responses in items]
     results: list[list[float]] = [[] for _ in items]
     with torch.no_grad():
-        for batch in pack(sequences, layout, budget, by_length=True):
+        for batch in pack(sequences, layout, budget):
             interrupts.check()
             flat = [ids for n in batch for ids in sequences[n]]
             starts = [len(items[n][0].prompt) for n in batch for _ in sequences[n]]
