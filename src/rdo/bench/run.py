@@ -66,7 +66,7 @@ def measure_all(
     """Measures what the config names and writes it to the file. more: what else is measured, last. ends: the
     time.monotonic() after which nothing is begun that is not said to be left out."""
     found: dict[str, Any] = {"machine": machine(setting, subjects, threads), "rows": [], "growth": [], "left_out": []}
-    setting.say(suite.HEAD)
+    setting.say(f"{introduction(found['machine'])}\n\n{suite.HEAD}")
     for name in config.works:
         if time.monotonic() > ends:
             setting.say(f"{name:<11} left out: no time")
@@ -148,6 +148,17 @@ def machine(setting: Setting, subjects: Subjects, threads: Sequence[int]) -> dic
         "gemm_gflops": gemm,
         "seconds": {},
     }
+
+
+def introduction(machine: dict[str, Any]) -> str:
+    """The machine as the terminal shows it."""
+    gemm = ", ".join(f"{gflops:.0f} on {count}" for count, gflops in machine["gemm_gflops"].items())
+    size, budget = machine["parameters"] / 1e6, machine["tokens_per_micro_batch"]
+    return (
+        f"{machine['device']}, {machine['date']}: {size:.0f}M parameters, {machine['precision']}, {budget} tokens a "
+        f"micro-batch\ntorch {machine['torch']}, transformers {machine['transformers']}, TRL {machine['trl']}; "
+        f"products by {machine['products']}, GFLOP/s of a GEMM by threads: {gemm}"
+    )
 
 
 def version(package: str) -> str | None:

@@ -7,14 +7,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from rdo.bench import trl
-from rdo.bench.bound import Bound
+from rdo.bench.bound import Bound, path_length
 from rdo.bench.measure import Contestant, differ, ratios, take_turns, untimed, warm_up
 from rdo.bench.works import Work, head_of, one_by_one
 from rdo.engine import precision_of
@@ -143,8 +143,8 @@ def flops(work: Work) -> float:
     model = work.model
     config = model.config.get_text_config()
     layers = sum(p.numel() for name, p in model.base_model.named_parameters() if p.dim() > 1 and "embed" not in name)
-    # A token attends to its path, half the sequence on average: scores and values, two operations each.
-    pairs = count_unique(work.sequences) * mean(map(len, work.sequences)) / 2
+    # A token attends to its path: scores and values, two operations each.
+    pairs = count_unique(work.sequences) * path_length(work.sequences) / 2
     attention = 4.0 * pairs * config.hidden_size * config.num_hidden_layers
     once = 2.0 * layers * count_unique(work.sequences) + 2.0 * head_of(model).weight.numel() * work.reads + attention
     return (3.0 if work.trained else 1.0) * once + 2.0 * layers * count_unique(work.beforehand)

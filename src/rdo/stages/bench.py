@@ -6,6 +6,7 @@ Prints its tables as it goes, and leaves in `run_dir`/bench: bench.json (every n
 from __future__ import annotations
 
 import tempfile
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def benchmark(run: Run) -> Path:
     split, by a hash of their ids. Raises UserError where TRL is asked for and not installed.
     """
     config, device = run.config, run.device()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of TRL's calls into transformers
     if {"trl", "trl_best"} & set(config.bench.against) or config.bench.epoch_pairs:
         trl.imported()
     given, end = (None, END) if config.dataset.source == "toy" else given_records(run)
