@@ -27,7 +27,9 @@ from rdo.files import write_json
 from rdo.schema import BENCH_WORKS, BenchConfig
 
 # Of bench.pairs, how many records a work takes: those that cost more take fewer.
-SHARE = {"kto": 1 / 4, "rrhf": 1 / 4, "rm": 1 / 2, "difference": 1 / 2, "score15": 1 / 8, "score30": 1 / 8}
+SHARE = {
+    "kto": 1 / 4, "rrhf": 1 / 4, "rm": 1 / 4, "difference": 3 / 8, "score15": 1 / 8, "score30": 1 / 8, "reference": 1 / 2,
+}  # fmt: skip
 
 
 def make_work(name: str, subjects: Subjects, records: list[EncodedRecord], setting: Setting) -> Work:
