@@ -61,6 +61,7 @@ def test_made_records_have_the_lengths_of_hh():
     assert longest == data.LONGEST
     few = data.made_records(8, 2, VOCABULARY)
     assert np.mean([len(record.prompt) for record in few]) == pytest.approx(data.QUERY, rel=0.1)
+    assert len(data.made_records(1, 6, VOCABULARY)[0].prompt) == data.QUERY
     # Skewed: most are shorter than the mean.
     assert np.median(queries) < 0.9 * queries.mean()
     assert all(ids[-1] == data.END and data.END not in ids[:-1] for record in records for ids in record.responses)

@@ -41,13 +41,14 @@ def fixed(count: int, responses: int, query: int) -> list[list[int]]:
 
 def drawn(generator: np.random.Generator, count: int, responses: int) -> list[list[int]]:
     """Lengths of query and responses: evenly spaced quantiles of the distributions, in random order, so that a few
-    records are as long and as uneven as many would be. The cut takes from the mean, which the scales give back."""
+    records are as long and as uneven as many would be; the query of a record alone has the mean length, for the median
+    of a skewed distribution is far below. The cut takes from the mean, which the scales give back."""
     queries = generator.permutation(quantiles(count))
     answers = generator.permutation(quantiles(count * responses)).reshape(count, responses)
     query_scale, response_scale = scales()
     lengths = []
     for z, others in zip(queries, answers, strict=True):
-        query = clipped(query_scale * math.exp(QUERY_SPREAD * z), LONGEST - RESPONSE)
+        query = clipped(query_scale * math.exp(QUERY_SPREAD * z), LONGEST - RESPONSE) if count > 1 else QUERY
         rest = [clipped(response_scale * math.exp(RESPONSE_SPREAD * other), LONGEST - query) for other in others]
         lengths.append([query, *rest])
     return lengths

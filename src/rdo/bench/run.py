@@ -28,7 +28,8 @@ from rdo.schema import BENCH_WORKS, BenchConfig
 
 # Of bench.pairs, how many records a work takes: those that cost more take fewer.
 SHARE = {
-    "kto": 1 / 4, "rrhf": 1 / 4, "rm": 1 / 4, "difference": 3 / 8, "score15": 1 / 8, "score30": 1 / 8, "reference": 1 / 2,
+    "kto": 1 / 4, "rrhf": 1 / 4, "rm": 1 / 4, "difference": 3 / 8, "score15": 1 / 8, "score30": 1 / 8,
+    "reference": 1 / 2,
 }  # fmt: skip
 
 
