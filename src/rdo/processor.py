@@ -31,10 +31,15 @@ def keep_memory() -> None:
     glibc maps every large tensor anew, and each of its pages costs a fault; on virtual machines these took a fifth of
     a training step. Peaks are as they were. Where the C library is another, nothing is changed.
     """
-    if platform.libc_ver()[0] == "glibc":
-        library = ctypes.CDLL(None)
+    library = glibc()
+    if library is not None:
         library.mallopt(M_MMAP_MAX, 0)
         library.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def glibc() -> ctypes.CDLL | None:
+    """The process's C library, where it is glibc."""
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def choose_products(wanted: str) -> None:

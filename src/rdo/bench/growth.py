@@ -8,14 +8,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from rdo.bench.data import made_records
+from rdo.bench.data import QUERY, made_records
 from rdo.bench.measure import take_turns, untimed, warm_up
 from rdo.bench.suite import Setting, implementations, prepared
 from rdo.bench.works import Work, alignment_work
 from rdo.forest import count_unique
 
 RECORDS, RESPONSES, QUERIES = (1, 2, 4, 8, 16), (2, 4, 8, 16), (64, 256, 1024, 4096)
-QUERY = 164
 ROUNDS = 3
 HEAD = f"{'grows':<20} {'':>6}  {'unique tokens':>13} {'seconds':>8} {'ms a token':>10} {'MB':>7}"
 

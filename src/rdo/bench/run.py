@@ -7,7 +7,9 @@ import math
 import platform
 import time
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -108,17 +110,17 @@ def measure_generation(
         torch.set_num_threads(count)
         ours.seconds, other.seconds = [], []
         take_turns([ours, other], setting.rounds, setting.device)
-        each = sorted(ratios(ours, other))
+        each, same = ratios(ours, other), differ(ours, other) == 0
         row = {
             "work": "generation",
             "against": other.name,
             "threads": count,
-            "time_ratio": each[len(each) // 2] if differ(ours, other) == 0 else None,
+            "time_ratio": median(each) if same else None,
             "ratios": each,
-            "seconds_ours": sorted(ours.seconds)[len(each) // 2],
-            "seconds_other": sorted(other.seconds)[len(each) // 2],
+            "seconds_ours": median(ours.seconds),
+            "seconds_other": median(other.seconds),
             "tokens_generated": len(records) * NEW_TOKENS,
-            "refused": None if differ(ours, other) == 0 else "the first tokens differ",
+            "refused": None if same else "the first tokens differ",
             "bound_share": None,
             "gflops": None,
         }
@@ -166,12 +168,9 @@ def introduction(machine: dict[str, Any]) -> str:
 
 def version(package: str) -> str | None:
     """A package's version, or None where it is not installed."""
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as found
-
     try:
-        return found(package)
-    except PackageNotFoundError:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return None
 
 
