@@ -303,6 +303,35 @@ def test_a_rank_that_fails_brings_the_job_down_with_its_own_error(tmp_path: Path
     assert time.monotonic() - started < 60
 
 
+LATE = """
+import atexit, os, sys, threading, time
+sys.path[:0] = [{source!r}]
+from rdo import distributed
+
+def look_back():
+    if threading.active_count() > 1:
+        os._exit(9)
+
+class LateStore(distributed.PrefixStore):
+    def check(self, keys):
+        time.sleep(0.5)
+        return super().check(keys)
+
+atexit.register(look_back)  # called last
+distributed.WATCH, distributed.PrefixStore = 0.0, LateStore
+distributed.start("cpu")
+time.sleep(0.2)
+"""
+
+
+def test_no_thread_is_left_in_the_store_when_python_ends(tmp_path: Path) -> None:
+    """A thread that returns from C++ while Python ends is unwound through it, which aborts the process."""
+    script = tmp_path / "late.py"
+    script.write_text(LATE.format(source=str(HERE.parent / "src")))
+    code, _, error = finished(launched(2, script), 60)
+    assert code == 0, error
+
+
 def test_a_full_disk_on_one_rank_costs_a_checkpoint_and_nothing_else(whole: Path, tmp_path: Path) -> None:
     run_dir, command = prepared(whole, tmp_path / "run")
     script = tmp_path / "full.py"

@@ -61,6 +61,7 @@ class State:
     store: Store = field(default_factory=HashStore)
     started: bool = False
     turn: int = 0
+    watching: threading.Thread | None = None
 
 
 _state = State()
@@ -129,7 +130,8 @@ def start(device: str) -> World:
         raise UserError(f"{what} ({error}); MASTER_PORT=NUMBER names another port") from error
     prefix = f"rdo{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}"
     _state.world, _state.started, _state.store = found, True, PrefixStore(prefix, own)
-    threading.Thread(target=watch, args=(PrefixStore(prefix, watched),), daemon=True).start()
+    _state.watching = threading.Thread(target=watch, args=(PrefixStore(prefix, watched),), daemon=True)
+    _state.watching.start()
     if not found.first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
     return found
@@ -283,5 +285,8 @@ def leave() -> None:
             end = time.monotonic() + PATIENCE
             while _state.store.add(LEAVING, 0) < _state.world.size and time.monotonic() < end:
                 time.sleep(LONGEST)
+    # Python's end would find the thread within the store's C++, and ending a thread in there aborts the process.
+    if _state.watching is not None:
+        _state.watching.join(PATIENCE)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
