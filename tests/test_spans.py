@@ -24,8 +24,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def every_forest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forests of short segments, too, which padding would run otherwise."""
+    """Forests of short segments, too, which padding would run otherwise, and halves of segments that are not long."""
     monkeypatch.setattr(rdo.spans, "SHORT", 0)
+    monkeypatch.setattr(rdo.spans, "LONG", 5)
 
 
 @pytest.mark.parametrize("sequences", [*LISTS.values(), *(tree(seed, count=12) for seed in range(40))])
