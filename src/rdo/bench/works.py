@@ -15,18 +15,17 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rdo import models
+from rdo import models, scorers
 from rdo.alignment import AlignmentRecord, AlignmentTask, Pair, choose_loss
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
 from rdo.engine.torch_engine import TorchEngine
-from rdo.forest import Flat, Layout, LayoutName, TokenIds, make_layout
+from rdo.forest import Flat, Layout, LayoutName, TokenIds
+from rdo.log_probabilities import read_under
 from rdo.losses import best_response, rrhf_pairs
-from rdo.models import is_decoder_scorer, read_log_probabilities
-from rdo.packing import pack
-from rdo.readout import Span
+from rdo.models import is_decoder_scorer
 from rdo.schema import EngineConfig
-from rdo.scorers import ComparisonTemplate, Reading, add_difference, read_under
+from rdo.scorers import ComparisonTemplate, Reading, add_difference
 from rdo.step import Task, deal_step, training_step
 from rdo.tasks import ById, ScorerTask
 
@@ -97,19 +96,23 @@ def alignment_work(
     """A step of DPO or KTO on pairs, or of RRHF on ranked responses."""
     loss = choose_loss(LOSSES[name])
     mismatched: list[tuple[tuple[int, ...], ...]] = rotated(records) if loss.needs_kl else [()] * len(records)
+    known = [[0.0] * len(record.responses) for record in records]
+    if loss.needs_reference:
+        models.set_layout(reference, "flat")
+        read = [(record, (*record.responses, *others)) for record, others in zip(records, mismatched, strict=True)]
+        known = read_under(tqdm(disable=True), reference, "flat", read, config.tokens_per_micro_batch)
     items = []
-    for record, others in zip(records, mismatched, strict=True):
+    for record, others, values in zip(records, mismatched, known, strict=True):
+        count = len(record.responses)
         ranks = [float(len(response) % 7) + n / 10 for n, response in enumerate(record.responses)]
         order = rrhf_pairs(ranks) if loss.pairs == "ranking" else [(0, 1)]
-        known = reference_of(reference, record.prompt, record.responses) if loss.needs_reference else [0.0] * len(ranks)
-        known_others = reference_of(reference, record.prompt, others) if others else []
         items.append(
             AlignmentRecord(
                 record,
                 tuple(Pair(i, j) for i, j in order),
-                tuple(known),
+                tuple(values[:count]),
                 best=best_response(ranks) if loss.sft_weight else None,
-                mismatched=tuple(zip(others, known_others, strict=True)),
+                mismatched=tuple(zip(others, values[count:], strict=True)),
             )
         )
     task = AlignmentTask(ById([item.record_id for item in items], items.__getitem__), loss)
@@ -125,15 +128,6 @@ def rotated(records: Sequence[EncodedRecord]) -> list[tuple[tuple[int, ...], ...
     samples = [record.responses[0] for record in records] + [record.responses[1] for record in records]
     before = [samples[-1], *samples[:-1]]
     return list(zip(before[: len(records)], before[len(records) :], strict=True))
-
-
-def reference_of(model: PreTrainedModel, prompt: TokenIds, responses: Sequence[TokenIds]) -> list[float]:
-    """Reference log-probabilities of responses, padded rows, however long it takes."""
-    sequences = [(*prompt, *response) for response in responses]
-    spans = [Span(n, len(prompt)) for n in range(len(sequences))]
-    models.set_layout(model, "flat")
-    with torch.no_grad():
-        return read_log_probabilities(model, make_layout("flat", sequences), spans)[0].tolist()
 
 
 def scorer_work(
@@ -173,7 +167,7 @@ def scoring_work(
         readings.append(reading)
 
     def run(layout: LayoutName) -> torch.Tensor:
-        found = read_under(tqdm(disable=True), model, layout, readings, config.tokens_per_micro_batch)
+        found = scorers.read_under(tqdm(disable=True), model, layout, readings, config.tokens_per_micro_batch)
         return torch.tensor([number for values in found for number in values])
 
     sequences = [ids for reading in readings for ids in reading.sequences]
@@ -182,21 +176,15 @@ def scoring_work(
 
 def reference_work(model: PreTrainedModel, records: list[EncodedRecord], config: EngineConfig) -> Work:
     """Log-probabilities of all responses, without gradients."""
-    items = [[(*record.prompt, *response) for response in record.responses] for record in records]
+    items = [(record, record.responses) for record in records]
 
     def run(layout: LayoutName) -> torch.Tensor:
-        found: dict[int, list[float]] = {}
-        with torch.no_grad():
-            for batch in pack(items, layout, config.tokens_per_micro_batch):
-                sequences = [ids for n in batch for ids in items[n]]
-                starts = [len(records[n].prompt) for n in batch for _ in items[n]]
-                spans = [Span(number, start) for number, start in enumerate(starts)]
-                numbers = iter(read_log_probabilities(model, make_layout(layout, sequences), spans)[0].tolist())
-                found |= {n: [next(numbers) for _ in items[n]] for n in batch}
-        return torch.tensor([number for n in range(len(items)) for number in found[n]])
+        found = read_under(tqdm(disable=True), model, layout, items, config.tokens_per_micro_batch)
+        return torch.tensor([number for values in found for number in values])
 
+    sequences = [(*record.prompt, *response) for record in records for response in record.responses]
     reads = sum(len(response) for record in records for response in record.responses)
-    return Work("reference", model, [ids for item in items for ids in item], reads, False, run, records=records)
+    return Work("reference", model, sequences, reads, False, run, records=records)
 
 
 @contextmanager

@@ -14,22 +14,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rdo import interrupts
 from rdo.artifacts import Artifact, produce
-from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Record
 from rdo.data.table import Records
 from rdo.distributed import dealt
 from rdo.errors import UserError
-from rdo.forest import LayoutName, make_layout
-from rdo.models import read_log_probabilities, set_layout
-from rdo.packing import pack
+from rdo.log_probabilities import Item, read_under
+from rdo.models import set_layout
 from rdo.progress import progress_bar
-from rdo.readout import Span
 from rdo.run import Run, select
 from rdo.shards import Shards
 from rdo.stages.score import read_table
@@ -39,8 +34,6 @@ REFERENCE = "reference.parquet"
 TABLE = pa.schema(
     {"record_id": pa.string(), "response": pa.int64(), "mismatched": pa.bool_(), "log_probability": pa.float64()}
 )
-# A record, and the responses that are read under its prompt.
-Item = tuple[EncodedRecord, list[tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -131,25 +124,6 @@ def log_probabilities(run: Run, model: PreTrainedModel, items: Sequence[Item], t
             return read_under(bar, model, layout, items[part.start : part.stop], budget)
 
         return dealt(len(items), run.config.eval.batch_size, read)
-
-
-def read_under(
-    bar: tqdm, model: PreTrainedModel, layout: LayoutName, items: Sequence[Item], budget: int
-) -> list[list[float]]:
-    """The same under a bar that counts other items, too."""
-    sequences = [[(*record.prompt, *ids) for ids in responses] for record, responses in items]
-    results: list[list[float]] = [[] for _ in items]
-    with torch.no_grad():
-        for batch in pack(sequences, layout, budget):
-            interrupts.check()
-            flat = [ids for n in batch for ids in sequences[n]]
-            starts = [len(items[n][0].prompt) for n in batch for _ in sequences[n]]
-            spans = [Span(number, start) for number, start in enumerate(starts)]
-            numbers = read_log_probabilities(model, make_layout(layout, flat), spans)[0].tolist()
-            for n in batch:
-                results[n], numbers = numbers[: len(sequences[n])], numbers[len(sequences[n]) :]
-            bar.update(len(batch))
-    return results
 
 
 def read_reference(artifact: Artifact) -> Reference:
