@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from rdo.bench.suite import Setting, measure_work, opponents, prepared
 from rdo.bench.works import rotated
 from rdo.errors import UserError
 from rdo.forest import Forest
-from rdo.schema import BENCH_WORKS, EngineConfig, ModelConfig
+from rdo.schema import BENCH_WORKS, BenchConfig, EngineConfig, ModelConfig
 from rdo.stages.bench import benchmark
 from tiny import tiny_run
 
@@ -37,7 +39,7 @@ CONFIG = ModelConfig(
     max_positions=2048,
 )
 READ = [name for name in BENCH_WORKS if name != "generation"]
-HAS_TRL = pytest.mark.skipif(not trl.installed(), reason=f"TRL is not installed: {trl.INSTALL}")
+HAS_TRL = pytest.mark.skipif(find_spec("trl") is None, reason=f"TRL is not installed: {trl.INSTALL}")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> Subjects:
 
 def setting(subjects: Subjects, *against: str, budget: int = 512) -> Setting:
     engine = EngineConfig(device="cpu", tokens_per_micro_batch=budget)
-    return Setting(engine, CPU, against, 1, subjects.folder, lambda line: None)
+    return Setting(engine, BenchConfig(against=list(against), rounds=1), CPU, subjects.folder, lambda line: None)
 
 
 def test_made_records_have_the_lengths_of_hh():
@@ -94,8 +96,8 @@ def test_what_computes_anything_else_gets_no_ratio(subjects: Subjects, monkeypat
     shared = setting(subjects, "padded")
     work = make_work("dpo", subjects, records_of("dpo", 2, None, VOCABULARY), shared)
 
-    def wrong(*arguments: object) -> list[Contestant]:
-        made = opponents(*arguments)  # type: ignore[arg-type]
+    def wrong(*arguments: Any) -> list[Contestant]:
+        made = opponents(*arguments)
         run = made[0].run
         made[0].run = lambda: run() * 1.001
         return made

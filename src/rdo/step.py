@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -136,15 +137,12 @@ def ahead(make: Callable[[int], T], numbers: Iterable[int]) -> Iterator[tuple[in
     """What `make` makes of each number, the next one in a thread while the current one is worked on: reading, encoding
     and packing a step's records takes no time from the one before it."""
     with ThreadPoolExecutor(1) as thread:
-        waiting: deque[tuple[int, Future[T]]] = deque()
-        for number in numbers:
-            waiting.append((number, thread.submit(make, number)))
-            if len(waiting) > 1:
-                ready, made = waiting.popleft()
-                yield ready, made.result()
+        begun = ((number, thread.submit(make, number)) for number in numbers)
+        waiting = deque(islice(begun, 1))
         while waiting:
-            ready, made = waiting.popleft()
-            yield ready, made.result()
+            waiting.extend(islice(begun, 1))
+            number, made = waiting.popleft()
+            yield number, made.result()
 
 
 def computed_tokens(items: Sequence[Any], layout: LayoutName) -> int:

@@ -67,11 +67,11 @@ class Bound:
         def dense(length: int, trained: bool) -> Contestant:
             return dense_pass(work, attention, precision, budget, length, trained)
 
-        path = path_length(work.sequences)
+        self.path = path_length(work.sequences)
         self.unique, self.beforehand = count_unique(work.sequences), count_unique(work.beforehand)
-        self.passes = {"path": dense(path, work.trained), "mean": dense(mean_length(work.sequences), work.trained)}
+        self.passes = {"path": dense(self.path, work.trained), "mean": dense(mean_length(work.sequences), work.trained)}
         if self.beforehand:
-            self.passes["beforehand"] = dense(path, False)
+            self.passes["beforehand"] = dense(self.path, False)
 
     @property
     def contestants(self) -> list[Contestant]:

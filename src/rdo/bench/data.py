@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import cycle, islice
 from statistics import NormalDist
 
 import numpy as np
@@ -95,10 +96,6 @@ def with_responses(records: Sequence[EncodedRecord], count: int) -> list[Encoded
     as own ones would be."""
     made = []
     for n, record in enumerate(records):
-        responses = list(record.responses[:count])
-        step = 1
-        while len(responses) < count:
-            responses += records[(n + step) % len(records)].responses
-            step += 1
-        made.append(EncodedRecord(record.id, record.prompt, tuple(responses[:count])))
+        from_here = (answer for other in cycle([*records[n:], *records[:n]]) for answer in other.responses)
+        made.append(EncodedRecord(record.id, record.prompt, tuple(islice(from_here, count))))
     return made

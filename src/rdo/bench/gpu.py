@@ -14,7 +14,6 @@ from rdo.bench.data import END
 from rdo.bench.run import measure_all
 from rdo.bench.subjects import make_subjects
 from rdo.bench.suite import Setting
-from rdo.engine import precision_of
 from rdo.errors import UserError
 from rdo.progress import say
 from rdo.schema import BENCH_WORKS, BenchConfig, EngineConfig, ModelConfig
@@ -32,17 +31,17 @@ MODELS, WORK = 90.0, 40.0
 def run(device: torch.device, seconds: float, out: Path) -> dict[str, Any] | None:
     """Everything of bench.json that fits into the time; it is in out/bench.json as it comes. TRL takes part if it is
     installed. None where there is no time at all."""
-    ends = time.monotonic() + seconds
-    if seconds < MODELS + WORK and device.type == "cuda":
+    ends, on_gpu = time.monotonic() + seconds, device.type == "cuda"
+    if seconds < MODELS + WORK and on_gpu:
         say(f"no benchmark: {max(0.0, seconds):.0f} s are left, and it needs {MODELS + WORK:.0f}")
         return None
-    on_gpu = device.type == "cuda"
     against = ["padded", "unpadded"]
-    try:
-        trl.imported()
-        against = ["trl", "trl_best", *against] if on_gpu else against
-    except UserError as error:
-        say(f"without TRL: {error}")
+    if on_gpu:
+        try:
+            trl.imported()
+            against = ["trl", "trl_best", *against]
+        except UserError as error:
+            say(f"without TRL: {error}")
     engine = EngineConfig(precision="auto", device=device.type, tokens_per_micro_batch=16384)
     config = BenchConfig(
         works=[name for name in BENCH_WORKS if name != "generation"],  # which needs pyarrow
@@ -54,7 +53,6 @@ def run(device: torch.device, seconds: float, out: Path) -> dict[str, Any] | Non
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer = trl.word_tokenizer(VOCABULARY if on_gpu else 500, END)
         subjects = make_subjects(LARGE if on_gpu else SMALL, tokenizer, Path(temporary), device)
-        say(f"{precision_of(engine, device)}, {sum(p.numel() for p in subjects.policy.parameters()) / 1e6:,.0f}M")
-        setting = Setting(engine, device, against, config.rounds, subjects.folder, say)
+        setting = Setting(engine, config, device, subjects.folder, say)
         threads = [torch.get_num_threads()]
-        return measure_all(subjects, setting, config, None, threads, out / "bench.json", ends=ends - WORK)
+        return measure_all(subjects, setting, None, threads, out / "bench.json", ends=ends - WORK)

@@ -44,7 +44,7 @@ def measure_growth(policy: PreTrainedModel, reference: PreTrainedModel, setting:
     for name, value, work in points(policy, reference, setting):
         ours = prepared(work, "forest", attention)
         warm_up(ours, setting.device)
-        untimed([ours])
+        untimed(ours)
         take_turns([ours], ROUNDS, setting.device)
         row = {
             "grows": name,

@@ -43,7 +43,9 @@ def warm_up(contestant: Contestant, device: torch.device) -> None:
 
 
 def take_turns(contestants: Sequence[Contestant], rounds: int, device: torch.device) -> None:
-    """Times everybody once a round, in turn, so that a machine that slows down slows all of them."""
+    """Times everybody anew, once a round, in turn, so that a machine that slows down slows all of them."""
+    for contestant in contestants:
+        contestant.seconds = []
     for _ in range(rounds):
         for contestant in contestants:
             contestant.prepare()
@@ -51,12 +53,11 @@ def take_turns(contestants: Sequence[Contestant], rounds: int, device: torch.dev
             contestant.after()
 
 
-def untimed(contestants: Sequence[Contestant]) -> None:
+def untimed(contestant: Contestant) -> None:
     """Runs once more, for nothing."""
-    for contestant in contestants:
-        contestant.prepare()
-        contestant.run()
-        contestant.after()
+    contestant.prepare()
+    contestant.run()
+    contestant.after()
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:

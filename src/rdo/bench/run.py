@@ -26,7 +26,7 @@ from rdo.bench.suite import Setting
 from rdo.bench.works import Work, alignment_work, reference_work, scorer_work, scoring_work
 from rdo.data.encoding import EncodedRecord
 from rdo.files import write_json
-from rdo.schema import BENCH_WORKS, BenchConfig
+from rdo.schema import BENCH_WORKS
 
 # Of bench.pairs, how many records a work takes: those that cost more take fewer.
 SHARE = {
@@ -61,23 +61,22 @@ def records_of(name: str, pairs: int, given: Sequence[EncodedRecord] | None, voc
 def measure_all(
     subjects: Subjects,
     setting: Setting,
-    config: BenchConfig,
     given: Sequence[EncodedRecord] | None,
     threads: Sequence[int],
     file: Path,
     more: Callable[[], dict[str, Any]] = dict,
     ends: float = math.inf,
 ) -> dict[str, Any]:
-    """Measures what the config names and writes it to the file. more: what else is measured, last. ends: the
+    """Measures what the setting names and writes it to the file. more: what else is measured, last. ends: the
     time.monotonic() after which nothing is begun that is not said to be left out."""
     found: dict[str, Any] = {"machine": machine(setting, subjects, threads), "rows": [], "growth": [], "left_out": []}
     setting.say(f"{introduction(found['machine'])}\n\n{suite.HEAD}")
-    for name in config.works:
+    for name in setting.bench.works:
         if time.monotonic() > ends:
             setting.say(f"{name:<11} left out: no time")
             found["left_out"].append(name)
             continue
-        records = records_of(name, config.pairs, given, subjects.policy.config.vocab_size)
+        records = records_of(name, setting.bench.pairs, given, subjects.policy.config.vocab_size)
         started = time.perf_counter()
         if name == "generation":
             found["rows"] += measure_generation(subjects, records, setting, threads)
@@ -87,7 +86,7 @@ def measure_all(
         write_json(file, found)
         gc.collect()  # TRL's trainers refer to themselves in circles
     torch.set_num_threads(threads[-1])
-    if config.growth and time.monotonic() < ends:
+    if setting.bench.growth and time.monotonic() < ends:
         setting.say(f"\n{GROWTH_HEAD}")
         found["growth"] = measure_growth(subjects.policy, subjects.reference, setting)
         write_json(file, found)
@@ -108,8 +107,7 @@ def measure_generation(
     rows = []
     for count in threads:
         torch.set_num_threads(count)
-        ours.seconds, other.seconds = [], []
-        take_turns([ours, other], setting.rounds, setting.device)
+        take_turns([ours, other], setting.bench.rounds, setting.device)
         each, same = ratios(ours, other), differ(ours, other) == 0
         row = {
             "work": "generation",

@@ -14,13 +14,13 @@ import torch
 from transformers import PreTrainedModel
 
 from rdo.bench import trl
-from rdo.bench.bound import Bound, path_length
+from rdo.bench.bound import Bound
 from rdo.bench.measure import Contestant, differ, ratios, take_turns, untimed, warm_up
 from rdo.bench.works import Work, head_of, one_by_one
 from rdo.engine import precision_of
-from rdo.forest import LayoutName, TokenIds, count_unique
+from rdo.forest import LayoutName, TokenIds
 from rdo.models import set_layout
-from rdo.schema import EngineConfig
+from rdo.schema import BenchConfig, EngineConfig
 
 # Two sides compute the same if their numbers differ by less, relatively: float32 rounds sums of thousands by 1e-6.
 SAME = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
@@ -28,12 +28,11 @@ SAME = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 
 @dataclass
 class Setting:
-    """What all measurements share. against: names of contestants. folder: where TRL's copies of the models lie."""
+    """What all measurements share. folder: where TRL's copies of the models lie."""
 
     config: EngineConfig
+    bench: BenchConfig
     device: torch.device
-    against: Sequence[str]
-    rounds: int
     folder: Path
     say: Callable[[str], None]
 
@@ -70,7 +69,7 @@ def prepared(work: Work, layout: LayoutName, attention: dict[str, str], alone: b
 def opponents(work: Work, attention: dict[str, str], setting: Setting) -> list[Contestant]:
     """Everybody of bench.against who can do this work."""
     found = []
-    for name in setting.against:
+    for name in setting.bench.against:
         if name == "padded":
             found.append(prepared(work, "flat", attention))
         elif name == "unpadded":
@@ -87,17 +86,15 @@ def measure_work(work: Work, setting: Setting, threads: Sequence[int]) -> list[d
     ours = prepared(work, "forest", attention)
     bound = Bound(work, attention["flat"], setting.precision, setting.config.tokens_per_micro_batch)
     others = opponents(work, attention, setting)
-    everybody = [ours, *bound.contestants, *others]
+    torch.set_num_threads(threads[0])
+    for contestant in [ours, *bound.contestants, *others]:
+        warm_up(contestant, setting.device)
+    same = [other for other in others if differ(ours, other) <= SAME[setting.precision]]
     rows = []
-    for number, count in enumerate(threads):
+    for count in threads:
         torch.set_num_threads(count)
-        for contestant in everybody:
-            contestant.seconds = []
-            if number == 0:
-                warm_up(contestant, setting.device)
-        same = [other for other in others if differ(ours, other) <= SAME[setting.precision]]
-        untimed([ours])  # measuring memory gave it back to the system, and the first to take it pays for that
-        take_turns([ours, *bound.contestants, *same], setting.rounds, setting.device)
+        untimed(ours)  # measuring memory gave it back to the system, and the first to take it pays for that
+        take_turns([ours, *bound.contestants, *same], setting.bench.rounds, setting.device)
         for other in others:
             row = describe(work, ours, bound, other, setting) | {"threads": count}
             setting.say(line(row))
@@ -119,7 +116,7 @@ def describe(work: Work, ours: Contestant, bound: Bound, other: Contestant, sett
         "tokens_unique": bound.unique + bound.beforehand,
         "bound_share": bound.share(ours),
         "bound_share_mean_length": bound.share(ours, "mean"),
-        "gflops": flops(work) / seconds / 1e9,
+        "gflops": flops(work, bound) / seconds / 1e9,
         "difference": differ(ours, other),
         "memory_ours": ours.bytes,
         "memory_other": other.bytes,
@@ -138,16 +135,16 @@ def padded(sequences: Sequence[TokenIds]) -> int:
     return len(sequences) * max(map(len, sequences), default=0)
 
 
-def flops(work: Work) -> float:
+def flops(work: Work, bound: Bound) -> float:
     """Floating-point operations of a work over its unique tokens: matrix products of layers, attention and head."""
     model = work.model
     config = model.config.get_text_config()
     layers = sum(p.numel() for name, p in model.base_model.named_parameters() if p.dim() > 1 and "embed" not in name)
     # A token attends to its path: scores and values, two operations each.
-    pairs = count_unique(work.sequences) * path_length(work.sequences) / 2
+    pairs = bound.unique * bound.path / 2
     attention = 4.0 * pairs * config.hidden_size * config.num_hidden_layers
-    once = 2.0 * layers * count_unique(work.sequences) + 2.0 * head_of(model).weight.numel() * work.reads + attention
-    return (3.0 if work.trained else 1.0) * once + 2.0 * layers * count_unique(work.beforehand)
+    once = 2.0 * layers * bound.unique + 2.0 * head_of(model).weight.numel() * work.reads + attention
+    return (3.0 if work.trained else 1.0) * once + 2.0 * layers * bound.beforehand
 
 
 def line(row: dict[str, Any]) -> str:

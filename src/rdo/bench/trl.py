@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +48,6 @@ def text(ids: TokenIds, tokenizer: PreTrainedTokenizerBase) -> str:
     """The words of token ids, without the end of the sequence, which TRL adds itself."""
     kept = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
     return " ".join(tokenizer.convert_ids_to_tokens(list(kept)))
-
-
-def installed() -> bool:
-    """Whether TRL can be imported, by the look of it."""
-    return find_spec("trl") is not None
 
 
 def imported() -> Any:

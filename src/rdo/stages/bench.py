@@ -21,6 +21,7 @@ from rdo.bench.subjects import make_subjects
 from rdo.bench.suite import Setting
 from rdo.data.encoding import EncodedRecord, encode_batch
 from rdo.errors import UserError
+from rdo.files import append_text
 from rdo.progress import say
 from rdo.run import Run, select
 from rdo.schema import TrainingConfig
@@ -43,20 +44,19 @@ def benchmark(run: Run) -> Path:
     threads = config.bench.threads or sorted({1, torch.get_num_threads()})
     folder = run.provenance.run_dir / "bench"
     folder.mkdir(parents=True, exist_ok=True)
-    printed: list[str] = []
+    (folder / "bench.txt").unlink(missing_ok=True)
 
     def show(line: str) -> None:
-        printed.append(line)
-        (folder / "bench.txt").write_text("\n".join([*printed, ""]))
+        append_text(folder / "bench.txt", f"{line}\n")
         say(line)
 
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         subjects = make_subjects(config.model, trl.word_tokenizer(vocabulary, end), Path(temporary), device)
-        setting = Setting(config.engine, device, config.bench.against, config.bench.rounds, subjects.folder, show)
+        setting = Setting(config.engine, config.bench, device, subjects.folder, show)
         pairs = config.bench.epoch_pairs
         records = made_records(pairs, 2, vocabulary) if given is None else with_responses(given, 2)[:pairs]
         epoch = partial(measure_epoch, records, subjects, setting, threads, Path(temporary)) if pairs else dict
-        measure_all(subjects, setting, config.bench, given, threads, folder / "bench.json", epoch)
+        measure_all(subjects, setting, given, threads, folder / "bench.json", epoch)
     return folder / "bench.json"
 
 
