@@ -155,7 +155,7 @@ def test_a_sweep_that_is_preempted_in_every_way_ends_as_one_that_is_not(cluster:
         said = launcher.communicate(timeout=2 * PATIENCE)[0]
     assert launcher.returncode == 0, said + logs(disturbed)
 
-    assert logs(disturbed).count("going on from") == 4
+    assert logs(disturbed).count("going on from") == 5, logs(disturbed)
     for whole, mended in zip(policies(undisturbed), policies(disturbed), strict=True):
         assert [entry["step"] for entry in metrics(mended)] == list(range(1, STEPS + 1))
         assert metrics(mended) == metrics(whole)
@@ -164,24 +164,36 @@ def test_a_sweep_that_is_preempted_in_every_way_ends_as_one_that_is_not(cluster:
 
 
 def disturb(cluster: Cluster, run_dir: Path, launcher: subprocess.Popen[str]) -> None:
-    """Interrupts both points of a sweep twice, in four ways."""
+    """Interrupts the first point of a sweep three times, and the second twice, in four ways."""
     assert launcher.stdout is not None
     job = launcher.stdout.readline().split()[2].rstrip(",")
     first, second = f"{job}_0", f"{job}_1"
+
+    def wait_for_steps(*wanted: int) -> None:
+        for point, count in enumerate(wanted):
+            wait_until(f"point {point} trains", lambda point=point, count=count: steps(run_dir, point) > count)
+
+    def wait_for_restarts(count: int) -> list[int]:
+        """Waits until both are back in the queue; their steps, of which some must be left, or nothing was disturbed."""
+        both = (first, second)
+        wait_until("both are requeued", lambda: all(cluster.restarts(point) == count for point in both))
+        reached = [steps(run_dir, point) for point in range(len(both))]
+        assert max(reached) < STEPS, f"{reached} of {STEPS} steps: a point had finished before it was interrupted"
+        return reached
+
     # As SLURM does before a time limit, and as an administrator does.
-    wait_until("the first point trains", lambda: steps(run_dir, 0) > 20)
+    wait_for_steps(20, 20)
     cluster.run("scancel", "--signal=USR2", first)
-    wait_until("the second point trains", lambda: steps(run_dir, 1) > 20)
     cluster.run("scontrol", "requeue", second)
-    wait_until("both are requeued", lambda: cluster.restarts(first) == cluster.restarts(second) == 1)
-    # A process of the first dies; then the whole node is wanted by a partition that comes first.
-    reached = [steps(run_dir, point) for point in range(2)]
-    wait_until("the first point goes on", lambda: steps(run_dir, 0) > reached[0] + 15)
+    reached = wait_for_restarts(1)
+    # The whole node is wanted by a partition that comes first.
+    wait_for_steps(*(count + 10 for count in reached))
+    cluster.run("sbatch", "--partition=high", "--cpus-per-task=4", "--output=/dev/null", "--wrap", "sleep 1")
+    reached = wait_for_restarts(2)
+    # A process of the first dies.
+    wait_for_steps(reached[0] + 10)
     os.kill(ranks(first)[-1], signal.SIGKILL)
     wait_until("the first point fails", lambda: cluster.known(first, "JobState") == "FAILED")
-    wait_until("the second point goes on", lambda: steps(run_dir, 1) > reached[1] + 15)
-    cluster.run("sbatch", "--partition=high", "--cpus-per-task=4", "--output=/dev/null", "--wrap", "sleep 1")
-    wait_until("the second point is preempted", lambda: cluster.restarts(second) == 2)
 
 
 STAGE = """
