@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -166,34 +166,53 @@ def test_a_sweep_that_is_preempted_in_every_way_ends_as_one_that_is_not(cluster:
 def disturb(cluster: Cluster, run_dir: Path, launcher: subprocess.Popen[str]) -> None:
     """Interrupts the first point of a sweep three times, and the second twice, in four ways."""
     assert launcher.stdout is not None
-    job = launcher.stdout.readline().split()[2].rstrip(",")
-    first, second = f"{job}_0", f"{job}_1"
-
-    def wait_for_steps(*wanted: int) -> None:
-        for point, count in enumerate(wanted):
-            wait_until(f"point {point} trains", lambda point=point, count=count: steps(run_dir, point) > count)
+    array = launcher.stdout.readline().split()[2].rstrip(",")
+    jobs = first, second = f"{array}_0", f"{array}_1"
 
     def wait_for_restarts(count: int) -> list[int]:
-        """Waits until both are back in the queue; their steps, of which some must be left, or nothing was disturbed."""
-        both = (first, second)
-        wait_until("both are requeued", lambda: all(cluster.restarts(point) == count for point in both))
-        reached = [steps(run_dir, point) for point in range(len(both))]
-        assert max(reached) < STEPS, f"{reached} of {STEPS} steps: a point had finished before it was interrupted"
-        return reached
+        """Waits until both are back in the queue; the steps that they have done, which must not be all."""
+        wait_until("both are requeued", lambda: all(cluster.restarts(job) == count for job in jobs))
+        done = [steps(run_dir, point) for point in range(len(jobs))]
+        assert max(done) < STEPS, f"{done} of {STEPS} steps: a point had finished before it was interrupted"
+        return done
 
     # As SLURM does before a time limit, and as an administrator does.
-    wait_for_steps(20, 20)
+    held = hold(run_dir, jobs, [20, 20])
     cluster.run("scancel", "--signal=USR2", first)
     cluster.run("scontrol", "requeue", second)
-    reached = wait_for_restarts(1)
-    # The whole node is wanted by a partition that comes first.
-    wait_for_steps(*(count + 10 for count in reached))
+    send(signal.SIGCONT, held)
+    done = wait_for_restarts(1)
+    # The whole node is wanted by a partition that comes first. (SLURM wakes whom it ends.)
+    hold(run_dir, jobs, [count + 10 for count in done])
     cluster.run("sbatch", "--partition=high", "--cpus-per-task=4", "--output=/dev/null", "--wrap", "sleep 1")
-    reached = wait_for_restarts(2)
+    done = wait_for_restarts(2)
     # A process of the first dies.
-    wait_for_steps(reached[0] + 10)
-    os.kill(ranks(first)[-1], signal.SIGKILL)
+    wait_until("the first point trains", lambda: steps(run_dir, 0) > done[0] + 10)
+    send(signal.SIGKILL, ranks(first)[-1:])
     wait_until("the first point fails", lambda: cluster.known(first, "JobState") == "FAILED")
+
+
+def hold(run_dir: Path, jobs: Sequence[str], counts: Sequence[int]) -> list[int]:
+    """Stops the processes of each point of a sweep as soon as it has done more than so many steps, so that it does not
+    finish while another is behind. Returns them when all are stopped."""
+    held: dict[str, list[int]] = {}
+
+    def all_are_held() -> bool:
+        for point, (job, count) in enumerate(zip(jobs, counts, strict=True)):
+            if job not in held and steps(run_dir, point) > count:
+                held[job] = ranks(job)
+                send(signal.SIGSTOP, held[job])
+        return len(held) == len(jobs)
+
+    wait_until("all points train", all_are_held)
+    return [process for job in jobs for process in held[job]]
+
+
+def send(number: signal.Signals, processes: Sequence[int]) -> None:
+    """Sends a signal to those of some processes that have not ended."""
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, number)
 
 
 STAGE = """
