@@ -177,10 +177,10 @@ def disturb(cluster: Cluster, run_dir: Path, launcher: subprocess.Popen[str]) ->
         return done
 
     # As SLURM does before a time limit, and as an administrator does.
-    held = hold(run_dir, jobs, [20, 20])
+    hold(run_dir, jobs, [20, 20])
     cluster.run("scancel", "--signal=USR2", first)
     cluster.run("scontrol", "requeue", second)
-    send(signal.SIGCONT, held)
+    send(signal.SIGCONT, [*ranks(first), *ranks(second)])
     done = wait_for_restarts(1)
     # The whole node is wanted by a partition that comes first. (SLURM wakes whom it ends.)
     hold(run_dir, jobs, [count + 10 for count in done])
@@ -188,24 +188,23 @@ def disturb(cluster: Cluster, run_dir: Path, launcher: subprocess.Popen[str]) ->
     done = wait_for_restarts(2)
     # A process of the first dies.
     wait_until("the first point trains", lambda: steps(run_dir, 0) > done[0] + 10)
-    send(signal.SIGKILL, ranks(first)[-1:])
+    os.kill(ranks(first)[-1], signal.SIGKILL)
     wait_until("the first point fails", lambda: cluster.known(first, "JobState") == "FAILED")
 
 
-def hold(run_dir: Path, jobs: Sequence[str], counts: Sequence[int]) -> list[int]:
+def hold(run_dir: Path, jobs: Sequence[str], counts: Sequence[int]) -> None:
     """Stops the processes of each point of a sweep as soon as it has done more than so many steps, so that it does not
-    finish while another is behind. Returns them when all are stopped."""
-    held: dict[str, list[int]] = {}
+    finish while another is behind. Returns when all are stopped."""
+    held: set[str] = set()
 
     def all_are_held() -> bool:
         for point, (job, count) in enumerate(zip(jobs, counts, strict=True)):
             if job not in held and steps(run_dir, point) > count:
-                held[job] = ranks(job)
-                send(signal.SIGSTOP, held[job])
+                send(signal.SIGSTOP, ranks(job))
+                held.add(job)
         return len(held) == len(jobs)
 
     wait_until("all points train", all_are_held)
-    return [process for job in jobs for process in held[job]]
 
 
 def send(number: signal.Signals, processes: Sequence[int]) -> None:
