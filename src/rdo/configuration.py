@@ -19,7 +19,7 @@ from rdo.alignment import choose_loss
 from rdo.attention import KERNELS
 from rdo.checks import UNBOUNDED, one_of, value_at, within
 from rdo.coefficients import NEGATIVE
-from rdo.data.formats import READERS
+from rdo.data.formats import FORMATS
 from rdo.data.templates import TEMPLATES
 from rdo.errors import UserError
 from rdo.refusals import check_keys, hinted, one_line
@@ -45,7 +45,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine.attention": ("auto", *KERNELS),
     "engine.device": ("auto", "cpu", "cuda"),
     "dataset.source": ("toy", "file", "hub"),
-    "dataset.format": ("auto", *READERS),
+    "dataset.format": ("auto", *FORMATS),
     "dataset.template": tuple(TEMPLATES),
     "dataset.on_invalid": ("error", "skip"),
     "model.dtype": ("float32", "bfloat16", "float16", "float64"),

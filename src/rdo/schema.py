@@ -27,7 +27,7 @@ class DatasetConfig:
     name: str = "toy"
     source: str = "toy"  # toy | file | hub
     path: Any = None  # source=file: a file, a glob such as 'data/*.parquet', or a list of either
-    format: str = "auto"  # auto, or one of data.formats.READERS
+    format: str = "auto"  # auto, or one of data.formats.FORMATS
     on_invalid: str = "error"  # error | skip: leave rows out that cannot be used, count and list them in invalid.jsonl
     max_invalid_share: float = 0.01  # on_invalid=skip: fail above this share of the rows
     hub_name: str | None = None  # source=hub

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from rdo.data.encoding import RECORDS_PER_CALL, EncodedRecord, TruncationReport, encode_batch, report_cuts
-from rdo.data.table import MappedRecords, Records
-from rdo.errors import UserError
+from rdo.data.table import Records, as_records
 
 if TYPE_CHECKING:
     import datasets
@@ -69,62 +68,44 @@ def encode_into(
 ) -> dict[str, Any]:
     """Writes the token ids of a file's records into the folder; finished parts of an earlier try are kept.
 
-    Raises UserError as `encoding.encode` does, and where a worker process is killed.
+    Raises UserError as `encode` does.
     """
     import datasets
-    import multiprocess
 
-    assert isinstance(records.source, MappedRecords)
+    assert not isinstance(records.source, list)
     workers = min(workers or len(os.sched_getaffinity(0)), 1 + len(records) // RECORDS_PER_WORKER)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     print(f"[tokens] {len(records)} records, {workers} process{'es' if workers > 1 else ''}", flush=True)
     integers = datasets.Sequence(datasets.Value("int32"))
-    options = {"tokenizer": tokenizer, "template": template, "max_length": max_length, "parse_special": parse_special}
-    try:
-        records.source.rows.select(records.rows, keep_in_memory=True).map(
-            tokenize_rows,
-            with_indices=True,
-            batched=True,
-            batch_size=RECORDS_PER_CALL,
-            writer_batch_size=RECORDS_PER_CALL,
-            num_proc=workers if workers > 1 else None,
-            remove_columns=records.source.rows.column_names,
-            features=datasets.Features(
-                id=datasets.Value("string"),
-                prompt=integers,
-                responses=datasets.Sequence(integers),
-                query_cut=datasets.Value("int64"),
-                response_cut=datasets.Value("int64"),
-            ),
-            fn_kwargs={**options, "rows": records.rows, "renamed": records.renamed},
-            cache_file_name=str(folder / f"{TOKENS}.arrow"),
-            new_fingerprint=folder.name,
-            desc="tokenizing",
-        )
-    except (RuntimeError, multiprocess.TimeoutError, EOFError, ConnectionError) as error:
-        # Of a killed worker `datasets` tells; of its killed manager process only lost connections and replies do.
-        if workers < 2 or (isinstance(error, RuntimeError) and "abruptly died" not in str(error)):
-            raise
-        raise UserError(
-            "a process that tokenizes was killed, most likely for want of memory; set dataset.workers=1 (now "
-            f"{workers}); the same command goes on"
-        ) from error
+    records.source.select(records.rows, keep_in_memory=True).map(
+        tokenize_rows,
+        batched=True,
+        batch_size=RECORDS_PER_CALL,
+        writer_batch_size=RECORDS_PER_CALL,
+        num_proc=workers if workers > 1 else None,
+        remove_columns=records.source.column_names,
+        features=datasets.Features(
+            id=datasets.Value("string"),
+            prompt=integers,
+            responses=datasets.Sequence(integers),
+            query_cut=datasets.Value("int64"),
+            response_cut=datasets.Value("int64"),
+        ),
+        fn_kwargs={
+            "tokenizer": tokenizer, "template": template, "max_length": max_length, "parse_special": parse_special
+        },
+        cache_file_name=str(folder / f"{TOKENS}.arrow"),
+        new_fingerprint=folder.name,
+        desc="tokenizing",
+    )  # fmt: skip
     return {"records": len(records)}
 
 
-def tokenize_rows(
-    columns: dict[str, list[Any]], numbers: list[int], rows: np.ndarray, renamed: dict[int, str], **options: Any
-) -> dict[str, list[Any]]:
+def tokenize_rows(columns: dict[str, list[Any]], **options: Any) -> dict[str, list[Any]]:
     """A batch of rows of the records' file as rows of the tokens' file."""
-    from rdo.data.table import as_record
-
-    records = [as_record({name: values[n] for name, values in columns.items()}) for n in range(len(numbers))]
-    made: dict[str, list[Any]] = {name: [] for name in ("id", "prompt", "responses", "query_cut", "response_cut")}
-    for number, (record, (query_cut, response_cut)) in zip(numbers, encode_batch(records, **options), strict=True):
-        made["id"].append(renamed.get(int(rows[number]), record.id))
-        made["prompt"].append(record.prompt)
-        made["responses"].append(record.responses)
-        made["query_cut"].append(query_cut)
-        made["response_cut"].append(response_cut)
-    return made
+    made = [
+        (record.id, record.prompt, record.responses, *cut) for record, cut in encode_batch(as_records(columns), **options)
+    ]
+    names = ("id", "prompt", "responses", "query_cut", "response_cut")
+    return dict(zip(names, map(list, zip(*made, strict=True)), strict=True))
