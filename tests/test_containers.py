@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from rdo.data.containers import TextRow, contents, csv_rows, json_rows, resolve, rows, shown, tables, text
+
 from rdo.errors import DataError
 
 ROWS = [{"prompt": "What?", "chosen": "Ä, \"b\"\n'c'", "score": 1.5}, {"prompt": "Why?", "chosen": "no", "score": -2.0}]

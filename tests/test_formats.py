@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rdo.data.formats.pairs import PROMPTS
 
 from rdo.data.formats import READERS, UnusableRow, find_format
-from rdo.data.formats.pairs import PROMPTS
 from rdo.data.records import Message, Preference, Record
 from rdo.data.templates import text_of
 from rdo.errors import DataError

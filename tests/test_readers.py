@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-
 from rdo.data.containers import TextRow, rows
+
 from rdo.data.readers import HOPELESS, Reading, read_records
 from rdo.data.records import Preference, Record
 from rdo.errors import DataError

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rdo.data.tokens import MappedTokens, encode_into, order_fingerprint
 
 from helpers import tokenizer
 from rdo.data import tokens
 from rdo.data.encoding import encode
 from rdo.data.records import Record
 from rdo.data.table import MappedRecords, Records, write_records
-from rdo.data.tokens import MappedTokens, encode_into, order_fingerprint
 from rdo.errors import UserError
 
 

@@ -13,11 +13,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rdo.artifacts import Artifact, Provenance, fingerprint, produce
-from rdo.data.encoding import EncodedRecord, TruncationReport, encode
+from rdo.data.encoding import (
+    EncodedRecord,
+    MappedTokens,
+    TruncationReport,
+    encode,
+    encode_into,
+    order_fingerprint,
+)
 from rdo.data.loading import Splits, load_splits
 from rdo.data.records import Record
 from rdo.data.table import Records
-from rdo.data.tokens import MappedTokens, encode_into, order_fingerprint
 from rdo.distributed import world
 from rdo.engine import precision_of
 from rdo.errors import NotFiniteError, UserError

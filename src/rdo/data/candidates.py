@@ -11,8 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, ConfigDict, Field
 
 from rdo.data.chat import Asked, Asking, Conversation, Query
-from rdo.data.columns import Columns, Finite, Flag, Identifier, QueryText, Response, Responses, Row, RowError, Strength
-from rdo.data.columns import Text, Whole, checked, wrong
+from rdo.data.columns import (
+    Columns, Finite, Flag, Identifier, QueryText, Response, Responses, Row, RowError, Strength, Text, checked, wrong
+)  # fmt: skip
 from rdo.data.records import Message, Preference, Record
 from rdo.data.templates import text_of
 
@@ -55,7 +56,9 @@ class Comparison(Columns):
         """The same of so many responses."""
         for name in ("chosen", "rejected"):
             if not 0 <= getattr(self, name) < count:
-                raise RowError(f"{field}.{name}", f"must be an index from 0 to {count - 1}, found {getattr(self, name)}")
+                raise RowError(
+                    f"{field}.{name}", f"must be an index from 0 to {count - 1}, found {getattr(self, name)}"
+                )
         if self.chosen == self.rejected:
             raise RowError(field, "prefers a response over itself; name two responses")
         return Preference(self.chosen, self.rejected, bool(self.tie), self.strength)
@@ -163,7 +166,9 @@ Rating = Annotated[Finite, BeforeValidator(_number)]
 
 
 class Aspect(Columns):
-    rating: Literal["N/A"] | Rating = Field(validation_alias="Rating")
+    rating: Annotated[Rating | None, BeforeValidator(lambda value: None if value == "N/A" else value)] = Field(
+        validation_alias="Rating"
+    )
 
 
 class Completion(Columns):
@@ -175,7 +180,7 @@ class Completion(Columns):
     def mean_rating(self, field: str) -> float:
         """The mean of the annotations' ratings."""
         aspects = checked(dict[str, Aspect], self.annotations, field).values()
-        ratings = [aspect.rating for aspect in aspects if aspect.rating != "N/A"]
+        ratings = [aspect.rating for aspect in aspects if aspect.rating is not None]
         if not ratings:
             raise RowError(field, "there is no rating, and no overall_score; delete the row")
         return float(checked(Finite, sum(ratings) / len(ratings), field))
@@ -228,19 +233,23 @@ class QAFeedback(Row, format="qa_feedback"):
     reads: ClassVar[re.Pattern[str]] = re.compile(r"prediction ([1-9]\d?)")
     question: QueryText
     passages: list[Annotated[list[Text], Field(min_length=1)]]
-    preference: list[Annotated[Literal[0, 1, 2], Whole]]
+    preference: list[Literal[0, 1, 2]]
 
     def records(self) -> list[Record]:
         query = Query("\n\n".join([*(_passage(*passage) for passage in self.passages), f"QUESTION: {self.question}"]))
         given = {name: value for name, value in (self.model_extra or {}).items() if value is not None}
         numbers = (int(match[1]) for name in given if (match := self.reads.fullmatch(name)))
-        texts = [checked(Response, given.get(name := f"prediction {k}"), name) for k in range(1, max([2, *numbers]) + 1)]
+        texts = [
+            checked(Response, given.get(name := f"prediction {k}"), name) for k in range(1, max([2, *numbers]) + 1)
+        ]
         pairs = list(combinations(range(len(texts)), 2))
         if len(self.preference) != len(pairs):
             counts = f"{len(self.preference)} for {len(texts)} predictions, which make {len(pairs)} pairs"
             raise RowError("preference", f"{counts}; give one for each")
         verdicts = zip(pairs, self.preference, strict=True)
-        return [query.record(texts, *(Preference(*pair[:: -1 if v == 2 else 1], tie=v == 0) for pair, v in verdicts))]
+        return [
+            query.record(texts, *(Preference(j, i) if v == 2 else Preference(i, j, v == 0) for (i, j), v in verdicts))
+        ]
 
 
 def _passage(title: str, *sentences: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Discriminator, Field, Tag, model_validator
 
@@ -45,6 +45,12 @@ class Part(Columns):
     text: Text
 
 
+if TYPE_CHECKING:
+    Content = str | list[Part]
+else:
+    Content = _text_or_list(list[Part], "parts")
+
+
 class Turn(Columns):
     """One message as it is written."""
 
@@ -53,7 +59,7 @@ class Turn(Columns):
     )
     tool_calls: Annotated[Any, AfterValidator(_refuse_tools)] = None
     function_call: Annotated[Any, AfterValidator(_refuse_tools)] = None
-    content: _text_or_list(list[Part], "parts") = Field(validation_alias=AliasChoices("content", "value"))
+    content: Content = Field(validation_alias=AliasChoices("content", "value"))
 
     @model_validator(mode="before")
     @classmethod
@@ -109,12 +115,19 @@ def _as_query(value: str | Chat) -> Query:
     return Query(value)
 
 
-Conversation = Annotated[list[Turn], AfterValidator(_conversation)]
-Said = _text_or_list(Conversation, "messages")
-# A column that has the reply alone may hold it as one message.
-Reply = Annotated[Said, BeforeValidator(lambda value: [value] if isinstance(value, dict) else value)]
-Asked = Annotated[Said, AfterValidator(_as_query)]
 Asking = Annotated[Any, AfterValidator(asking)]  # of messages that are checked already
+if TYPE_CHECKING:  # what comes out
+    Conversation = Chat
+    Said = str | Chat
+    Reply = str | Chat
+    Asked = Query
+else:  # how it comes about
+    Conversation = Annotated[list[Turn], AfterValidator(_conversation)]
+    Said = _text_or_list(Conversation, "messages")
+    # A column that has the reply alone may hold it as one message.
+    Reply = Annotated[Said, BeforeValidator(lambda value: [value] if isinstance(value, dict) else value)]
+    Asked = Annotated[Said, AfterValidator(_as_query)]
+
 
 def continued(query: Query, value: str | Chat, field: str) -> Chat:
     """The whole conversation out of its query and what the column `field` says of the rest: the reply's text, the
@@ -141,9 +154,10 @@ def shared_length(first: Sequence[object], second: Sequence[object]) -> int:
 
 
 def parted(
-    first: Chat, second: Chat, fields: tuple[str, str], reason: str = "different_queries"
+    both: tuple[Chat, Chat], fields: tuple[str, str], reason: str = "different_queries"
 ) -> tuple[Query, tuple[str, str]]:
     """The query of two conversations, which is all but their last messages, and these: the two replies."""
+    first, second = both
     shared = shared_length(first[:-1], second[:-1])
     if not len(first) == len(second) == shared + 1 or {first[-1].role, second[-1].role} != {"assistant"}:
         problem = f"must differ from '{fields[0]}' in one last message of the assistant alone; delete the row"

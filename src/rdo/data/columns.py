@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from decimal import Decimal
 from functools import cache
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
@@ -18,6 +17,8 @@ LONGEST_SHOWN = 60
 # What is said in place of pydantic's own words, by the type of its error.
 WORDS = {"string_type": "must be text", "list_type": "must be a list", "recursion_loop": "is nested too deep"}
 WORDS |= dict.fromkeys(("dict_type", "model_type"), "must be an object")
+WORDS |= {"bool_type": "must be true or false", "finite_number": "must be a finite number"}
+WORDS |= {"extra_forbidden": "is no column that is known here"}
 
 
 class RowError(DataError):
@@ -74,7 +75,7 @@ def row_error(error: ValidationError, inside: str = "") -> RowError:
         return RowError(field, "missing; add it or delete the row")
     if first["type"] == "wrong":
         return RowError(field, first["msg"], first["ctx"]["reason"])
-    problem = WORDS.get(first["type"], first["msg"].replace("Input should", "must"))
+    problem = re.sub("^(Input|List) should", "must", WORDS.get(first["type"], first["msg"]))
     return RowError(field, f"{problem}, found {shown(value)}; correct it or delete the row")
 
 
@@ -121,42 +122,24 @@ def _not_blank(what: str, reason: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _finite(value: object) -> float:
-    try:
-        number = float(value) if isinstance(value, int | float | Decimal) and not isinstance(value, bool) else math.nan
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise wrong(f"must be a finite number, found {shown(value)}; correct it or delete the row")
-    return number
+def _flag(value: object) -> object:
+    return bool(value) if isinstance(value, int | float) and value in (0, 1) else value
 
 
-def _flag(value: object) -> bool:
-    if not isinstance(value, int | float) or value not in (0, 1):
-        raise wrong(f"must be true or false, found {shown(value)}; correct it or delete the row")
-    return bool(value)
+def _named(value: object) -> object:
+    return "" if value is None else str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _identifier(value: object) -> str:
-    if value is None or value == "":
-        return ""
-    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-        raise wrong(f"must be text or a whole number, found {shown(value)}; leave it out to have one made")
-    return _utf8(str(value))
-
-
-def _whole(value: object) -> object:
-    if isinstance(value, bool | float):  # which a Literal would take
-        raise wrong(f"must be a whole number, found {shown(value)}; correct it or delete the row")
-    return value
+def _undecimal(value: object) -> object:
+    return float(value) if isinstance(value, Decimal) else value
 
 
 Text = Annotated[str, AfterValidator(_utf8)]
 QueryText = Annotated[Text, _not_blank("query", "broken")]
 Response = Annotated[Text, _not_blank("response", "blank_responses")]
 Responses = Annotated[list[Response], Field(min_length=2)]
-Finite = Annotated[float, BeforeValidator(_finite)]
+Finite = Annotated[float, BeforeValidator(_undecimal), Field(allow_inf_nan=False)]
 Strength = Annotated[Finite, Field(ge=0)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
-Identifier = Annotated[str, BeforeValidator(_identifier)]  # "": one is to be made
-Whole = BeforeValidator(_whole)
+FirstOrSecond = Annotated[Literal[0, 1], AfterValidator(int)]  # true and 1.0, too
+Identifier = Annotated[Text, BeforeValidator(_named)]  # "": one is to be made

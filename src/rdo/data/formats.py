@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AliasChoices, ValidationError
 
-from rdo.data import candidates, pairs  # which register their formats
+from rdo.data import candidates, pairs, verdicts  # which register their formats
 from rdo.data.chat import ALIASES
 from rdo.data.columns import Row, RowError, row_error, shown
 from rdo.data.pairs import PROMPTS
 from rdo.data.records import Record
 from rdo.data.templates import ASSISTANT
 
-__all__ = ["FORMATS", "candidates", "columns_read", "find_format", "pairs", "read_row", "structured"]
+__all__ = ["FORMATS", "candidates", "columns_read", "find_format", "pairs", "read_row", "structured", "verdicts"]
 
 FORMATS = Row.layouts
 # Columns that may hold a query: beside texts `chosen` and `rejected` they mean that these do not hold it, too.
@@ -66,7 +66,9 @@ def _find_format(row: dict[str, Any]) -> str:
         raise RowError("", f"{columns} fit {' and '.join(found)}; set dataset.format to the one that is meant")
     for column in {"prompt", "completion", "chosen", "rejected", "conversations"} & present:
         if isinstance(row[column], str) and WRITTEN_OUT.match(row[column]):
-            way_out = f"store the rows as JSON lines or Parquet, or set dataset.format={found[0]} if it is meant as text"
+            way_out = (
+                f"store the rows as JSON lines or Parquet, or set dataset.format={found[0]} if it is meant as text"
+            )
             raise RowError(column, f"is messages written out as text; {way_out}")
     return found[0]
 
@@ -90,7 +92,9 @@ def structured(row: dict[str, Any], format: str) -> set[str]:
 @cache
 def fields(layout: type[Row]) -> dict[str, bool]:
     """Every column of a layout, and whether it may hold a text."""
-    return {n: _may_be_text(f.annotation) for k, f in layout.model_fields.items() for n in _names(k, f.validation_alias)}
+    return {
+        n: _may_be_text(f.annotation) for k, f in layout.model_fields.items() for n in _names(k, f.validation_alias)
+    }
 
 
 @cache

@@ -14,7 +14,7 @@ import numpy as np
 
 from rdo.artifacts import Artifact, Provenance, produce
 from rdo.data.columns import RowError
-from rdo.data.files import content_hash, resolve, rows, state
+from rdo.data.files import content_hash, name_of, resolve, rows, state
 from rdo.data.readers import Reading, read_records
 from rdo.data.records import SPLITS, Record, content_id
 from rdo.data.table import Records, id_key, write_records
@@ -94,7 +94,7 @@ def _load(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     files = resolve(dataset.path) if dataset.source == "file" else []
     states = [state(file) for file in files]
     settings = {
-        "files": from_first(lambda: content_hash(files)),
+        "files": from_first(lambda: [[name_of(file), content_hash(file)] for file in files]),
         "hub": [dataset.hub_name, {split: getattr(held, "_fingerprint", None) for split, held in hub.items()}],
         "format": dataset.format,
         "on_invalid": [dataset.on_invalid, dataset.max_invalid_share],
@@ -107,7 +107,7 @@ def _load(dataset: DatasetConfig, provenance: Provenance) -> Splits:
         results = read_into(folder, parts, dataset)
         for file, before in zip(files, states, strict=True):
             if state(file) != before:
-                raise DataError(f"{file}: changed while it was read; run again when nothing writes to it")
+                raise DataError(f"{name_of(file)}: changed while it was read; run again when nothing writes to it")
         return results
 
     # Whatever the stage, its data is read: there is no command to make it beforehand.

@@ -16,7 +16,7 @@ from typing import Any
 
 from rdo.data.columns import RowError
 from rdo.data.files import TextRow
-from rdo.data.formats import FORMATS, columns_read, find_format, read_row, structured
+from rdo.data.formats import columns_read, find_format, read_row, structured
 from rdo.data.records import Record
 from rdo.errors import DataError
 

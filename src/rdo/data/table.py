@@ -27,7 +27,10 @@ NUMBERS = {
     **{"split": pa.int8(), "response_count": pa.int32(), "chance": pa.float64()},
     **dict.fromkeys(("id_key", "query_key", "digest_first", "digest_second"), pa.uint64()),
 }
-TEXT, PREFERENCE = pa.string(), {"chosen": pa.int32(), "rejected": pa.int32(), "tie": pa.bool_(), "strength": pa.float64()}
+TEXT, PREFERENCE = (
+    pa.string(),
+    {"chosen": pa.int32(), "rejected": pa.int32(), "tie": pa.bool_(), "strength": pa.float64()},
+)
 SCHEMA = pa.schema(
     {
         **{"id": TEXT, "query": TEXT, "place": TEXT, "responses": pa.list_(TEXT), "scores": pa.list_(pa.float64())},
@@ -78,7 +81,10 @@ class Records(Sequence[Record]):
         """Records that are in memory as they are."""
         source = list(records)
         described = [describe(record, split_seed) for record in source]
-        return cls(source, {name: np.array([d[name] for d in described], kind.to_pandas_dtype()) for name, kind in NUMBERS.items()})
+        return cls(
+            source,
+            {name: np.array([d[name] for d in described], kind.to_pandas_dtype()) for name, kind in NUMBERS.items()},
+        )
 
     @classmethod
     def in_file(cls, file: Path) -> Records:
