@@ -30,7 +30,7 @@ from omegaconf import OmegaConf
 
 from rdo.alignment import choose_loss
 from rdo.artifacts import Provenance
-from rdo.configuration import CONF, compose_config, plain
+from rdo.checks import CONF, compose_config, plain
 from rdo.errors import UserError
 from rdo.main import check_command_line, fail
 from rdo.run import Run

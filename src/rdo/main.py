@@ -25,8 +25,7 @@ from omegaconf import DictConfig
 from rdo import distributed, interrupts, processor
 from rdo.alignment import choose_loss
 from rdo.artifacts import Artifact, MissingInput, Provenance
-from rdo.checks import without_effect
-from rdo.configuration import compose_config, plain, sweep_points, typed
+from rdo.checks import compose_config, plain, sweep_points, typed, without_effect
 from rdo.errors import DISK_FULL, UserError, explained, standard_output_closed
 from rdo.files import read_json
 from rdo.metric import stage_metric

@@ -64,7 +64,7 @@ def needed_scores(run: Run, loss: LossChoice) -> tuple[list[str], bool]:
     """Which scorers' scores of the training split this loss and these coefficients read, and whether in both orders:
     for a ranking by the difference model, and for rc.order=antisymmetric."""
     rc = run.config.rc
-    kinds = {rc.name} & STAGE_OF.keys()
+    kinds = {str(rc.name)} & STAGE_OF.keys()
     ranked = loss.pairs == "ranking" and loss.ranking in RANKING_SCORER
     if ranked:
         kinds.add(RANKING_SCORER[loss.ranking])
