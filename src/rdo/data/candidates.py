@@ -12,7 +12,19 @@ from pydantic import AfterValidator, AliasChoices, BeforeValidator, ConfigDict, 
 
 from rdo.data.chat import Asked, Asking, Conversation, Query
 from rdo.data.columns import (
-    Columns, Finite, Flag, Identifier, QueryText, Response, Responses, Row, RowError, Strength, Text, checked, wrong
+    Columns,
+    Finite,
+    Flag,
+    Identifier,
+    QueryText,
+    Response,
+    Responses,
+    Row,
+    RowError,
+    Strength,
+    Text,
+    checked,
+    wrong,
 )  # fmt: skip
 from rdo.data.records import Message, Preference, Record
 from rdo.data.templates import text_of

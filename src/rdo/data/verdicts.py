@@ -10,7 +10,19 @@ from pydantic import BeforeValidator, Field
 
 from rdo.data.chat import Asked, Conversation, Query, parted
 from rdo.data.columns import (
-    Columns, Finite, FirstOrSecond, Flag, QueryText, Response, Row, RowError, Strength, Text, checked, shown, wrong
+    Columns,
+    Finite,
+    FirstOrSecond,
+    Flag,
+    QueryText,
+    Response,
+    Row,
+    RowError,
+    Strength,
+    Text,
+    checked,
+    shown,
+    wrong,
 )  # fmt: skip
 from rdo.data.records import Message, Preference, Record
 
