@@ -15,7 +15,7 @@ from rdo.errors import DataError
 
 LONGEST_SHOWN = 60
 # What is said in place of pydantic's own words, by the type of its error.
-WORDS = {"string_type": "must be text", "list_type": "must be a list", "recursion_loop": "is nested too deep"}
+WORDS = {"string_type": "must be text", "list_type": "must be a list", "recursion_depth_exceeded": "is nested too deep"}
 WORDS |= dict.fromkeys(("dict_type", "model_type"), "must be an object")
 WORDS |= {"bool_type": "must be true or false", "finite_number": "must be a finite number"}
 WORDS |= {"extra_forbidden": "is no column that is known here"}
@@ -71,6 +71,7 @@ def row_error(error: ValidationError, inside: str = "") -> RowError:
             field += f"[{part}]"
         elif not part.startswith("<"):  # <text>, <chat>: which of a union's types it is
             field += f"{'.' if field else ''}{part if part.isprintable() else shown(part)}"
+    field = field if len(field) < 200 else f"{field[:100]}..."
     if value is None or first["type"] == "missing":
         return RowError(field, "missing; add it or delete the row")
     if first["type"] == "wrong":

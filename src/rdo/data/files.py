@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import OpenFile
+from fsspec.implementations.local import LocalFileOpener
 
 from rdo.errors import DataError
 from rdo.progress import progress_bar
@@ -28,6 +30,7 @@ CHUNK = 2**20  # bytes or characters that are read at a time
 BATCH = 256  # rows of a table that are Python objects at a time
 LONGEST = 2**26  # characters of a cell of CSV, or an element of an array
 Placed = Iterator[tuple[str, Any]]
+_BETWEEN = re.compile(r"[, \t\r\n]*")
 
 
 class TextRow(dict[str, Any]):
@@ -116,18 +119,22 @@ def _json(stream: IO[bytes], _: bool) -> Placed:
 
 def _array(stream: IO[str]) -> Placed:
     """The elements of an array; behind one that is damaged nobody knows where the next begins."""
-    decoder, text, number, more = json.JSONDecoder(), stream.read(CHUNK).lstrip()[1:], 0, "?"
-    while not (text := text.lstrip(", \t\r\n")).startswith("]"):
+    decoder, text, at, number, more = json.JSONDecoder(), stream.read(CHUNK).lstrip()[1:], 0, 0, "?"
+    while True:
+        at += len(_BETWEEN.match(text, at)[0])  # type: ignore[index]
+        if text.startswith("]", at):
+            return
         try:
-            row, end = decoder.raw_decode(text)
+            row, end = decoder.raw_decode(text, at)
         except ValueError:
-            if not more or len(text) > LONGEST:
+            if not more or len(text) - at > LONGEST:
                 raise
             end = len(text)
         if more and end > len(text) - 2:  # what is broken, or ends here, may go on
-            text += (more := stream.read(max(CHUNK, len(text))))
+            more = stream.read(max(CHUNK, len(text) - at))
+            text, at = text[at:] + more, 0
             continue
-        number, text = number + 1, text[end:]
+        number, at = number + 1, end
         yield f"element {number}", row
 
 
@@ -163,7 +170,7 @@ def _parquet(stream: IO[bytes], packed: bool) -> Placed:
 
 
 def _arrow(stream: IO[bytes], packed: bool) -> Placed:
-    file = _seekable(stream, packed)
+    file = pa.memory_map(stream.path) if isinstance(stream, LocalFileOpener) else _seekable(stream, packed)
     by_number = file.read(6) == b"ARROW1"
     file.seek(0)
     reader = pa.ipc.open_file(file) if by_number else pa.ipc.open_stream(file)

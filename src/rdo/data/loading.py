@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections import Counter
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fsspec.core import OpenFile
 
 from rdo.artifacts import Artifact, Provenance, produce
 from rdo.data.columns import RowError
@@ -103,12 +105,10 @@ def _load(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     }
 
     def make(folder: Path) -> dict[str, Any]:
-        parts = _hub_parts(dataset, hub) if hub else [(None, (row for file in files for row in rows(file)))]
-        results = read_into(folder, parts, dataset)
-        for file, before in zip(files, states, strict=True):
-            if state(file) != before:
-                raise DataError(f"{name_of(file)}: changed while it was read; run again when nothing writes to it")
-        return results
+        parts = (
+            _hub_parts(dataset, hub) if hub else [(None, itertools.chain.from_iterable(map(_unchanged, files, states)))]
+        )
+        return read_into(folder, parts, dataset)
 
     # Whatever the stage, its data is read: there is no command to make it beforehand.
     always = replace(provenance, build_inputs=True)
@@ -121,6 +121,13 @@ def _load(dataset: DatasetConfig, provenance: Provenance) -> Splits:
         logger.warning("%d invalid rows left out: %s", invalid, artifact.folder / INVALID)
     splits = _separate(_assign(Records.in_file(artifact.folder / RECORDS), dataset), counts)
     return Splits(splits, dict(counts), artifact, results["format"], results["ignored"])
+
+
+def _unchanged(file: OpenFile, before: str) -> Rows:
+    """The rows of a file. Raises UserError where it has changed by their end."""
+    yield from rows(file)
+    if state(file) != before:
+        raise UserError(f"{name_of(file)}: changed while it was read; run again when nothing writes to it")
 
 
 def read_into(folder: Path, parts: Iterable[tuple[str | None, Rows]], dataset: DatasetConfig) -> dict[str, Any]:

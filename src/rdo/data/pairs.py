@@ -66,7 +66,6 @@ class TRL(Scored, format="trl"):
     """
 
     prompt: Asked = Field(validation_alias=AliasChoices(*PROMPTS))
-    input: Any = None
     system: Text | None = None
     history: Annotated[list[Exchange], BeforeValidator(_earlier)] = Field([])
     chosen: Reply

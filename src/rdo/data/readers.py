@@ -16,9 +16,9 @@ from typing import Any
 
 from rdo.data.columns import RowError
 from rdo.data.files import TextRow
-from rdo.data.formats import columns_read, find_format, read_row, structured
+from rdo.data.formats import FORMATS, columns_read, find_format, read_row, structured
 from rdo.data.records import Record
-from rdo.errors import DataError
+from rdo.errors import DataError, UserError
 
 BY_DESIGN = ("articles", "unranked", "separate_conversations")
 LEAVE_OUT = "; dataset.on_invalid=skip leaves such rows out and lists them"
@@ -77,9 +77,11 @@ def read_records(rows: Iterable[tuple[str, Any]], reading: Reading) -> Iterator[
 
     rows: pairs of a place for messages ("FILE, line 12") and the row, a dict of columns, or the DataError that stands
     in its place. The format, if `reading.format` is "auto", is told from the first row; the first rows of other files
-    must be in it, too. Raises DataError, naming place and field, for a row that cannot be used (see `Reading`), for too
-    many of them, and when no row is left.
+    must be in it, too (UserError). Raises DataError, naming place and field, for a row that cannot be used (see
+    `Reading`), for too many of them, and when no row is left.
     """
+    if reading.format not in ("auto", *FORMATS):
+        raise DataError(f"dataset.format={reading.format} is not known; choose auto, {', '.join(FORMATS)}")
     told, usable, last = reading.format == "auto", 0, ""
     for place, row in rows:
         reading.counts["rows_read"] += 1
@@ -87,26 +89,26 @@ def read_records(rows: Iterable[tuple[str, Any]], reading: Reading) -> Iterator[
         try:
             if told and file != last and isinstance(row, dict):
                 _tell(row, place, reading)
-            found = _row_records(row, place, reading)
+            records = _row_records(row, place, reading)
         except DataError as error:
             reading.refuse(place, error)
             continue
         last = file
         usable += 1
-        yield from found
+        yield from records
     reading.judge(usable)
 
 
 def _tell(row: dict[str, Any], place: str, reading: Reading) -> None:
-    """Sets the format by the first row of a file. Raises DataError where the files before were in another one."""
+    """Sets the format by the first row of a file. Raises UserError where the files before were in another one."""
     found = find_format(row, place)
-    alike = {found, reading.format} <= {"rrhf", "records"}
-    if reading.format not in ("auto", found) and not alike:
-        raise DataError(
+    if reading.format == "auto":
+        reading.format = found
+    if found != reading.format and {found, reading.format} != {"rrhf", "records"}:
+        raise UserError(
             f"{place}: looks like format '{found}', and the rows before are '{reading.format}'; read them in separate "
             "runs, or set dataset.format to the one that all are meant to be"
         )
-    reading.format = found if reading.format == "auto" else reading.format
 
 
 def _row_records(row: Any, place: str, reading: Reading) -> list[Record]:
