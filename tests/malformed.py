@@ -11,11 +11,9 @@ import gzip
 import io
 import json
 import math
-import os
 import pickle
 import runpy
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -440,21 +438,6 @@ def no_score(folder: Path, patch: pytest.MonkeyPatch) -> None:
     write_breads(folder)
 
 
-def kill_a_worker(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    from rdo.data import tokens
-
-    parent, real = os.getpid(), tokens.encode_batch
-
-    def dying(*arguments: Any, **options: Any) -> Any:
-        if os.getpid() != parent:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*arguments, **options)
-
-    patch.setattr(tokens, "encode_batch", dying)
-    patch.setattr(tokens, "RECORDS_PER_WORKER", 1)
-    write_breads(folder)
-
-
 ON_FILE = ("dataset=file", "dataset.path=FOLDER/data.jsonl", "dataset.workers=2", "model=small", *SMALL)
 machine("a full disk", r"no space|No space|disk is full", full, "stage=sft", "engine.disk_full_minutes=0.001")
 machine("a read-only folder", r"run_dir=.*[Rr]ead-only", read_only, "stage=sft")
@@ -464,7 +447,6 @@ NO_NUMBER = r"step 1: loss nan.*records \w+ \(.*data\.jsonl, line \d\)"
 machine("a loss that is not a number", NO_NUMBER, not_a_number, "stage=sft", *ON_FILE)
 NO_SCORE = r"values are no finite number; records \w+ \(.*data\.jsonl, line \d\)"
 machine("a score that is not a number", NO_SCORE, no_score, "stage=score", "rc=reward", *ON_FILE)
-machine("a killed worker", r"was killed.*dataset\.workers=1", kill_a_worker, "stage=sft", *ON_FILE)
 machine(
     "no such device",
     r"engine\.device=cuda.*engine\.device=cpu",

@@ -265,7 +265,7 @@ def test_no_stage_holds_the_texts_or_token_ids_of_all_records(
     reference(run, mismatched=True)
     texts, ids = Fleeting(records), Fleeting(run.encoded(split, tokenizer))
     monkeypatch.setattr("rdo.data.table.ROWS_PER_BATCH", 4)
-    lazy = type(records)(texts, records.columns, records.rows, records.renamed)
+    lazy = type(records)(texts, records.numbers, records.rows)
     monkeypatch.setattr(Run, "records", lambda self, split: lazy)
     monkeypatch.setattr(Run, "encoded", lambda self, split, tokenizer: ids)
     if name == "sft":

@@ -237,7 +237,7 @@ def encode_into(
     """
     import datasets
 
-    assert not isinstance(records.source, list)
+    assert not isinstance(records.source, Sequence)
     workers = min(workers or len(os.sched_getaffinity(0)), 1 + len(records) // RECORDS_PER_WORKER)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 from collections import Counter
@@ -105,10 +104,8 @@ def _load(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     }
 
     def make(folder: Path) -> dict[str, Any]:
-        parts = (
-            _hub_parts(dataset, hub) if hub else [(None, itertools.chain.from_iterable(map(_unchanged, files, states)))]
-        )
-        return read_into(folder, parts, dataset)
+        of_files = (row for file, before in zip(files, states, strict=True) for row in _unchanged(file, before))
+        return read_into(folder, _hub_parts(dataset, hub) if hub else [(None, of_files)], dataset)
 
     # Whatever the stage, its data is read: there is no command to make it beforehand.
     always = replace(provenance, build_inputs=True)

@@ -70,7 +70,10 @@ class Records(Sequence[Record]):
     """Some of the records of a source, in the source's order."""
 
     def __init__(
-        self, source: list[Record] | datasets.Dataset, numbers: Mapping[str, np.ndarray], rows: np.ndarray | None = None
+        self,
+        source: Sequence[Record] | datasets.Dataset,
+        numbers: Mapping[str, np.ndarray],
+        rows: np.ndarray | None = None,
     ) -> None:
         """numbers: `NUMBERS` of the whole source. rows: which of the source; None: all."""
         self.source, self.numbers = source, numbers
@@ -102,10 +105,13 @@ class Records(Sequence[Record]):
     @overload
     def __getitem__(self, place: slice) -> list[Record]: ...
     def __getitem__(self, place: int | slice) -> Record | list[Record]:
-        rows = self.rows[place]
-        if isinstance(self.source, list):
-            return [self.source[n] for n in rows] if isinstance(place, slice) else self.source[rows]
-        return as_records(self.source[rows.tolist()]) if isinstance(place, slice) else as_record(self.source[int(rows)])
+        if isinstance(place, slice):
+            rows = self.rows[place].tolist()
+            return (
+                [self.source[n] for n in rows] if isinstance(self.source, Sequence) else as_records(self.source[rows])
+            )
+        found = self.source[int(self.rows[place])]
+        return found if isinstance(found, Record) else as_record(found)
 
     def __iter__(self) -> Iterator[Record]:
         for start in range(0, len(self), ROWS_PER_BATCH):
@@ -117,7 +123,7 @@ class Records(Sequence[Record]):
 
     def ids(self) -> list[str]:
         """The ids of all records."""
-        if isinstance(self.source, list):
+        if isinstance(self.source, Sequence):
             return [record.id for record in self]
         return list(self.source.select_columns("id")[self.rows.tolist()]["id"])
 
