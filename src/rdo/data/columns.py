@@ -15,10 +15,12 @@ from rdo.errors import DataError
 
 LONGEST_SHOWN = 60
 # What is said in place of pydantic's own words, by the type of its error.
-WORDS = {"string_type": "must be text", "list_type": "must be a list", "recursion_depth_exceeded": "is nested too deep"}
-WORDS |= dict.fromkeys(("dict_type", "model_type"), "must be an object")
-WORDS |= {"bool_type": "must be true or false", "finite_number": "must be a finite number"}
-WORDS |= {"extra_forbidden": "is no column that is known here"}
+WORDS = {
+    **{"string_type": "must be text", "list_type": "must be a list", "bool_type": "must be true or false"},
+    **dict.fromkeys(("dict_type", "model_type"), "must be an object"),
+    **dict.fromkeys(("float_type", "finite_number"), "must be a finite number"),
+    **{"recursion_depth_exceeded": "is nested too deep", "extra_forbidden": "is no column that is known here"},
+}
 
 
 class RowError(DataError):

@@ -93,8 +93,6 @@ def rows(file: OpenFile) -> Placed:
             for where, row in READERS[suffix](stream, bool(file.compression)):
                 place = f"{name}, {where}"
                 yield place, DataError(f"{place}: {row}; mend or delete it") if isinstance(row, ValueError) else row
-    except GeneratorExit:
-        raise
     except Exception as error:  # of damaged bytes, decompressors and pyarrow raise nearly anything
         behind = "" if place == name else " or behind it"
         reason = str(error).partition("\n")[0][:200] or type(error).__name__

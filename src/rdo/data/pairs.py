@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
 from rdo.data.chat import Asked, Asking, Chat, Query, Reply, Said, continued, parted, shared_length
-from rdo.data.columns import Finite, Flag, Response, Row, RowError, Text, checked
+from rdo.data.columns import Finite, Flag, Response, Row, RowError, Text, checked, wrong
 from rdo.data.records import Message, Record
 from rdo.data.templates import ASSISTANT
 from rdo.data.verdicts import FIRST, answered, with_input
@@ -75,9 +75,11 @@ class TRL(Scored, format="trl"):
     @classmethod
     def _join_input(cls, row: dict[str, Any]) -> dict[str, Any]:
         asked, given = row.get("instruction"), row.get("input")
-        if isinstance(asked, str) and isinstance(given, str) and not row.keys() & {"prompt", "question", "query"}:
-            return {**row, "instruction": with_input(asked, given).text}
-        return row
+        if given is None or not isinstance(asked, str) or row.keys() & {"prompt", "question", "query"}:
+            return row
+        if not isinstance(given, str):
+            raise wrong("the column 'input' beside 'instruction' must be text")
+        return {**row, "instruction": with_input(asked, given).text}
 
     def records(self) -> list[Record]:
         query, chosen, rejected = self.prompt, self.chosen, self.rejected
