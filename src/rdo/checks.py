@@ -230,8 +230,8 @@ def check_model(config: Config) -> None:
         raise UserError(f"model.hidden_size={model.hidden_size}: must be an even multiple of model.heads={model.heads}")
     if model.key_value_heads and model.heads % model.key_value_heads:
         raise UserError(f"model.key_value_heads={model.key_value_heads}: must divide model.heads={model.heads}")
-    if config.stage.name in ("inspect", "bench"):
-        return  # which make a tokenizer for any data
+    if config.stage.name == "inspect":
+        return  # which makes a tokenizer for any data
     if model.tokenizer == "toy" and dataset.source != "toy":
         raise UserError(
             f"model={model.name} reads the toy world's words only: with dataset={dataset.name} use "
@@ -282,7 +282,7 @@ def check_metric(config: Config) -> None:
     """What a stage is to return to a sweep; whether it is there, `stage_metric` says when the stage is done."""
     if config.metric is None:
         return
-    if config.stage.name in ("inspect", "report", "pipeline", "bench"):
+    if config.stage.name in ("inspect", "report", "pipeline"):
         raise UserError(
             f"metric={config.metric} is what one stage returns to a sweep, and stage={config.stage.name} returns "
             "nothing: leave it out, or sweep over stage=eval"

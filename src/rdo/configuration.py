@@ -23,16 +23,14 @@ from rdo.data.formats import READERS
 from rdo.data.templates import TEMPLATES
 from rdo.errors import UserError
 from rdo.refusals import check_keys, hinted, one_line
-from rdo.schema import BENCH_WORKS, Config
+from rdo.schema import Config
 from rdo.scorers import DIFFERENCE_FORMS
 
 CONF = Path(__file__).parents[2] / "conf"
 TRAINING = ("sft", "rm", "diffmodel", "align")
 # Settings that name one of a few things, or list some of them.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "stage.name": ("sft", "rm", "diffmodel", "score", "align", "eval", "report", "pipeline", "inspect", "bench"),
-    "bench.works": BENCH_WORKS,
-    "bench.against": ("trl", "trl_best", "padded", "unpadded"),
+    "stage.name": ("sft", "rm", "diffmodel", "score", "align", "eval", "report", "pipeline", "inspect"),
     "rc.name": ("none", "reward", "diff", "oracle"),
     "rc.negative": NEGATIVE,
     "rc.scale": ("none", "mean"),
@@ -41,7 +39,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine.name": ("torch", "zero1", "zero2", "zero3", "zero3_offload"),
     "engine.precision": ("float32", "bfloat16", "float16", "auto"),
     "engine.layout": ("auto", "forest", "flat"),
-    "engine.products": ("auto", "torch", "onednn"),
     "engine.attention": ("auto", *KERNELS),
     "engine.device": ("auto", "cpu", "cuda"),
     "dataset.source": ("toy", "file", "hub"),
@@ -77,8 +74,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "eval.samples": (0, UNBOUNDED),
     "engine.threads": (1, 1024),  # more than the system has, and the process dies without a word
     "dataset.workers": (1, 1024),
-    "bench.threads": (1, 1024),
-    "bench.epoch_pairs": (0, UNBOUNDED),
     "engine.disk_full_minutes": (0, UNBOUNDED),
     "diffmodel.beta0": (0, UNBOUNDED),
     "diffmodel.beta1": (0, UNBOUNDED),
@@ -91,7 +86,6 @@ AT_LEAST_1 = (
     "dataset.toy.demonstrations", "inspect.records", "model.lora.rank",
     "model.hidden_size", "model.intermediate_size", "model.layers", "model.heads", "model.key_value_heads",
     "model.max_positions", "eval.prompts", "eval.max_new_tokens", "eval.batch_size", "engine.tokens_per_micro_batch",
-    "bench.rounds", "bench.pairs",
     "engine.checkpoint_every_steps", "engine.keep_checkpoints", "engine.records_per_shard",
     *(f"{section}.{key}" for section in TRAINING
       for key in ("batch_size", "epochs", "max_steps", "min_responses", "max_records")),

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-BENCH_WORKS = ("dpo", "kto", "rrhf", "rm", "difference", "score15", "score30", "reference", "generation")
-
 
 @dataclass
 class ToyConfig:
@@ -153,20 +151,6 @@ class InspectConfig:
 
 
 @dataclass
-class BenchConfig:
-    """Stage bench: what is measured, and against whom."""
-
-    works: list[str] = field(default_factory=lambda: list(BENCH_WORKS))
-    # trl: as shipped. trl_best: reference known before, no checkpointing. padded: rows, bucketed. unpadded: one by one
-    against: list[str] = field(default_factory=lambda: ["trl", "trl_best", "padded", "unpadded"])
-    threads: list[int] = field(default_factory=list)  # of a CPU; none given: one, then all cores
-    rounds: int = 3  # that everybody is timed in
-    pairs: int = 8  # of a step of DPO; works that cost more take a part of them
-    growth: bool = True  # the table of what a step costs when something grows
-    epoch_pairs: int = 16  # of an epoch of DPO from files to a saved model, against TRL's Trainer.train(); 0: none
-
-
-@dataclass
 class EngineConfig:
     name: str = "torch"  # torch: one process; zero1 | zero2 | zero3 | zero3_offload: DeepSpeed, any number of processes
     precision: str = "float32"  # of a training step: float32 | bfloat16 | float16 | auto: the best that the device has
@@ -176,7 +160,6 @@ class EngineConfig:
     tokens_per_micro_batch: int = 16384
     device: str = "auto"  # auto | cpu | cuda
     threads: int | None = None  # of a CPU; null: one a core
-    products: str = "auto"  # of matrices, on a CPU: torch | onednn | auto: onednn on AMD's, twice as fast there
     checkpoint_every_steps: int = 200
     checkpoint_every_minutes: float = 10.0
     keep_checkpoints: int = 2
@@ -224,7 +207,6 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
-    bench: BenchConfig = field(default_factory=BenchConfig)
     run_dir: str = "runs/toy"
     metric: str | None = None  # what a stage returns to a sweep (rdo/metric.py); null: of eval, its main number
     seed: int = 0
