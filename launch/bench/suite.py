@@ -103,14 +103,9 @@ def measure_work(work: Work, bench: Bench) -> list[dict[str, Any]]:
         torch.set_num_threads(count)
         take_turns([ours, *passes.values(), *same], bench.rounds, bench.device)
         for other in others:
-            row = {
-                "work": work.name,
-                "threads": count,
-                **compared(ours, other, tolerance),
-                **counted(work, ours, passes),
-            }
-            bench.say(line(row))
-            rows.append(row)
+            row = compared(ours, other, tolerance) | counted(work, ours, passes)
+            rows.append({"work": work.name, "threads": count, **row})
+            bench.say(line(rows[-1]))
     return rows
 
 

@@ -39,15 +39,10 @@ def settings(bench: Bench, best: bool, batch: int) -> dict[str, Any]:
     """Arguments of a trainer: TRL's own defaults but for what makes the two sides comparable (precision, no cut, no
     files); at its best without recomputing activations."""
     return {
-        "output_dir": str(bench.folder / "trl"),
-        "per_device_train_batch_size": batch,
-        "bf16": bench.precision == torch.bfloat16,
-        "use_cpu": bench.device.type == "cpu",
-        "report_to": "none",
-        "max_length": None,
-        "disable_tqdm": True,
-        **({"gradient_checkpointing": False} if best else {}),
-    }
+        "output_dir": str(bench.folder / "trl"), "per_device_train_batch_size": batch, "report_to": "none",
+        "bf16": bench.precision == torch.bfloat16, "use_cpu": bench.device.type == "cpu", "max_length": None,
+        "disable_tqdm": True, **({"gradient_checkpointing": False} if best else {}),
+    }  # fmt: skip
 
 
 def make_trainer(work: Work, best: bool, bench: Bench) -> Any:
@@ -70,9 +65,8 @@ def make_trainer(work: Work, best: bool, bench: Bench) -> Any:
         model = AutoModelForSequenceClassification.from_pretrained(bench.folder / "reward", num_labels=1)
         trainer = trl.RewardTrainer(model=model, args=trl.RewardConfig(**arguments), **given)
     else:
-        model, reference = map(
-            AutoModelForCausalLM.from_pretrained, (bench.folder / "policy", bench.folder / "reference")
-        )
+        load = AutoModelForCausalLM.from_pretrained
+        model, reference = load(bench.folder / "policy"), load(bench.folder / "reference")
         # At its best the reference's log-probabilities are there before training, and its weights are gone.
         arguments |= {"beta": BETA, "precompute_ref_log_probs": best}
         kind = (trl.KTOTrainer, trl.KTOConfig) if work.name == "kto" else (trl.DPOTrainer, trl.DPOConfig)

@@ -242,10 +242,8 @@ def reading_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Work:
         reads = sum(len(ids) for _, responses in items for ids in responses)
     else:
         model, read, items = bench.reward, scorers.read_under, [Reading() for _ in records]
-        template, ordered = (
-            ComparisonTemplate(COMPARISON, bench.tokenizer),
-            combinations if name == "score15" else permutations,
-        )
+        template = ComparisonTemplate(COMPARISON, bench.tokenizer)
+        ordered = combinations if name == "score15" else permutations
         for record, reading in zip(records, items, strict=True):
             for i, j in ordered(range(len(record.responses)), 2):
                 add_difference(reading, "paper", template, record, i, j)
