@@ -20,7 +20,7 @@ from launch.bench.theirs import imported
 from launch.bench.works import RIVALS, WORKS, make_bench
 
 from rdo import processor
-from rdo.configuration import compose_config
+from rdo.checks import compose_config
 from rdo.errors import UserError
 from rdo.files import write_json
 from rdo.main import prepare_process

@@ -21,7 +21,7 @@ from launch.bench.measure import timed
 from launch.bench.theirs import imported, rows, settings
 from launch.bench.works import BETA, Bench, made_records
 
-from rdo.configuration import compose_config
+from rdo.checks import compose_config
 from rdo.main import run_config
 
 BATCH, RATE = 8, 1e-6

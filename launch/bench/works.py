@@ -23,15 +23,16 @@ from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rdo import models, scorers
-from rdo.alignment import AlignmentRecord, AlignmentTask, Pair, choose_loss
+from rdo.alignment import AlignmentRecord, AlignmentTask, Pair
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
 from rdo.engine import precision_of
 from rdo.engine.torch_engine import TorchEngine
 from rdo.forest import Flat, LayoutName, TokenIds
 from rdo.log_probabilities import read_under
-from rdo.losses import best_response, rrhf_pairs
 from rdo.models import head_parameters, set_layout
+from rdo.objectives.choice import choose_loss
+from rdo.objectives.losses import best_response, rrhf_pairs
 from rdo.pretrained import load_policy, load_scorer, new_policy, new_scorer, save_model
 from rdo.schema import EngineConfig, EvalConfig, ModelConfig
 from rdo.scorers import ComparisonTemplate, Reading, add_difference
