@@ -180,8 +180,8 @@ def benchmark(device: torch.device, seconds: float, out: Path, model: ModelConfi
         return None
     engine = EngineConfig(precision="auto", device=device.type, tokens_per_micro_batch=16384)
     against = [name for name in RIVALS if find_spec("trl") or not name.startswith("trl")]
-    threads = [torch.get_num_threads()]
-    with make_bench(model, engine, device, against=against, threads=threads, rounds=5, pairs=16) as bench:
+    chosen = {"against": against, "threads": [torch.get_num_threads()], "rounds": 5, "pairs": 16}
+    with make_bench(model, engine, device, say=partial(print, flush=True), **chosen) as bench:
         works = [name for name in WORKS if name != "generation"]  # which needs pyarrow
         return measure_all(bench, out / "bench.json", works, growth=True, ends=ends)
 
