@@ -39,7 +39,8 @@ def prepare_products(model: torch.nn.Module) -> None:
 @cache
 def onednn_pays() -> bool:
     """Whether this is an AMD processor, and PyTorch has the operator."""
-    if platform.machine() != "x86_64" or "AuthenticAMD" not in Path("/proc/cpuinfo").read_text():
+    facts = Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or not facts.exists() or "AuthenticAMD" not in facts.read_text():
         return False
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
