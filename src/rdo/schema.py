@@ -171,7 +171,7 @@ class EngineConfig:
     name: str = "torch"  # torch: one process; zero1 | zero2 | zero3 | zero3_offload: DeepSpeed, any number of processes
     precision: str = "float32"  # of a training step: float32 | bfloat16 | float16 | auto: the best that the device has
     layout: str = "auto"  # auto | forest | flat
-    attention: str = "auto"  # of a forest: auto | rectangles | spans | varlen | flex (the last two on a GPU)
+    attention: str = "auto"  # of a forest: auto | rectangles | spans | varlen (the last on a GPU)
     gradient_checkpointing: bool = False  # less memory for about a third more time: layers run again going backward
     tokens_per_micro_batch: int = 16384
     device: str = "auto"  # auto | cpu | cuda
