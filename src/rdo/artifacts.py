@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rdo import interrupts
-from rdo.adapter_files import adapter_base, is_adapter
+from rdo.adapters import adapter_base, is_adapter
 from rdo.distributed import from_first, meet, world
 from rdo.errors import UserError
 from rdo.files import held, patiently, read_json, remove_leftovers, write_errors, write_json
