@@ -32,7 +32,6 @@ from rdo.files import held, patiently, read_json, remove_leftovers, write_errors
 from rdo.lineage import MANIFEST
 from rdo.progress import progress_bar
 from rdo.schema import EngineConfig
-from rdo.tracking.publish import publish
 
 # Raised whenever a stage's output changes its meaning, so that older folders are not mistaken for it.
 ARTIFACT_VERSION = 2
@@ -110,7 +109,6 @@ def produce(
             print(f"[{stage}] done already: {folder}", flush=True)
         if first:
             remove_partial(folder)
-            publish(folder, provenance.run_dir, provenance.config)
         return artifact
     if not requested and not provenance.build_inputs:
         command = provenance.command.replace(" build_inputs=false", "")
@@ -139,8 +137,6 @@ def produce(
                 finish(folder, manifest, started, provenance)
             meet()
         interrupts.check(f"{folder} is finished, and the same command goes on")
-        if first:
-            publish(folder, provenance.run_dir, provenance.config)
     return artifact
 
 

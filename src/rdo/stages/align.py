@@ -156,6 +156,7 @@ def train_policy(run: Run, loss: LossChoice, inputs: dict[str, Artifact], folder
 
     task = AlignmentTask(ById([labels[n].record_id for n in used], make), loss)
     with run.locating("train"), run.tracker(folder, folder.name) as tracker:
+        tracker.summarize({f"coefficients/{name}": value for name, value in (statistics or {}).items()})
         state = train(task, model, config.align, config.engine, config.seed, folder, tracker, label(loss, config.rc))
     save_finished(trained, tokenizer, folder, config, state)
     return {**finish(folder, model), "coefficients": statistics, "records": len(used), "samples": samples}
