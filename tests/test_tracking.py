@@ -14,6 +14,7 @@ from PIL import Image
 from rdo import distributed, tracking
 from rdo.errors import UserError
 from rdo.files import read_json, read_json_lines
+from rdo.interrupts import Stopped
 from rdo.schema import TrackerConfig
 from rdo.stages.eval import evaluate_policy
 from rdo.stages.sft import base_policy
@@ -173,6 +174,17 @@ def test_a_login_that_is_missing_is_one_line_and_costs_no_finished_stage(tmp_pat
     artifact = evaluate_policy(tiny_run(tmp_path, "tracker=wandb", "eval.judges=[oracle]"), "base")
     assert (artifact.folder / "manifest.json").exists()
     assert "is finished, but not shown in wandb: tracker=wandb:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("end", "preempted"), [(ValueError(), False), (Stopped(signal.SIGTERM), True)])
+def test_a_run_that_fails_is_marked_as_failed_and_one_that_was_stopped_as_preempted(tmp_path, offline, end, preempted):
+    folder = tmp_path / "align" / "dpo-123"
+    folder.mkdir(parents=True)
+    with pytest.raises(type(end)), Tracker(WANDB, folder, "a run", {}):
+        raise end
+    records = records_in(folder)
+    assert [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"] == [1]
+    assert any(record.WhichOneof("record_type") == "preempting" for record in records) == preempted
 
 
 def test_results_reach_wandb(tmp_path, offline):

@@ -127,7 +127,7 @@ def save_adapter(adapted: Any, state: Mapping[str, torch.Tensor] | None, folder:
     if local:
         described.base_model_name_or_path = os.path.abspath(described.base_model_name_or_path)
     adapted.save_pretrained(folder, state_dict=named, save_embedding_layers=False)
-    (folder / "README.md").unlink()  # a form to be filled in
+    (folder / "README.md").unlink(missing_ok=True)  # a form to be filled in
     notes = {"base": os.path.relpath(described.base_model_name_or_path, final.absolute())} if local else {}
     if hasattr(base.config, "rdo_form"):
         notes["form"] = base.config.rdo_form

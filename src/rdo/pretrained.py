@@ -51,7 +51,7 @@ def new_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
     )
-    return without_dropout(AutoModelForCausalLM.from_config(llama, dtype=torch_dtype(config.dtype)))
+    return without_dropout(AutoModelForCausalLM.from_config(llama, dtype=getattr(torch, config.dtype)))
 
 
 def load_policy(path: str | Path, config: ModelConfig) -> PreTrainedModel:
@@ -118,7 +118,7 @@ def from_pretrained(
     No code from the hub runs unless the user says so, and none from a pickle ever does. Raises UserError, naming the
     path, for whatever cannot be loaded.
     """
-    how = {"dtype": torch_dtype(config.dtype), "trust_remote_code": config.trust_remote_code, **others}
+    how = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code, **others}
     try:
         model, missing = load_whole(factory, path, revision(path, config), **how)
     except Exception as error:  # a damaged file may end in anything
@@ -219,11 +219,3 @@ def merged(adapted: Any, adapter: Path) -> PreTrainedModel:
     model, described = adapted.get_base_model(), adapted.peft_config["default"]
     how = {"config": copy.deepcopy(model.config), "dtype": model.dtype}
     return merge_saved(*load_whole(type(model), model.name_or_path, described.revision or "main", **how), adapter)[0]
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of model.dtype."""
-    known = {"float32", "bfloat16", "float16", "float64"}
-    if name not in known:
-        raise UserError(f"model.dtype={name}: must be one of {', '.join(sorted(known))}")
-    return getattr(torch, name)

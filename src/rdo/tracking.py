@@ -18,6 +18,7 @@ from typing import Any
 from rdo.distributed import world
 from rdo.errors import UserError
 from rdo.files import replace_file, synchronize
+from rdo.interrupts import Stopped
 from rdo.progress import warn
 from rdo.schema import TrackerConfig
 
@@ -65,6 +66,8 @@ class Tracker:
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         if self.run is not None:
+            if failure is Stopped:  # it is to go on
+                self.run.mark_preempting()
             self.run.finish(exit_code=0 if failure is None else 1)
 
 
@@ -125,9 +128,7 @@ def start(config: TrackerConfig, folder: Path, name: str, settings: Mapping[str,
     import wandb
 
     place = folder.resolve()
-    # An id allows few signs.
-    identity = re.sub(r"[^\w.-]", "-", folder.name, flags=re.ASCII)
-    identity += f"-{hashlib.blake2b(str(place).encode(), digest_size=4).hexdigest()}"
+    name_as_id = re.sub(r"[^\w.-]", "-", folder.name, flags=re.ASCII)
     mode: Any = os.environ.get("WANDB_MODE")
     try:
         run = wandb.init(
@@ -135,7 +136,7 @@ def start(config: TrackerConfig, folder: Path, name: str, settings: Mapping[str,
             group=config.group or place.parents[1].name,
             job_type=place.parent.name,
             name=name,
-            id=identity,
+            id=f"{name_as_id}-{hashlib.blake2b(str(place).encode(), digest_size=4).hexdigest()}",
             resume="allow",
             reinit="create_new",  # the default would hand out a run that is still open, whatever its id
             dir=str(folder),
