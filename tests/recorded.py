@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 import pyarrow.parquet as pq  # noqa: E402
 import torch  # noqa: E402
 
-from rdo.configuration import compose_config  # noqa: E402
+from rdo.checks import compose_config  # noqa: E402
 from rdo.main import run_config  # noqa: E402
 
 RECORDED = ROOT / "docs" / "recorded.json"

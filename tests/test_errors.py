@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from rdo import main
 from rdo.artifacts import MissingInput
-from rdo.configuration import CONF, compose_config
+from rdo.checks import CONF, compose_config
 from rdo.errors import UserError, explained
 from rdo.main import check_arguments, check_command_line, check_run_dir, with_command
 from test_configuration import LEAVES

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from helpers import configuration, policy, tokenizer
 from rdo.checkpoints import Checkpoints
-from rdo.configuration import compose_config
+from rdo.checks import compose_config
 from rdo.engine.torch_engine import TorchEngine
 from rdo.errors import UserError, explained
 from rdo.files import replace_sealed

@@ -16,7 +16,7 @@ import pytest
 
 import test_report
 from rdo import configuration
-from rdo.configuration import CONF, compose_config
+from rdo.checks import CONF, compose_config
 from rdo.errors import UserError
 from rdo.main import check_command_line
 from rdo.printable import credential_in, printable, scrubbed, single_line
