@@ -7,13 +7,10 @@ import errno
 import os
 import shutil
 import signal
-import sys
 import threading
-import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 import torch
@@ -28,12 +25,11 @@ from rdo.checkpoints import Checkpoints
 from rdo.errors import UserError
 from rdo.files import DiskFull, Sealing, append_text, patiently, replace_file, replace_folder, write_errors
 from rdo.interrupts import Stopped, handled
-from rdo.run import Run
-from rdo.schema import EngineConfig, TrackerConfig
+from rdo.schema import EngineConfig
 from rdo.stages.reference import reference
 from rdo.stages.sft import base_policy
-from rdo.tracking import METRICS, Tracker
-from tiny import metrics, tiny_run, weights
+from rdo.tracking import METRICS
+from tiny import tiny_run, weights
 
 torch.set_num_threads(1)
 
@@ -194,73 +190,6 @@ def test_a_checkpoint_for_which_there_is_no_room_costs_no_other(tmp_path, monkey
     assert "there is room again" in capsys.readouterr().out
 
 
-def test_a_checkpoint_waits_for_the_metrics_up_to_its_step(tmp_path, monkeypatch):
-    """Else a resumed run would lack their lines."""
-    engine = torch_engine()
-    tracker = Tracker(TrackerConfig(), tmp_path, "a run", {})
-    checkpoints = Checkpoints(tmp_path / "checkpoints", EngineConfig(checkpoint_every_steps=1), tracker.synchronize)
-    with monkeypatch.context() as patched:
-        patched.setattr("rdo.tracking.append_text", lambda *_: out_of_room())
-        tracker.log(1, {"loss": 1.0})
-        save_when_due(checkpoints, 1, engine)
-    assert not checkpoints.files()
-    checkpoints.retry_at = 0.0
-    save_when_due(checkpoints, 2, engine)
-    assert checkpoints.files()
-    assert (tmp_path / METRICS).read_text() == '{"step": 1, "loss": 1.0}\n'
-
-
-class Narrow:
-    """A file on a disk that takes so many bytes more."""
-
-    room = 0
-
-    def __init__(self, file: BinaryIO):
-        self.file = file
-
-    def __enter__(self) -> Narrow:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
-
-    def write(self, data: bytes) -> int:
-        if not Narrow.room:
-            raise full()
-        written = self.file.write(data[: Narrow.room])
-        Narrow.room -= written
-        return written
-
-
-def test_lines_without_room_are_written_in_order_when_there_is_some(tmp_path, monkeypatch, capsys):
-    tracker = Tracker(TrackerConfig(), tmp_path, "a run", {})
-    wanted = [f'{{"step": {step}, "loss": 0.5}}\n' for step in range(1, 41)]
-    opened = Path.open
-    monkeypatch.setattr(Path, "open", lambda path, *a, **named: Narrow(opened(path, *a, **named)))
-    Narrow.room = 100
-    for step in range(1, 41):
-        if step in (10, 20):
-            Narrow.room += 300
-        tracker.log(step, {"loss": 0.5})
-        # Never half a line, never a line before one that comes before it.
-        text = (tmp_path / METRICS).read_bytes().decode()
-        assert "".join(wanted).startswith(text)
-        assert not text or text.endswith("\n")
-    assert 0 < len(tracker.unwritten) < 40
-    with pytest.raises(DiskFull):
-        tracker.synchronize()
-    Narrow.room = 10**6
-    tracker.synchronize()
-    assert not tracker.unwritten
-    assert (tmp_path / METRICS).read_bytes().decode() == "".join(wanted)
-    said = capsys.readouterr()
-    assert "its lines are kept in memory until there is room" in said.err
-    assert "there is room again" in said.out
-
-
 def test_what_a_disk_took_before_it_said_that_it_was_full_is_not_there_twice(tmp_path):
     """Network disks may say so when a file is closed."""
     file = tmp_path / METRICS
@@ -273,40 +202,6 @@ def test_what_a_disk_took_before_it_said_that_it_was_full_is_not_there_twice(tmp
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_training_through_a_full_disk_ends_as_if_there_had_been_room(tmp_path, monkeypatch, capsys):
-    settings = ("sft.max_steps=6", "engine.checkpoint_every_steps=1")
-    whole = base_policy(tiny_run(tmp_path / "whole", *settings))
-    monkeypatch.setattr(rdo.checkpoints, "RETRY_SECONDS", 0.0)
-    monkeypatch.setattr(Sealing, "write", Disk(Sealing.write, 150, 6))
-    monkeypatch.setattr("rdo.tracking.append_text", Disk(append_text, 3, 2, no_room))
-    saving = Disk(rdo.stages.training.save_model, 1, 2, no_room)
-    monkeypatch.setattr(rdo.stages.training, "save_model", saving)
-    manifest = Disk(rdo.artifacts.write_json, 1, 2, no_room)
-    monkeypatch.setattr(rdo.artifacts, "write_json", manifest)
-    found = base_policy(tiny_run(tmp_path / "run", *settings))
-    assert weights(found) == weights(whole)
-    assert metrics(found) == metrics(whole)
-    assert (saving.calls, manifest.calls) == (3, 3)
-    said = capsys.readouterr()
-    assert "training goes on, and saving is tried again" in said.err
-    assert said.out.count("make room: it is tried again") == 4
-
-
-def test_a_run_that_dies_while_its_metrics_have_no_room_loses_no_line(tmp_path, monkeypatch):
-    """No checkpoint goes beyond the lines that are written."""
-    settings = ("sft.max_steps=5", "engine.checkpoint_every_steps=1")
-    whole = base_policy(tiny_run(tmp_path / "whole", *settings))
-    run = tiny_run(tmp_path / "run", *settings, "engine.disk_full_minutes=0")
-    monkeypatch.setattr(rdo.checkpoints, "RETRY_SECONDS", 0.0)
-    with monkeypatch.context() as patched:
-        patched.setattr("rdo.tracking.append_text", Disk(append_text, 3, 10**6, no_room))
-        with pytest.raises(UserError, match="what was saved before is kept"):
-            base_policy(run)
-    folder = tmp_path / "run" / "sft" / whole.folder.name
-    assert sorted(file.name for file in (folder / "checkpoints").iterdir()) == ["step_00000001.pt", "step_00000002.pt"]
-    assert metrics(base_policy(run)) == metrics(whole)
 
 
 def test_a_model_for_which_no_room_is_made_keeps_the_last_checkpoint(tmp_path, monkeypatch):
@@ -362,71 +257,3 @@ def mount(folder: Path, size: str) -> bool:
             Path(f"/proc/self/{name}").write_text(text)
     libc.mount(b"none", b"/", None, ctypes.c_ulong(0x4000 | 0x40000), None)  # private, and all below it
     return not libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", ctypes.c_ulong(0), f"size={size}".encode())
-
-
-def train_on(folder: Path, run: Run, wanted: bytes) -> None:
-    """Fills the disk before the first step, and makes room when the model has waited for it."""
-    ballast = folder / "ballast"
-    log, wait = Tracker.log, rdo.interrupts.wait
-
-    def logging(tracker: Tracker, step: int, values: dict[str, Any]) -> None:
-        if step == 3:
-            with ballast.open("wb", buffering=0) as file:
-                for size in (4096, 1):
-                    try:
-                        while True:
-                            file.write(b"x" * size)
-                    except OSError:
-                        continue
-        log(tracker, step, values)
-
-    waits = []
-
-    def waiting(seconds: float) -> None:
-        waits.append(seconds)
-        if len(waits) == 2:
-            ballast.unlink()
-
-    Tracker.log = logging  # type: ignore[method-assign]
-    rdo.interrupts.wait = waiting
-    try:
-        made = base_policy(run)
-        assert weights(made) == wanted
-        assert [line["step"] for line in metrics(made)] == [1, 2, 3, 4, 5, 6]
-        assert len(waits) == 2
-    finally:
-        Tracker.log, rdo.interrupts.wait = log, wait  # type: ignore[method-assign]
-
-
-def test_training_on_a_disk_that_is_really_full(tmp_path, capfd):
-    settings = ("sft.max_steps=6", "engine.checkpoint_every_steps=1")
-    wanted = weights(base_policy(tiny_run(tmp_path / "whole", *settings)))
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    run = tiny_run(disk / "run", *settings)
-    run.splits()
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            code = NOT_ALLOWED
-            if mount(disk, "6m"):
-                code = 1
-                train_on(disk, run, wanted)
-                code = 0
-        except BaseException:
-            traceback.print_exc(file=sys.__stderr__)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    started = time.monotonic()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if code == NOT_ALLOWED:
-        pytest.skip("the system allows no mount of our own")
-    said = capfd.readouterr()
-    assert code == 0, said.err
-    assert "step_00000003.pt cannot be written: no space left on device (0.0 MiB free)" in said.err
-    assert "the last good checkpoint is" in said.err
-    assert "make room: it is tried again for 60 more minutes" in said.out
-    assert time.monotonic() - started < 60

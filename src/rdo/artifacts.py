@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from rdo import interrupts
-from rdo.adapter_files import adapter_base, is_adapter
+from rdo.adapters import adapter_base, is_adapter
 from rdo.distributed import from_first, meet, world
 from rdo.errors import UserError
 from rdo.files import held, patiently, read_json, remove_leftovers, write_errors, write_json
 from rdo.lineage import MANIFEST
 from rdo.progress import progress_bar
 from rdo.schema import EngineConfig
-from rdo.tracking.publish import publish
 
 # Raised whenever a stage's output changes its meaning, so that older folders are not mistaken for it.
 ARTIFACT_VERSION = 2
@@ -110,7 +109,6 @@ def produce(
             print(f"[{stage}] done already: {folder}", flush=True)
         if first:
             remove_partial(folder)
-            publish(folder, provenance.run_dir, provenance.config)
         return artifact
     if not requested and not provenance.build_inputs:
         command = provenance.command.replace(" build_inputs=false", "")
@@ -139,8 +137,6 @@ def produce(
                 finish(folder, manifest, started, provenance)
             meet()
         interrupts.check(f"{folder} is finished, and the same command goes on")
-        if first:
-            publish(folder, provenance.run_dir, provenance.config)
     return artifact
 
 

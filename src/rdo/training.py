@@ -21,7 +21,7 @@ from rdo.checkpoints import Checkpoints
 from rdo.distributed import world
 from rdo.engine import Engine, make_engine, precision_of
 from rdo.errors import NotFiniteError, UserError
-from rdo.files import DiskFull, patiently
+from rdo.files import DiskFull
 from rdo.forest import LayoutName
 from rdo.models import check_positions, described_layout, head_parameters, recompute_activations, set_layout
 from rdo.plan import Plan, learning_rate_factor, make_plan
@@ -72,8 +72,7 @@ def train(
     engine = make_engine(model, make_optimizer(model, config), config, engine_config)
     checkpoints = Checkpoints(folder / "checkpoints", engine_config, tracker.synchronize)
     done = checkpoints.restore(engine)
-    if world().first:
-        patiently(lambda: tracker.resume(done), engine_config.disk_full_minutes)
+    tracker.resume(done)
     how = described_layout(model, layout) + described(engine_config)
     print(f"[{title}] {plan.records} records, {plan.steps} steps, layout {how}", flush=True)
     make_step = partial(dealt_step, task, plan, layout, engine_config.tokens_per_micro_batch)
@@ -97,8 +96,7 @@ def train(
                     raise interrupts.Stopped(interrupts.request(), part(checkpoints, engine, step + 1, plan))
                 if wishes.save:
                     checkpoints.try_saving(step + 1, engine)
-        if world().first:
-            patiently(tracker.synchronize, engine_config.disk_full_minutes)
+        tracker.synchronize()
     state = engine.full_state()
     engine.close()
     return state

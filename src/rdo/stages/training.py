@@ -17,7 +17,7 @@ from rdo.tracking import METRICS
 
 
 def save_finished(
-    model: PreTrainedModel,
+    trained: Any,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     config: Config,
@@ -25,13 +25,13 @@ def save_finished(
 ) -> None:
     """Saves a trained model in its artifact's folder, waiting for room where the disk is full. The first process does.
 
-    state: what `train` returned. Raises UserError when that has taken engine.disk_full_minutes. A stop waits until the
-    manifest is written, too.
+    trained: what `choose_trained` returned; state: what `train` did. Raises UserError when that has taken
+    engine.disk_full_minutes. A stop waits until the manifest is written, too.
     """
     with interrupts.postponed():
         if world().first:
             merge, patience = config.model.lora.merge, config.engine.disk_full_minutes
-            patiently(lambda: save_model(model, tokenizer, folder / "model", state, merge), patience)
+            patiently(lambda: save_model(trained, tokenizer, folder / "model", state, merge), patience)
         meet()
 
 
