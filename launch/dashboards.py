@@ -20,8 +20,7 @@ import wandb
 import wandb_workspaces.reports.v2 as panels
 import wandb_workspaces.workspaces as workspaces
 
-from rdo.errors import UserError
-from rdo.printable import single_line
+from rdo.errors import UserError, single_line
 from rdo.schema import TrackerConfig
 from rdo.tracking.wandb_run import logged_names
 

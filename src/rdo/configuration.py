@@ -79,7 +79,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "dataset.workers": (1, 1024),
     "bench.threads": (1, 1024),
     "bench.epoch_pairs": (0, UNBOUNDED),
-    "engine.disk_full_minutes": (0, UNBOUNDED),
     "diffmodel.beta0": (0, UNBOUNDED),
     "diffmodel.beta1": (0, UNBOUNDED),
     **{f"{section}.warmup_share": (0, 1) for section in TRAINING},

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from rdo import adapter_files
-from rdo.errors import UserError, explained
+from rdo.errors import UserError
 
 CONFIG = "config.json"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
@@ -70,7 +70,7 @@ def check_json(file: Path, refusal: str) -> None:
     except ValueError:
         whole = False
     except OSError as error:
-        raise explained(error) or UserError(f"{refusal}: {error}") from error
+        raise UserError(f"{refusal}: {error}") from error
     if not whole:
         raise UserError(f"{refusal}: its {file.name} is damaged: not a JSON object")
 
@@ -84,8 +84,6 @@ def gguf(files: list[Path]) -> str:
 
 def unloadable(path: str | Path, what: str, error: Exception) -> UserError:
     """What a library's error on loading a model or tokenizer means to the user."""
-    if isinstance(error, MemoryError | OSError | RuntimeError) and (known := explained(error)):
-        return known
     lines = str(error).strip().splitlines() or [""]
     text = lines[0].strip(" .:")
     if not text or isinstance(error, LookupError):

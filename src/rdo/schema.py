@@ -181,7 +181,6 @@ class EngineConfig:
     checkpoint_every_minutes: float = 10.0
     keep_checkpoints: int = 2
     records_per_shard: int = 1024  # of scores and references: at most so many are done again after an interruption
-    disk_full_minutes: float = 60.0  # how long what is finished waits for room on a full disk
 
 
 @dataclass

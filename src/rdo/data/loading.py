@@ -21,7 +21,7 @@ from rdo.data.records import SPLITS, Record, digest
 from rdo.data.table import MappedRecords, Records, id_key, repeated_ids, write_records
 from rdo.distributed import from_first
 from rdo.errors import DataError, UserError
-from rdo.files import HOLDER, LOCK, read_json, replace_file, write_json
+from rdo.files import LOCK, read_json, replace_file, write_json
 from rdo.progress import progress_bar
 from rdo.schema import DatasetConfig
 
@@ -144,7 +144,7 @@ def _cleared_on_failure(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             if not (folder / INVALID).stat().st_size:
                 (folder / INVALID).unlink()
-        for name in (RECORDS, REPEATED, LOCK, HOLDER):
+        for name in (RECORDS, REPEATED, LOCK):
             (folder / name).unlink(missing_ok=True)
         with suppress(OSError):
             folder.rmdir()

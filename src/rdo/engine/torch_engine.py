@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from rdo.adapters import load_trained_state, trained_state
 from rdo.engine import precision_of
 from rdo.errors import UserError
-from rdo.files import check_seal, replace_sealed
+from rdo.files import damage_of, replace_file
 from rdo.schema import EngineConfig
 
 T = TypeVar("T")
@@ -62,11 +62,13 @@ class TorchEngine:
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
         }
-        with replace_sealed(path) as file:
-            torch.save(state, file)  # type: ignore[arg-type]
+        with replace_file(path) as temporary:
+            torch.save(state, temporary)
+
+    def damage_of(self, path: Path) -> str | None:
+        return damage_of(path)
 
     def load(self, path: Path) -> int:
-        check_seal(path)
         state = torch.load(path, map_location=self.model.device, weights_only=True)
         try:
             load_trained_state(self.model, state["model"])

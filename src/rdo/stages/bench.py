@@ -21,7 +21,6 @@ from rdo.bench.subjects import make_subjects
 from rdo.bench.suite import Setting
 from rdo.data.encoding import EncodedRecord, encode_batch
 from rdo.errors import UserError
-from rdo.files import append_text
 from rdo.progress import say
 from rdo.run import Run, select
 from rdo.schema import TrainingConfig
@@ -47,7 +46,8 @@ def benchmark(run: Run) -> Path:
     (folder / "bench.txt").unlink(missing_ok=True)
 
     def show(line: str) -> None:
-        append_text(folder / "bench.txt", f"{line}\n")
+        with (folder / "bench.txt").open("a") as file:
+            file.write(f"{line}\n")
         say(line)
 
     with tempfile.TemporaryDirectory(dir=folder) as temporary:

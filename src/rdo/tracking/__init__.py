@@ -12,8 +12,8 @@ from typing import Any
 
 from rdo import interrupts
 from rdo.distributed import world
-from rdo.files import DiskFull, append_text, replace_file, synchronize
-from rdo.progress import say, warn
+from rdo.files import append_json_line, replace_file, synchronize
+from rdo.progress import warn
 from rdo.schema import TrackerConfig
 from rdo.tracking.wandb_run import WandbRun
 
@@ -29,8 +29,6 @@ class Tracker:
     def __init__(self, config: TrackerConfig, folder: Path, name: str, settings: Mapping[str, Any]):
         """Raises UserError where wandb is wanted and cannot be reached."""
         self.file = folder / METRICS
-        self.size: int | None = None
-        self.unwritten: list[str] = []  # lines for which the disk has no room yet
         self.writes = world().first
         wanted = self.writes and config.name == "wandb"
         self.run = WandbRun(config, folder, name, settings) if wanted else None
@@ -53,38 +51,21 @@ class Tracker:
         if wanted != text:
             with replace_file(self.file) as temporary:
                 temporary.write_text(wanted)
-        self.size = None
         if self.run is not None:
             self.run.catch_up(json.loads(kept[step]) for step in sorted(kept))
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Logs the values of a step, counted from 1. While the disk is full, lines are kept in memory."""
+        """Logs the values of a step, counted from 1."""
         if not self.writes:
             return
         values = with_effective_sample(values)
-        waiting = bool(self.unwritten)
-        self.unwritten.append(json.dumps({"step": step, **values}) + "\n")
-        try:
-            self.write()
-        except DiskFull as error:
-            if not waiting:
-                warn(f"{error}; its lines are kept in memory until there is room")
+        append_json_line(self.file, {"step": step, **values})
         if self.run is not None:
             self.run.log(step, values)
 
-    def write(self) -> None:
-        """Writes the lines that are not written yet. Raises DiskFull and keeps them if that cannot be."""
-        if not self.unwritten:
-            return
-        self.size = append_text(self.file, "".join(self.unwritten), self.size)
-        if len(self.unwritten) > 1:
-            say(f"there is room again: {len(self.unwritten)} lines of {self.file} are written")
-        self.unwritten.clear()
-
     def synchronize(self) -> None:
-        """Brings every line to the disk, so that a checkpoint may count on them. Raises DiskFull if that cannot be."""
-        self.write()
-        if self.file.exists():
+        """Brings every line to the disk, so that a checkpoint may count on them."""
+        if self.writes and self.file.exists():
             synchronize(self.file)
 
     def __enter__(self) -> Tracker:

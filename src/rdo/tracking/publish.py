@@ -14,10 +14,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from rdo.errors import UserError
+from rdo.errors import UserError, single_line
 from rdo.files import read_json, read_json_lines, replace_file
 from rdo.lineage import MANIFEST, swept
-from rdo.printable import single_line
 from rdo.progress import warn
 from rdo.schema import TrackerConfig
 from rdo.tracking import METRICS

@@ -16,8 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rdo.errors import UserError
-from rdo.printable import single_line
+from rdo.errors import UserError, single_line
 from rdo.schema import TrackerConfig
 
 # A .wandb file is LevelDB's log: after 7 bytes pieces of records, each with a header of checksum, length and kind;
