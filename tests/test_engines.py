@@ -239,8 +239,9 @@ def test_a_damaged_checkpoint_is_left_out_and_another_runs_is_refused(whole: Pat
     process = launched(2, *command)
     while process.poll() is None and len(checkpoint(run_dir)) < 2:
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    for number in children(process):
+        os.kill(number, signal.SIGKILL)
+    finished(process, 60)
     for count, other in ((2, "engine=zero1"), (1, "engine=zero2")):
         code, _, error = finished(launched(count, *command[:-1], other))
         assert code != 0
@@ -252,7 +253,7 @@ def test_a_damaged_checkpoint_is_left_out_and_another_runs_is_refused(whole: Pat
     file.write_bytes(data)
     code, out, error = finished(launched(2, *command))
     assert code == 0, error
-    assert f"warning: {last} is damaged ({file.name}: the checksum of" in error
+    assert f"warning: {last} is damaged ({file.name}: " in error
     assert f"going on from {before}" in out
     assert weights(run_dir) == weights(whole)
     assert steps(run_dir) == steps(whole)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from rdo.distributed import from_first, meet, world
 from rdo.engine import Engine
+from rdo.files import Damaged
 from rdo.progress import say, warn
 from rdo.schema import EngineConfig
 
@@ -36,10 +36,11 @@ class Checkpoints:
         """
         for name in from_first(lambda: [path.name for path in reversed(self.files())]):
             path = self.folder / name
-            if damage := from_first(partial(engine.damage_of, path)):
-                warn(f"{path} is damaged ({damage}): it is left out")
+            try:
+                step = engine.load(path)
+            except Damaged as reason:
+                warn(f"{path} is damaged ({reason}) and left out")
                 continue
-            step = engine.load(path)
             say(f"going on from {path}")
             self.newest = path
             return step

@@ -24,6 +24,10 @@ LEFTOVERS = (".*.part", ".*.old", "tmp????????")
 LOCK, POLL_SECONDS = ".lock", 0.5
 
 
+class Damaged(Exception):
+    """A file is not what was written; the message says why."""
+
+
 def synchronize(path: Path) -> None:
     """Waits until a file, or the names in a folder, have reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -86,14 +90,17 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def damage_of(path: Path) -> str | None:
-    """What is wrong with a file of torch.save, a zip with a checksum of every member; None where it is whole."""
+def check_zip(path: Path) -> None:
+    """Raises Damaged unless a file of torch.save, a zip with a checksum of every member, is whole."""
     try:
         with zipfile.ZipFile(path) as file:
-            wrong = file.testzip()
-    except Exception as error:  # of a directory that says anything, zipfile may say anything
-        return f"{type(error).__name__}: {error}"
-    return wrong and f"the checksum of {wrong} is wrong"
+            # torch.load takes what is marked as a folder for whatever stands in memory.
+            marked = [member.filename for member in file.infolist() if member.external_attr]
+            wrong = file.testzip() or next(iter(marked), None)
+    except Exception as error:  # a damaged directory may lead zipfile anywhere
+        raise Damaged(f"{path.name}: {error}") from error
+    if wrong:
+        raise Damaged(f"{path.name}: {wrong} in it is not what was written")
 
 
 def write_json(path: Path, data: Any) -> None:

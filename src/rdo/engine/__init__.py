@@ -43,11 +43,8 @@ class Engine(Protocol):
     def save(self, path: Path, step: int) -> None:
         """Writes a checkpoint, whole or not at all."""
 
-    def damage_of(self, path: Path) -> str | None:
-        """What of a checkpoint is not as it was written, if anything; the first process asks."""
-
     def load(self, path: Path) -> int:
-        """Takes up a whole checkpoint; the steps it had done. Raises UserError where it is another model's."""
+        """Takes up a checkpoint; the steps it had done. Raises Damaged, and UserError where it is another run's."""
 
     def full_state(self) -> dict[str, torch.Tensor] | None:
         """All weights, whole, on the first process (None on the others); None everywhere where the model has them."""

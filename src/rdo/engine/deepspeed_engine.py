@@ -24,11 +24,11 @@ import torch.distributed
 from transformers import PreTrainedModel
 
 from rdo.adapters import has_adapter
-from rdo.distributed import meet, world
+from rdo.distributed import from_first, meet, world
 from rdo.engine import precision_of
 from rdo.engine.torch_engine import foreign
 from rdo.errors import UserError
-from rdo.files import damage_of, move_folder, read_json, replace_file, synchronize, write_json
+from rdo.files import Damaged, check_zip, move_folder, read_json, replace_file, synchronize, write_json
 from rdo.schema import EngineConfig
 
 T = TypeVar("T")
@@ -125,13 +125,17 @@ class ZeroEngine:
         return {"engine": self.name, "processes": world().size, "precision": str(self.precision)}
 
     def damage_of(self, path: Path) -> str | None:
+        """What of a checkpoint is not as it was written, if anything."""
         try:
-            files = [path / "state" / name for name in read_json(path / DESCRIPTION)["files"]]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            return f"its {DESCRIPTION} cannot be read ({type(error).__name__})"
-        return next((f"{file.name}: {damage}" for file in files if (damage := damage_of(file))), None)
+            for name in read_json(path / DESCRIPTION)["files"]:
+                check_zip(path / "state" / name)
+        except (Damaged, OSError, ValueError, LookupError, TypeError) as error:
+            return str(error)
+        return None
 
     def load(self, path: Path) -> int:
+        if damage := from_first(lambda: self.damage_of(path)):
+            raise Damaged(damage)
         there = read_json(path / DESCRIPTION)
         for what, here in self.described().items():
             if there[what] != here:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from rdo.adapters import load_trained_state, trained_state
 from rdo.engine import precision_of
 from rdo.errors import UserError
-from rdo.files import damage_of, replace_file
+from rdo.files import Damaged, check_zip, replace_file
 from rdo.schema import EngineConfig
 
 T = TypeVar("T")
@@ -65,11 +65,12 @@ class TorchEngine:
         with replace_file(path) as temporary:
             torch.save(state, temporary)
 
-    def damage_of(self, path: Path) -> str | None:
-        return damage_of(path)
-
     def load(self, path: Path) -> int:
-        state = torch.load(path, map_location=self.model.device, weights_only=True)
+        check_zip(path)
+        try:
+            state = torch.load(path, map_location=self.model.device, weights_only=True)
+        except RuntimeError as error:  # which takes the zip's directory more strictly
+            raise Damaged(str(error)) from error
         try:
             load_trained_state(self.model, state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
