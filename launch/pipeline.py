@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from rdo.alignment import choose_loss
 from rdo.artifacts import Provenance
-from rdo.configuration import CONF, compose_config, plain
+from rdo.checks import CONF, compose_config, plain
 from rdo.errors import UserError
 from rdo.main import check_command_line, fail
+from rdo.objectives.choice import choose_loss
 from rdo.run import Run
 from rdo.schema import Config
 from rdo.slurm import record

@@ -25,7 +25,7 @@ import rdo.adapters
 from helpers import TEXTS, configuration, from_configuration, policy, randomise, relative_error, scorer, tokenizer
 from rdo.adapters import choose_trained, has_adapter, load_trained_state, trained_state
 from rdo.artifacts import Artifact
-from rdo.configuration import compose_config
+from rdo.checks import compose_config
 from rdo.errors import UserError
 from rdo.forest import make_layout
 from rdo.given import given

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from rdo.artifacts import Provenance
-from rdo.configuration import CHOICES, CONF, compose_config, plain
+from rdo.checks import CHOICES, CONF, compose_config, plain
 from rdo.errors import UserError
 from rdo.main import check_command_line, score
 from rdo.run import Run

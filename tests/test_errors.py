@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from rdo import main
 from rdo.artifacts import MissingInput
-from rdo.configuration import CONF, compose_config
+from rdo.checks import CONF, compose_config
 from rdo.errors import NotFiniteError, UserError
 from rdo.main import check_arguments, check_command_line, check_run_dir, with_command
 from test_configuration import LEAVES
@@ -169,16 +170,11 @@ def test_a_damaged_file_of_conf_is_named(tmp_path, monkeypatch):
 def test_a_run_dir_that_cannot_be_written_to_is_said_first(tmp_path, refused):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "else")
-    names = {
-        "file": "File exists",
-        "file/run": "Not a directory",
-        "dangling": "File exists",
-        "x" * 300: "name too long",
-    }
-    for name, reason in {**{str(tmp_path / name): reason for name, reason in names.items()}, "/proc/run": ""}.items():
-        assert re.search(
-            rf"run_dir=\S+: cannot be written to \(.*{reason}.*\); choose another", refused(f"run_dir={name}")
-        )
+    reasons = {"file": "File exists", "file/run": "Not a directory", "dangling": "File exists", "x" * 300: "too long"}
+    for name, reason in reasons.items():
+        said = refused(f"run_dir={tmp_path / name}")
+        assert re.search(rf"run_dir=\S+: cannot be written to \(.*{reason}.*\); choose another", said)
+    assert "cannot be written to" in refused("run_dir=/proc/run")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]
 
 

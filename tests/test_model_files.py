@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from helpers import configuration, policy, tokenizer
 from rdo.checkpoints import Checkpoints
-from rdo.configuration import compose_config
+from rdo.checks import compose_config
 from rdo.engine.torch_engine import TorchEngine
 from rdo.errors import UserError
 from rdo.pretrained import load_policy, load_scorer, load_tokenizer, new_scorer, save_model

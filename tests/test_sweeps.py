@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from rdo.artifacts import Provenance, produce
-from rdo.configuration import CONF, compose_config
+from rdo.checks import CONF, compose_config
 from rdo.errors import UserError
 from rdo.files import append_json_line, write_json
 from rdo.main import run_config

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rdo.artifacts import Artifact, Provenance
-from rdo.configuration import compose_config, plain
+from rdo.checks import compose_config, plain
 from rdo.files import read_json_lines
 from rdo.main import prepare_process
 from rdo.run import Cache, Run

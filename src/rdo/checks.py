@@ -1,26 +1,34 @@
-"""Settings that do not go together, or that nothing would read: refused in one line, before any work."""
+"""From the command line and conf/ to a checked Config: what cannot run is one clear line before any work."""
 
 from __future__ import annotations
 
 import os
 import re
-import unicodedata
+import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
+from difflib import get_close_matches
 from functools import reduce
-from math import isfinite
+from math import inf, isfinite
+from pathlib import Path
 from typing import Any
 
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from pydantic import TypeAdapter, ValidationError
 
-from rdo.alignment import LossChoice
-from rdo.errors import UserError, printable
-from rdo.refusals import hinted
+from rdo.errors import UserError
+from rdo.objectives.choice import LossChoice, choose_loss
 from rdo.schema import Config, LoraConfig
 
-UNBOUNDED = float("inf")
+CONF = Path(__file__).parents[2] / "conf"
 
-# Settings that only one choice of another setting reads: given for any other, they would be ignored without a word.
+# Settings that only some choices of another setting read: given for any other, they would be ignored without a word.
 READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
     "dataset.path": ("dataset.source", ("file",)),
     **{
@@ -33,20 +41,172 @@ READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
     "rc.order": ("rc.name", ("diff",)),
     "rc.control": ("rc.name", ("reward", "diff", "oracle")),
     "rc.epsilon": ("rc.negative", ("floor",)),
+    "rc.scores": ("rc.name", ("reward", "diff")),
     "eval.temperature": ("eval.decoding", ("sample",)),
     "tracker.project": ("tracker.name", ("wandb",)),
     "tracker.group": ("tracker.name", ("wandb",)),
+    "diffmodel.beta0": ("diffmodel.form", ("paper",)),  # the others are antisymmetric by construction
+    "diffmodel.beta1": ("diffmodel.form", ("paper",)),
 }
 # The same, but a sweep or a comparison over rc has reason to give them for rc=none, too: these are only said.
 READ_WITH_COEFFICIENTS = ("rc.alpha", "rc.negative", "rc.scale")
-# Texts for a model, in which line breaks have their place.
-MODEL_TEXTS = ("model.difference_template",)
-MODEL_PATHS = ("model.path", "rm.path", "rm.backbone", "diffmodel.path", "diffmodel.backbone")
-# They name folders.
-NAMES = ("model.name", "dataset.name")
-NAME_LENGTH = 100
 # What a row of a comparison cannot set: it would be ignored, or part it from the row that the report shows.
 NOT_A_ROWS = ("stage", "seed", "run_dir", "build_inputs", "report")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Composing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def schema() -> DictConfig:
+    """Every setting with its default, for hydra to merge conf/ into; the keys of a loss are its function's parameters,
+    which `choose_loss` checks."""
+    node = OmegaConf.create(asdict(Config()))
+    OmegaConf.set_struct(node.loss, False)
+    return node
+
+
+ConfigStore.instance().store(name="schema", node=schema())
+
+
+def typed(composed: DictConfig) -> Config:
+    """The composed config, checked. Raises UserError, in one line that names the setting."""
+    try:
+        values = OmegaConf.to_container(composed, resolve=True)
+    except Exception as error:  # an interpolation may fail in any way that its resolver does
+        raise UserError(one_line(error)) from error
+    try:
+        config = TypeAdapter(Config).validate_python(values)
+    except ValidationError as error:
+        raise UserError(invalid(error.errors()[-1])) from error
+    check(config)
+    return config
+
+
+def compose_config(overrides: Sequence[str]) -> Config:
+    """The config of a command line, composed in this process. Raises UserError as `typed`."""
+    try:
+        if GlobalHydra.instance().is_initialized():
+            composed = compose("config", overrides=list(overrides))
+        else:
+            with initialize_config_dir(str(CONF), version_base="1.3"):
+                composed = compose("config", overrides=list(overrides))
+    except ValueError as error:  # hydra's answer to GROUP=null and GROUP=3
+        raise UserError(f"{shlex.join(overrides)}: {one_line(error)}") from error
+    except Exception as error:  # all that hydra works on is the command line and conf/: theirs is the mistake
+        raise UserError(one_line(error)) from error
+    return typed(composed)
+
+
+def sweep_points(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """Command lines that together hold every value of a sweep: the first of all, then each other one in turn; none of
+    a range that a sweeper draws from. Raises UserError."""
+    choices: list[list[str]] = []
+    try:
+        for override in OverridesParser.create().parse_overrides(list(overrides)):
+            if override.is_sweep_override() and not override.is_discrete_sweep():
+                return
+            values = override.sweep_string_iterator() if override.is_sweep_override() else ()
+            choices.append([f"{override.get_key_element()}={value}" for value in values] or [override.input_line or ""])
+    except Exception as error:  # see compose_config
+        raise UserError(one_line(error)) from error
+    first = [texts[0] for texts in choices]
+    yield first
+    for number, texts in enumerate(choices):
+        for text in texts[1:]:
+            yield [*first[:number], text, *first[number + 1 :]]
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The config as it goes into manifests."""
+    return asdict(config)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What to say of a mistake
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def invalid(problem: Any) -> str:
+    """One of pydantic's errors in one line: the setting, its value, and what is allowed."""
+    names = {part for name in setting_names() for part in (name, name.rpartition(".")[0])}
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "unexpected_keyword_argument":
+        return unknown_setting(key)
+    while key not in names and "." in key:  # places in lists, members of unions
+        key = key.rpartition(".")[0]
+    value = problem["input"]
+    if problem["type"] == "literal_error":
+        return not_one_of(key, value, re.findall("'([^']*)'", problem["ctx"]["expected"]))
+    if problem["type"] == "string_too_short":
+        return f"{key} is empty: give it a value, or {key}=null for none"
+    said = problem["msg"].replace("Input should be ", "").removeprefix("List should ")
+    return f"{key}={value}: must {'' if said.startswith('have') else 'be '}{said}"
+
+
+def not_one_of(key: str, value: object, allowed: Sequence[str]) -> str:
+    """What to say of a value that is none of those allowed, with the nearest of them as a suggestion."""
+    return f"{key}={value}: must be one of {', '.join(allowed)}{did_you_mean(str(value), allowed)}"
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """The end of a message that suggests the nearest of the known names; nothing where none is near."""
+    near = get_close_matches(word, known, n=1, cutoff=0.7)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def unknown_setting(key: str) -> str:
+    """What to say of a key that there is not: the nearest of its section, or those of its name in others."""
+    names = setting_names()
+    section, _, name = key.rpartition(".")
+    own = [known for known in names if known.rpartition(".")[0] == section]
+    hint = did_you_mean(key, own or names)
+    if not hint and (named := [known for known in names if known.rpartition(".")[2] == name]) and len(named) < 4:
+        hint = f" (did you mean {' or '.join(named)}?)"
+    return f"{key}: there is no such setting{hint or '; see --cfg job'}"
+
+
+def setting_names(section: Any = None, prefix: str = "") -> list[str]:
+    """The dotted names of every setting."""
+    section = section or Config()
+    found: list[str] = []
+    for field in fields(section):
+        value, own = getattr(section, field.name), f"{prefix}{field.name}"
+        found += setting_names(value, f"{own}.") if is_dataclass(value) else [own]
+    return found
+
+
+def one_line(error: BaseException) -> str:
+    """Hydra and OmegaConf spread an error over several lines and causes; this keeps what a user needs of it."""
+    lines: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        said = str(cause).partition("Config search path")[0].partition("To append")[0]
+        lines += [line.strip().rstrip(".") for line in said.splitlines() if line.strip() and line.strip() not in lines]
+        cause = cause.__cause__
+    noise = ("object_type", "reference_type", "Set the env", "^")
+    text = "; ".join(line for line in lines if not line.startswith(noise))
+    if found := re.search(r"Could not find '([\w/]+)/([^'/]*)'; Available options in '[\w/]+':; (.*)", text):
+        return not_one_of(f"{found[1]}", found[2], found[3].split("; "))
+    if (found := re.search(r"Key '.*' (?:is )?not in .*; ?full_key: ([\w.]+)", text)) and found[1][:6] != "hydra.":
+        return unknown_setting(found[1])
+    if isinstance(error, OverrideParseException):
+        text = f"{error.override}: {text.partition('; See https')[0]}"
+    return text or type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What does not go together
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check(config: Config) -> None:
+    """Raises UserError for settings that exclude each other, or that nothing would read."""
+    loss = choose_loss(config.loss)
+    for rule in (loss_problems, data_problems, model_problems, scorer_problems, report_problems, unread):
+        for problem in rule(config, loss):
+            raise UserError(problem)
+    try_loss(loss)
 
 
 def value_at(config: Config, key: str) -> Any:
@@ -54,63 +214,14 @@ def value_at(config: Config, key: str) -> Any:
     return reduce(getattr, key.split("."), config)
 
 
-def one_of(key: str, value: str, allowed: Sequence[str]) -> None:
-    """Raises UserError unless the value is one of those allowed."""
-    if value not in allowed:
-        raise UserError(hinted(f"{key}={value}: must be one of {', '.join(allowed)}"))
-
-
-def within(key: str, value: float | None, low: float, high: float = UNBOUNDED, above: bool = False) -> None:
-    """Raises UserError unless low <= value <= high (above: low < value), and for infinity; None is always fine."""
-    if value is not None and not ((low < value if above else low <= value) and value <= high and value < UNBOUNDED):
-        bound = f"{'above' if above else 'at least'} {low:g}" + (f" and at most {high:g}" if high < UNBOUNDED else "")
-        bound += " and finite" if value == UNBOUNDED == high else ""
-        raise UserError(f"{key}={value}: must be {bound}")
-
-
-def texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text of a config with the key of its setting, names of rows included."""
-    if is_dataclass(value):
-        for field in fields(value):
-            yield from texts(getattr(value, field.name), f"{key}.{field.name}".lstrip("."))
-    elif isinstance(value, dict):
-        for name, member in value.items():
-            yield key, str(name)
-            yield from texts(member, f"{key}.{name}")
-    elif isinstance(value, list | tuple):
-        for member in value:
-            yield from texts(member, key)
-    elif isinstance(value, str):
-        yield key, value
-
-
-def check_texts(config: Config) -> None:
-    """No text is empty, or holds a control character."""
-    for key, text in texts(config):
-        if key in MODEL_TEXTS:
-            continue
-        if not text:
-            raise UserError(f"{key} is empty: give it a value, or {key}=null for none")
-        if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
-            raise UserError(f"{key}={printable(text, keep='')}: holds a control character")
-    for key in NAMES:
-        name = value_at(config, key)
-        if not re.fullmatch(rf"[^/\\.][^/\\]{{0,{NAME_LENGTH - 1}}}", name):
-            raise UserError(f"{key}={name}: names a folder, so no / or \\, no dot in front, {NAME_LENGTH} characters")
-    if config.run_dir.startswith("~"):
-        raise UserError(f"run_dir={config.run_dir}: ~ is not expanded here; write $HOME")
-
-
-def check_unread(config: Config) -> None:
-    """Raises UserError for a setting that has no effect under what another one chooses."""
+def unread(config: Config, _: LossChoice) -> Iterator[str]:
+    """Settings that have no effect under what another one chooses."""
     for key, (chooser, readers) in READ_BY.items():
         value, default, choice = value_at(config, key), value_at(Config(), key), value_at(config, chooser)
         if value != default and choice not in readers:
             allowed = " or ".join(f"{chooser}={reader}" for reader in readers)
-            raise UserError(
-                f"{key}={value} has no effect with {chooser}={choice}, only with {allowed}; leave it out, or set "
-                f"{key}={'null' if default is None else default}"
-            )
+            wanted = "null" if default is None else default
+            yield f"{key}={value} has no effect with {chooser}={choice}, only with {allowed}: set {key}={wanted}"
 
 
 def without_effect(config: Config) -> list[str]:
@@ -121,24 +232,36 @@ def without_effect(config: Config) -> list[str]:
     return [f"{key}={value_at(config, key)} has no effect with rc=none" for key in given]
 
 
-def check_loss(config: Config, loss: LossChoice) -> None:
-    """The loss: calls it on made-up numbers, so that what it refuses is refused now, and not after hours of work."""
+def loss_problems(config: Config, loss: LossChoice) -> Iterator[str]:
+    """The loss, and what ranks the responses, if anything does."""
     for key, value in loss.settings.items():
         if isinstance(value, float) and not isfinite(value):
-            raise UserError(f"loss.{key}={value}: must be finite")
-    within("loss.beta", loss.settings.get("beta"), 0.0, above=True)
-    within("loss.sft_weight", loss.sft_weight, 0.0)
+            yield f"loss.{key}={value}: must be finite"
+    if not loss.settings.get("beta", 1.0) > 0:
+        yield f"loss.beta={loss.settings['beta']}: must be above 0"
+    if not 0 <= loss.sft_weight < inf:
+        yield f"loss.sft_weight={loss.sft_weight}: must be at least 0 and finite"
     by_sample = bool(loss.inputs & {"log_ratio", "desirable"})
     if by_sample != (loss.mean_over == "samples"):
         kind, wanted = ("response", "samples") if by_sample else ("pair", "pairs or queries")
-        raise UserError(
-            f"loss.mean_over={loss.mean_over}: loss={loss.name} has a value a {kind}, so it must be {wanted}"
+        yield f"loss.mean_over={loss.mean_over}: loss={loss.name} has a value a {kind}, so it must be {wanted}"
+    if loss.pairs != "ranking" and loss.ranking != "labels":
+        yield f"loss.ranking={loss.ranking} has no effect with loss.pairs={loss.pairs}, only with ranking"
+    if loss.pairs == "ranking" and loss.ranking == "labels" and config.align.min_responses > 2:
+        yield "loss.ranking=labels ranks by the labelled pairs alone: use loss.ranking=reward, diff or scores"
+    if loss.sft_weight and loss.reads_labels and config.rc.negative == "flip":
+        yield (
+            "rc.negative=flip believes the scorer, but loss.sft_weight imitates the label's best response: use "
+            "loss.ranking=reward or diff, or loss.sft_weight=0"
         )
-    check_ranking(config, loss)
     if not loss.sft_weight and loss.sft_reduction != "mean":
-        raise UserError(f"loss.sft_reduction={loss.sft_reduction} has no effect without loss.sft_weight above 0")
+        yield f"loss.sft_reduction={loss.sft_reduction} has no effect without loss.sft_weight above 0"
     if loss.settings.get("robust") and not loss.settings.get("label_smoothing"):
-        raise UserError("loss.robust=true has no effect without loss.label_smoothing above 0")
+        yield "loss.robust=true has no effect without loss.label_smoothing above 0"
+
+
+def try_loss(loss: LossChoice) -> None:
+    """Calls the loss on made-up numbers: what it refuses is refused now, and not after hours of work."""
     inputs: dict[str, torch.Tensor] = {name: torch.ones(2) for name in loss.inputs - {"kl", "desirable"}}
     if "kl" in loss.inputs:
         inputs["kl"] = torch.zeros(())
@@ -150,158 +273,102 @@ def check_loss(config: Config, loss: LossChoice) -> None:
         raise UserError(f"loss={loss.name}: {error}") from error
 
 
-def check_ranking(config: Config, loss: LossChoice) -> None:
-    """What ranks the responses, if anything does."""
-    if loss.pairs != "ranking" and loss.ranking != "labels":
-        raise UserError(f"loss.ranking={loss.ranking} has no effect with loss.pairs={loss.pairs}, only with ranking")
-    if loss.pairs == "ranking" and loss.ranking == "labels" and config.align.min_responses > 2:
-        raise UserError(
-            "loss.ranking=labels ranks by the labelled pairs alone: use loss.ranking=reward, diff or scores"
-        )
-    if loss.sft_weight and (loss.pairs == "preferences" or loss.ranking == "labels") and config.rc.negative == "flip":
-        raise UserError(
-            "rc.negative=flip believes the scorer, but loss.sft_weight imitates the label's best response: use "
-            "loss.ranking=reward or diff, or loss.sft_weight=0"
-        )
-
-
-def check_data(config: Config) -> None:
+def data_problems(config: Config, _: LossChoice) -> Iterator[str]:
     """Where the data comes from."""
     dataset = config.dataset
-    if dataset.source == "file":
-        paths = dataset.path if isinstance(dataset.path, list) else [dataset.path]
-        if not paths or paths == [None]:
-            raise UserError(f"dataset={dataset.name} needs dataset.path: a file, a glob in quotes, or a list of them")
-        for path in paths:
-            if not isinstance(path, str):
-                raise UserError(f"dataset.path={path}: must be a file or a list of files (write ./{path} for a number)")
+    if dataset.source == "file" and not dataset.path:
+        yield f"dataset={dataset.name} needs dataset.path: a file, a glob in quotes, or a list of them"
     if dataset.source == "hub" and not dataset.hub_name:
-        raise UserError(f"dataset={dataset.name} needs dataset.hub_name, for example Dahoas/rm-static")
+        yield f"dataset={dataset.name} needs dataset.hub_name, for example Dahoas/rm-static"
     if dataset.hub_test_split and not dataset.hub_split:
-        raise UserError(f"dataset.hub_test_split={dataset.hub_test_split} needs dataset.hub_split, what to train on")
+        yield f"dataset.hub_test_split={dataset.hub_test_split} needs dataset.hub_split, what to train on"
     if dataset.hub_split and dataset.hub_split == dataset.hub_test_split:
-        raise UserError(f"dataset.hub_split={dataset.hub_split} is dataset.hub_test_split, too: test on another")
+        yield f"dataset.hub_split={dataset.hub_split} is dataset.hub_test_split, too: test on another"
     if dataset.validation_share + dataset.test_share >= 1:
-        raise UserError("dataset.validation_share + dataset.test_share must be below 1: nothing is left to train on")
+        yield "dataset.validation_share + dataset.test_share must be below 1: nothing is left to train on"
 
 
-def check_lora(config: Config) -> None:
-    """Settings of an adapter without one, and an adapter without a model to adapt."""
-    lora, default = config.model.lora, LoraConfig()
-    if lora.rank is None:
-        for field in fields(lora):
-            value = getattr(lora, field.name)
-            if value != getattr(default, field.name):
-                raise UserError(f"model.lora.{field.name}={value} has no effect without model.lora.rank, such as 8")
-        return
-    if not lora.target_modules:
-        raise UserError("model.lora.target_modules is empty: name modules, such as [q_proj,v_proj], or [all-linear]")
-    if config.stage.name == "sft" and not config.model.path:
-        raise UserError(
-            f"model.lora.rank={lora.rank} adapts a trained model, and stage=sft makes model={config.model.name} from "
-            "scratch, whole: leave it out, or set model.path"
-        )
-
-
-def check_model(config: Config) -> None:
-    """Where models come from, and whether they fit the data."""
-    dataset, model = config.dataset, config.model
-    if len(model.difference_template) != 3:
-        raise UserError("model.difference_template: must be three texts, before query, first and second response")
-    for key in MODEL_PATHS:
-        path = value_at(config, key)
-        if path and os.path.isfile(path):
-            hint = " (GGUF cannot be trained: take the model it was made from)" if path.endswith(".gguf") else ""
-            raise UserError(f"{key}={path}: is a file; give the model's folder{hint}")
+def model_problems(config: Config, _: LossChoice) -> Iterator[str]:
+    """Where models come from, whether they fit the data, and their adapters."""
+    dataset, model, lora = config.dataset, config.model, config.model.lora
+    for key in ("model.path", "rm.path", "rm.backbone", "diffmodel.path", "diffmodel.backbone"):
+        if (path := value_at(config, key)) and os.path.isfile(path):
+            yield f"{key}={path}: is a file; give the model's folder"
     if model.revision and (not model.path or os.path.isdir(model.path)):
         what = f"model.path={model.path} is a folder" if model.path else "model.path is not set"
-        raise UserError(f"model.revision={model.revision} is a revision on the hub, but {what}; leave it out")
+        yield f"model.revision={model.revision} is a revision on the hub, but {what}; leave it out"
+    for field in fields(lora) if lora.rank is None else ():
+        if (value := getattr(lora, field.name)) != getattr(LoraConfig(), field.name):
+            yield f"model.lora.{field.name}={value} has no effect without model.lora.rank, such as 8"
+    if lora.rank is not None and not lora.target_modules:
+        yield "model.lora.target_modules is empty: name modules, such as [q_proj,v_proj], or [all-linear]"
+    if config.stage.name == "sft" and not config.sft.enabled:
+        yield "stage=sft has nothing to do with sft.enabled=false, which takes model.path as it is"
     if model.path:
         return
+    if lora.rank is not None and config.stage.name == "sft":
+        yield f"model.lora.rank={lora.rank} adapts a trained model, and stage=sft makes one: set model.path"
     if model.tokenizer == "path":
-        raise UserError(f"model={model.name} needs model.path, a folder or the name of a model on the hub")
+        yield f"model={model.name} needs model.path, a folder or the name of a model on the hub"
     if not config.sft.enabled:
-        raise UserError("sft.enabled=false takes model.path as the base policy, but model.path is not set")
+        yield "sft.enabled=false takes model.path as the base policy, but model.path is not set"
     if model.hidden_size % (2 * model.heads):
-        raise UserError(f"model.hidden_size={model.hidden_size}: must be an even multiple of model.heads={model.heads}")
+        yield f"model.hidden_size={model.hidden_size}: must be an even multiple of model.heads={model.heads}"
     if model.key_value_heads and model.heads % model.key_value_heads:
-        raise UserError(f"model.key_value_heads={model.key_value_heads}: must divide model.heads={model.heads}")
-    if config.stage.name in ("inspect", "bench"):
-        return  # which make a tokenizer for any data
+        yield f"model.key_value_heads={model.key_value_heads}: must divide model.heads={model.heads}"
+    if config.stage.name == "inspect":
+        return  # which makes a tokenizer for any data
     if model.tokenizer == "toy" and dataset.source != "toy":
-        raise UserError(
+        yield (
             f"model={model.name} reads the toy world's words only: with dataset={dataset.name} use "
             "model=small (from scratch), or model=hub model.path=NAME"
         )
     if dataset.template == "chat":
-        raise UserError(
+        yield (
             f"dataset.template=chat is the template of a model's own tokenizer, and model={model.name} starts from "
             "scratch: set model.path, or dataset.template to raw, hh, alpaca or tldr"
         )
 
 
-def check_rc(config: Config) -> None:
-    """Coefficients and their controls."""
+def scorer_problems(config: Config, _: LossChoice) -> Iterator[str]:
+    """Coefficients, and where scorers come from."""
     rc = config.rc
     if rc.name == "oracle" and config.dataset.source != "toy":
-        raise UserError("rc=oracle knows the true reward, which only dataset=toy has; use rc=reward or rc=diff")
+        yield "rc=oracle knows the true reward, which only dataset=toy has; use rc=reward or rc=diff"
     if rc.control == "filter" and rc.negative != "clip":
-        raise UserError("rc.control=filter drops the pairs with R < 0, so rc.negative must be clip")
+        yield "rc.control=filter drops the pairs with R < 0, so rc.negative must be clip"
     if rc.control == "filter" and rc.scale != "none":
-        raise UserError("rc.control=filter weighs no pair, so rc.scale must be none")
-    if rc.scores and rc.name not in ("reward", "diff"):
-        raise UserError(f"rc.scores names scores to read R from, but rc={rc.name} reads none: use rc=reward or rc=diff")
+        yield "rc.control=filter weighs no pair, so rc.scale must be none"
     if rc.scores and config.stage.name == "score":
-        raise UserError("stage=score makes scores, but rc.scores names finished ones: leave one out")
-
-
-def check_scorers(config: Config) -> None:
-    """Where scorers come from, and the regularisers, which only one form of difference model has a use for."""
+        yield "stage=score makes scores, but rc.scores names finished ones: leave one out"
     for name in ("rm", "diffmodel"):
         section = getattr(config, name)
         if section.path and section.backbone:
-            raise UserError(f"{name}.path is a finished scorer, {name}.backbone one to train: give one of the two")
+            yield f"{name}.path is a finished scorer, {name}.backbone one to train: give one of the two"
         if section.path and config.stage.name == name:
-            raise UserError(f"stage={name} trains a scorer, but {name}.path names a finished one: leave one out")
-    if config.stage.name == "sft" and not config.sft.enabled:
-        raise UserError("stage=sft has nothing to do with sft.enabled=false, which takes model.path as it is")
-    form = config.diffmodel.form
-    if form != "paper" and (config.diffmodel.beta0 or config.diffmodel.beta1):
-        raise UserError(
-            f"diffmodel.form={form} is antisymmetric by construction: set diffmodel.beta0=0 diffmodel.beta1=0"
-        )
+            yield f"stage={name} trains a scorer, but {name}.path names a finished one: leave one out"
     if len(set(config.eval.judges)) < len(config.eval.judges):
-        raise UserError(f"eval.judges={','.join(config.eval.judges)}: names a judge twice")
+        yield f"eval.judges={','.join(config.eval.judges)}: names a judge twice"
 
 
-def check_metric(config: Config) -> None:
-    """What a stage is to return to a sweep; whether it is there, `stage_metric` says when the stage is done."""
-    if config.metric is None:
+def report_problems(config: Config, _: LossChoice) -> Iterator[str]:
+    """What a stage returns to a sweep (whether it is there, `stage_metric` says), and the rows of a comparison."""
+    stage, report = config.stage.name, config.report
+    if config.metric is not None and stage in ("inspect", "report", "pipeline"):
+        yield f"metric={config.metric} is what one stage returns to a sweep, and stage={stage} returns nothing"
+    judged = re.match(r"(?:rewards|mean_difference_to_base|against_base)\.(\w+)", config.metric or "")
+    if stage == "eval" and judged and judged[1] not in config.eval.judges:
+        yield not_one_of(f"the judge of metric={config.metric}", judged[1], config.eval.judges)
+    if stage not in ("report", "pipeline"):
         return
-    if config.stage.name in ("inspect", "report", "pipeline", "bench"):
-        raise UserError(
-            f"metric={config.metric} is what one stage returns to a sweep, and stage={config.stage.name} returns "
-            "nothing: leave it out, or sweep over stage=eval"
-        )
-    first, _, judge = config.metric.partition(".")
-    if config.stage.name == "eval" and first in ("rewards", "mean_difference_to_base", "against_base"):
-        one_of(f"the judge of metric={config.metric}", judge.partition(".")[0], config.eval.judges)
-
-
-def check_report(config: Config) -> None:
-    """The rows of a comparison, where one is made."""
-    if config.stage.name not in ("report", "pipeline"):
-        return
-    report = config.report
     if not report.rows or not report.seeds:
-        raise UserError(f"report.{'seeds' if report.rows else 'rows'} is empty: there is nothing to compare")
+        yield f"report.{'seeds' if report.rows else 'rows'} is empty: there is nothing to compare"
     if len(set(report.seeds)) < len(report.seeds):
-        raise UserError(f"report.seeds={report.seeds}: names a seed twice")
+        yield f"report.seeds={report.seeds}: names a seed twice"
     if os.path.isabs(report.folder) or ".." in report.folder.split("/"):
-        raise UserError(f"report.folder={report.folder}: must be a folder within run_dir")
+        yield f"report.folder={report.folder}: must be a folder within run_dir"
     for part in ("worlds", "rows"):
         for name, overrides in getattr(report, part).items():
-            for override in overrides:
-                key = override.lstrip("+~").partition("=")[0]
+            for key in (override.lstrip("+~").partition("=")[0] for override in overrides):
                 if key.split(".")[0] in NOT_A_ROWS:
-                    raise UserError(f"report.{part}.{name}: {key} is the same for all rows; set it on the command line")
+                    yield f"report.{part}.{name}: {key} is the same for all rows; set it on the command line"

@@ -23,13 +23,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from rdo import distributed, interrupts, processor
-from rdo.alignment import choose_loss
 from rdo.artifacts import Artifact, MissingInput, Provenance
-from rdo.checks import without_effect
-from rdo.configuration import compose_config, plain, sweep_points, typed
+from rdo.checks import compose_config, plain, sweep_points, typed, without_effect
 from rdo.errors import UserError, described, printable
 from rdo.files import read_json
 from rdo.metric import stage_metric
+from rdo.objectives.choice import choose_loss
 from rdo.report.console import describe_policy, describe_scorer
 from rdo.run import Cache, Run
 from rdo.schema import Config, EngineConfig

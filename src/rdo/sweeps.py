@@ -7,7 +7,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
-from rdo.configuration import compose_config, sweep_points
+from rdo.checks import compose_config, sweep_points
 from rdo.errors import UserError
 from rdo.main import fail
 

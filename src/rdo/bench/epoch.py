@@ -26,7 +26,7 @@ from rdo.bench.measure import timed
 from rdo.bench.subjects import Subjects
 from rdo.bench.suite import Setting
 from rdo.bench.works import BETA
-from rdo.configuration import compose_config, plain
+from rdo.checks import compose_config, plain
 from rdo.data.encoding import EncodedRecord
 from rdo.files import read_json_lines
 from rdo.run import Run

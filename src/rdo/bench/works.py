@@ -16,14 +16,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rdo import models, scorers
-from rdo.alignment import AlignmentRecord, AlignmentTask, Pair, choose_loss
+from rdo.alignment import AlignmentRecord, AlignmentTask, Pair
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
 from rdo.engine.torch_engine import TorchEngine
 from rdo.forest import Flat, Layout, LayoutName, TokenIds
 from rdo.log_probabilities import read_under
-from rdo.losses import best_response, rrhf_pairs
 from rdo.models import is_decoder_scorer
+from rdo.objectives.choice import choose_loss
+from rdo.objectives.losses import best_response, rrhf_pairs
 from rdo.schema import EngineConfig
 from rdo.scorers import ComparisonTemplate, Reading, add_difference
 from rdo.step import Task, deal_step, training_step

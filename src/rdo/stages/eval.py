@@ -105,7 +105,7 @@ def evaluate_policy(run: Run, subject: str) -> Artifact:
     return produce(run.provenance, "eval", label, settings, inputs, make, run.requested == "eval")
 
 
-def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: list[str], folder: Path) -> dict[str, Any]:
+def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: Sequence[str], folder: Path) -> dict[str, Any]:
     """Generates, judges, compares, and writes the two files. Raises as `Shards.make` does."""
     config = run.config
     records = run.records(config.eval.split)
@@ -141,7 +141,7 @@ def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: list[str], f
 def judge_responses(
     run: Run,
     inputs: dict[str, Artifact],
-    judges: list[str],
+    judges: Sequence[str],
     chosen: list[Record],
     responses: list[Generation],
     against: list[dict[str, Any]] | None,

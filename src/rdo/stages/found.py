@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rdo.artifacts import MANIFEST, Artifact, is_finished, read_manifest
-from rdo.configuration import schema, typed
+from rdo.checks import schema, typed
 from rdo.errors import UserError
 from rdo.lineage import SWEPT, determinants
 from rdo.schema import Config
@@ -61,7 +61,7 @@ def finished_evaluations(run_dir: Path) -> tuple[list[Found], list[str]]:
     return found, problems
 
 
-def subject_of(manifest: Mapping[str, Any]) -> str:
+def subject_of(manifest: Mapping[str, Any]) -> Any:
     """The eval.subject of an evaluation, which may have been made for another's sake."""
     if "scorer" in manifest["inputs"]:
         return str(manifest["label"]).removeprefix("scorer-")

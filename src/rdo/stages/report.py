@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from rdo import distributed
-from rdo.alignment import choose_loss
 from rdo.artifacts import MANIFEST, Artifact, MissingInput, code_revision, is_finished
-from rdo.configuration import compose_config, plain
+from rdo.checks import compose_config, plain
 from rdo.errors import UserError
 from rdo.files import read_json, read_json_lines
 from rdo.lineage import swept
+from rdo.objectives.choice import choose_loss
 from rdo.pretrained import load_tokenizer
 from rdo.report.console import describe_comparison
 from rdo.report.page import write_report
