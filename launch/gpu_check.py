@@ -20,26 +20,34 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
 # ruff: noqa: E402
 
 import torch
 import transformers
+from launch.bench.suite import measure_all
+from launch.bench.works import RIVALS, WORKS, make_bench
 
 import gpu_checks as suite
 from rdo.attention import KERNELS, OBSTACLES
-from rdo.bench.gpu import run
 from rdo.readout import LOGITS_BUDGET
+from rdo.schema import EngineConfig, ModelConfig
 
 MODELS = ("llama-grouped", "llama", "mistral-window", "gpt2", "gpt-neox", "qwen2", "gemma", "gemma3", "gpt2-by-layer")
 TASKS = ("dpo", "rrhf", "kto", "pointwise", "paper")
 CHECK_SHARE = 0.6  # of the time, that the checks may take; what they leave is the benchmark's
-# Seconds that must be left for a check to begin; what compiles takes long.
-USUAL, COMPILING = 6.0, 45.0
+USUAL = 6.0  # seconds that must be left for a check to begin
+# Seconds that making the benchmark's models, and one work, may take at the most.
+MODELS_SECONDS, WORK_SECONDS = 90.0, 40.0
+LARGE = ModelConfig(  # 1.1B parameters, grouped queries
+    vocabulary_size=32000, hidden_size=2048, intermediate_size=5632, layers=22, heads=32, key_value_heads=4,
+    max_positions=8192,
+)  # fmt: skip
 
 
 class Checks:
@@ -95,7 +103,7 @@ class Checks:
 
 
 def check_all(checks: Checks, device: torch.device) -> None:
-    """Every check that the device can run; what compiles comes last."""
+    """Every check that the device can run."""
     gpu = device.type == "cuda"
     modes = tuple(suite.MODES) if gpu else ("float32",)
     checks.run("transfers", partial(suite.check_transfers, device))
@@ -104,9 +112,8 @@ def check_all(checks: Checks, device: torch.device) -> None:
     for mode in modes:
         for name in MODELS:
             checks.run(f"{name} {mode} flat", partial(suite.check_flat, name, mode, device))
-    kernels = [kernel for kernel in KERNELS if kernel != "flex"]
     for mode in modes:
-        for kernel in kernels:
+        for kernel in KERNELS:
             check_kernel(checks, mode, kernel, MODELS, device)
     for mode in modes:
         for budget in (LOGITS_BUDGET, 20_000, 1_000):
@@ -115,28 +122,26 @@ def check_all(checks: Checks, device: torch.device) -> None:
     for precision in ("float32", "bfloat16") if gpu else ("float32",):
         for task in TASKS:
             checks.run(f"task {task} {precision}", partial(suite.check_task, task, precision, device))
-    for kernel in kernels:
+    for kernel in KERNELS:
         check_recomputing(checks, "autocast" if gpu else "float32", kernel, device)
     if gpu:
-        check_waiting_and_flex(checks, device)
+        check_waiting(checks, device)
 
 
-def check_kernel(
-    checks: Checks, mode: str, kernel: str, models: Sequence[str], device: torch.device, seconds: float = USUAL
-) -> None:
+def check_kernel(checks: Checks, mode: str, kernel: str, models: Sequence[str], device: torch.device) -> None:
     """Models in a forest under a kernel, where the device has it."""
     why_not = suite.obstacle(kernel, mode, device)
     if why_not is not None:
         return checks.leave_out(f"{mode} {kernel}", why_not)
     for name in models:
-        checks.run(f"{name} {mode} {kernel}", partial(suite.check_model, name, mode, kernel, device), seconds)
+        checks.run(f"{name} {mode} {kernel}", partial(suite.check_model, name, mode, kernel, device))
 
 
-def check_recomputing(checks: Checks, mode: str, kernel: str, device: torch.device, seconds: float = USUAL) -> None:
+def check_recomputing(checks: Checks, mode: str, kernel: str, device: torch.device) -> None:
     """Gradient checkpointing under a kernel, where the device has it."""
     if suite.obstacle(kernel, mode, device) is None:
         check = partial(suite.check_model, "llama-grouped", mode, kernel, device, recomputing=True)
-        checks.run(f"recomputing {mode} {kernel}", check, seconds)
+        checks.run(f"recomputing {mode} {kernel}", check)
 
 
 def check_choices(checks: Checks, device: torch.device) -> None:
@@ -147,19 +152,27 @@ def check_choices(checks: Checks, device: torch.device) -> None:
         checks.run(f"choice {mode}", partial(suite.check_choice, mode, expected, device))
 
 
-def check_waiting_and_flex(checks: Checks, device: torch.device) -> None:
-    """What only a GPU can get wrong, and the kernel that compiles."""
+def check_waiting(checks: Checks, device: torch.device) -> None:
+    """What only a GPU can get wrong."""
     for precision in ("float32", "bfloat16"):
         for task in TASKS:
-            name = f"waiting {task} {precision} auto"
-            checks.run(name, partial(suite.check_waiting, task, "auto", precision, device))
-    for mode in ("bfloat16", "autocast", "float32", "float16"):
-        models = MODELS if mode == "bfloat16" else MODELS[:1]  # the others would compile the same again
-        check_kernel(checks, mode, "flex", models, device, COMPILING)
-    check_recomputing(checks, "autocast", "flex", device, COMPILING)
-    for name in ("llama-grouped", "mistral-window"):
-        checks.run(f"compiling {name} flex", partial(suite.check_compiling, name, device), COMPILING)
-    checks.run("waiting dpo bfloat16 flex", partial(suite.check_waiting, "dpo", "flex", "bfloat16", device), COMPILING)
+            check = partial(suite.check_waiting, task, "auto", precision, device)
+            checks.run(f"waiting {task} {precision} auto", check)
+
+
+def benchmark(device: torch.device, seconds: float, out: Path, model: ModelConfig = LARGE) -> dict[str, Any] | None:
+    """Everything of bench.json that fits into the time; it is in out/bench.json as it comes. TRL takes part if it is
+    installed. None where there is no time at all."""
+    ends = time.monotonic() + seconds - WORK_SECONDS
+    if seconds < MODELS_SECONDS + WORK_SECONDS:
+        print(f"no benchmark: {seconds:.0f} s are left, and it needs {MODELS_SECONDS + WORK_SECONDS:.0f}", flush=True)
+        return None
+    engine = EngineConfig(precision="auto", device=device.type, tokens_per_micro_batch=16384)
+    against = [name for name in RIVALS if find_spec("trl") or not name.startswith("trl")]
+    chosen = {"against": against, "threads": [torch.get_num_threads()], "rounds": 5, "pairs": 16}
+    with make_bench(model, engine, device, say=partial(print, flush=True), **chosen) as bench:
+        works = [name for name in WORKS if name != "generation"]  # which needs pyarrow
+        return measure_all(bench, out / "bench.json", works, growth=True, ends=ends)
 
 
 def described(device: torch.device) -> dict[str, str]:
@@ -196,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_all(checks, device)
     if device.type == "cuda" and not options.only:
         try:
-            checks.found["benchmark"] = run(device, started + options.seconds - time.monotonic(), options.out)
+            checks.found["benchmark"] = benchmark(device, started + options.seconds - time.monotonic(), options.out)
         except Exception:  # what was checked stands
             checks.record("benchmark", math.nan, 0.0, 0.0, traceback.format_exc())
             traceback.print_exc()

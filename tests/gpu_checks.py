@@ -1,4 +1,4 @@
-"""What launch/gpu_check.py checks: numbers of a device against float32 on the CPU, waiting, compiling, transfers.
+"""What launch/gpu_check.py checks: numbers of a device against float32 on the CPU, waiting, transfers.
 
 Every check yields lines: what, an error, and how large it may be. What is wanted is the `flat` layout (one padded row a
 sequence, transformers' own attention) on the CPU in float32. In half precision nothing comes close to that; so what the
@@ -68,7 +68,7 @@ class Numbers:
 
 @cache
 def sequences() -> list[tuple[int, ...]]:
-    """A tree of sequences whose paths cross blocks of FlexAttention, and some that part late, early or not at all."""
+    """A tree of sequences that are long, and some that part late, early or not at all."""
     coin = random.Random(4)
     query, first, second = words(coin, 150), words(coin, 60), words(coin, 61)
     return [*tree(11, count=10, longest=200), query + first, query + second, query, query + first, (7,)]
@@ -123,8 +123,8 @@ def compared(found: Errors, flat: Errors, mode: str, floor: float = 1.0) -> Line
 
 
 def prepare(model: PreTrainedModel, kernel: str, mode: str) -> None:
-    """A forest under a kernel. Flex would compile for the trial run apart, and an emulation is refused on a CPU."""
-    if kernel == "flex" or (kernel == "varlen" and model.device.type == "cpu"):
+    """A forest under a kernel; an emulation would be refused on a CPU."""
+    if kernel == "varlen" and model.device.type == "cpu":
         model.set_attn_implementation(attention_name(kernel))
     else:
         set_layout(model, "forest", kernel, MODES[mode][1])
@@ -199,7 +199,7 @@ def check_task(task: str, precision: str, device: torch.device) -> Lines:
 
 
 def check_waiting(task: str, kernel: str, precision: str, device: torch.device) -> Lines:
-    """A micro-batch, forward and backward, in which the host never waits for the GPU (the first may, to compile)."""
+    """A micro-batch, forward and backward, in which the host never waits for the GPU (the first may)."""
     engine = engine_of(task, precision, device, SCALES[device.type])
     set_layout(engine.model, "forest", kernel, engine.precision)
     made_up, items = items_of(task)
@@ -214,22 +214,6 @@ def check_waiting(task: str, kernel: str, precision: str, device: torch.device) 
         finally:
             torch.cuda.set_sync_debug_mode("default")
     yield "never", 0.0, 0.0
-
-
-def check_compiling(name: str, device: torch.device) -> Lines:
-    """Flex, forward and backward, compiles for the first length and for no other."""
-    from torch._dynamo.utils import counters
-
-    torch._dynamo.reset()
-    model = made(name, "bfloat16", device, SCALES[device.type])
-    prepare(model, "flex", "bfloat16")
-    graphs = []
-    for number, count in enumerate((3, 2, 9, 17, 30)):
-        layout = make_layout("forest", tree(number, count=count, longest=150))
-        hidden_states(model, layout).float().square().mean().backward()
-        torch.cuda.synchronize()
-        graphs.append(counters["stats"]["unique_graphs"])
-    yield "graphs beyond those of the first length", float(graphs[-1] - graphs[0]), 0.0
 
 
 def check_choice(mode: str, expected: str | None, device: torch.device) -> Lines:

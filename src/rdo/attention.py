@@ -1,7 +1,7 @@
 """Forest attention: a token attends to its own path from the root and to nothing else.
 
 Registered with transformers' AttentionInterface, one name a kernel (`rectangles`: rectangles.py; `spans`: spans.py;
-`varlen`, `flex`: cuda_attention.py), so that every decoder that goes through the interface works unpatched: the forest
+`varlen`: cuda_attention.py), so that every decoder that goes through the interface works unpatched: the forest
 travels to the attention layers as the extra forward argument `forest`, as the plan of the kernel that runs it.
 
 No mask function is registered: transformers then builds no mask, which is what a forest wants. Padded rows (`Flat`)
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AttentionInterface
 
-from rdo.cuda_attention import HALF, FlexPlan, VarlenPlan, why_not_flex, why_not_varlen
+from rdo.cuda_attention import HALF, VarlenPlan, why_not_varlen
 from rdo.errors import UserError
 from rdo.forest import Forest
 from rdo.rectangles import RectanglePlan
@@ -47,21 +47,19 @@ KERNELS: dict[str, Callable[[Forest, torch.device], Plan]] = {
     "rectangles": RectanglePlan,
     "spans": SpanPlan,
     "varlen": VarlenPlan,
-    "flex": FlexPlan,
 }
 # What keeps a kernel from a device, a dtype and a head width; `rectangles` runs everywhere.
 OBSTACLES: dict[str, Callable[[torch.device, torch.dtype, int], str | None]] = {
     "spans": why_not_spans,
     "varlen": why_not_varlen,
-    "flex": why_not_flex,
 }
 
 
 def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype, head_width: int) -> str:
     """The kernel that runs a forest under engine.attention. dtype: what attention computes in, under autocast, too.
 
-    auto: on a CPU spans; on a GPU in half precision the first of varlen and flex that runs there, else rectangles (in
-    float32 flex asks for more shared memory than many GPUs have). Raises UserError where what is demanded does not run.
+    auto: on a CPU spans, on a GPU in half precision varlen, where they run, else rectangles. Raises UserError where
+    what is demanded does not run.
     """
     if wanted in OBSTACLES:
         reason = OBSTACLES[wanted](device, dtype, head_width)

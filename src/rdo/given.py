@@ -6,7 +6,7 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-from rdo.adapter_files import adapter_base, is_adapter
+from rdo.adapters import adapter_base, is_adapter
 from rdo.artifacts import Artifact, fingerprint
 from rdo.distributed import from_first
 from rdo.errors import UserError

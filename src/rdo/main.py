@@ -107,11 +107,6 @@ def run_config(config: Config, overrides: list[str]) -> float | None:
     if config.stage.name == "inspect":
         inspect_data(run)
         return None
-    if config.stage.name == "bench":
-        from rdo.stages.bench import benchmark  # loads what nothing else needs
-
-        print(f"bench: {benchmark(run)}", flush=True)
-        return None
     if config.stage.name not in STAGES:
         make_report(run, overrides, build=config.stage.name == "pipeline")
         return None
@@ -124,8 +119,8 @@ def run_config(config: Config, overrides: list[str]) -> float | None:
 def check_processes(config: Config) -> None:
     """Raises UserError where several processes were started for what one does."""
     count = distributed.found_world(os.environ).size
-    if count > 1 and config.stage.name in ("inspect", "bench"):
-        raise UserError(f"stage={config.stage.name} is one process's work, and {count} were started")
+    if count > 1 and config.stage.name == "inspect":
+        raise UserError(f"stage=inspect is one process's work, and {count} were started")
     if count > 1 and config.engine.name == "torch":
         raise UserError(f"engine=torch is one process, and {count} were started: use engine=zero2 (or zero1, zero3)")
 
@@ -148,7 +143,6 @@ def prepare_process(config: EngineConfig) -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which saving a model imports, warns of it
     processor.keep_memory()
-    processor.choose_products(config.products)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
 

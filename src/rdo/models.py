@@ -59,9 +59,17 @@ def recompute_activations(model: PreTrainedModel) -> None:
         layer.training = True
 
 
+def decoder_head(model: PreTrainedModel) -> torch.nn.Linear | None:
+    """A scorer's head where it sits on a causal decoder, so that it may be read at any position; else None."""
+    head: Any = getattr(model, "score", None)
+    if hasattr(head, "modules_to_save"):  # peft's wrapper of what is trained whole beside an adapter
+        head = head.modules_to_save["default"]
+    return head if isinstance(head, torch.nn.Linear) else None
+
+
 def is_decoder_scorer(model: PreTrainedModel) -> bool:
-    """Whether the scorer's head sits on a causal decoder, so that it may be read at any position."""
-    return isinstance(getattr(model, "score", None), torch.nn.Linear)
+    """Whether a scorer's head sits on a causal decoder."""
+    return decoder_head(model) is not None
 
 
 def head_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
@@ -208,8 +216,8 @@ def read_log_probabilities(
 
 def read_scalars(model: PreTrainedModel, layout: Layout, values: Sequence[Sequence[Scalar]]) -> torch.Tensor:
     """Values [values] of a scorer; an encoder pools by its own rule and is read once a sequence."""
-    head = model.score if is_decoder_scorer(model) else None
-    if isinstance(head, torch.nn.Linear):
+    head = decoder_head(model)
+    if head is not None:
         return scalar_values(hidden_states(model, layout), head, layout, values)
     if isinstance(layout, Forest):
         raise UserError(f"{type(model).__name__} cannot run in a forest; use engine.layout=flat")

@@ -57,8 +57,6 @@ def render_markdown(view: Mapping[str, Any]) -> str:
         lines += _world(world)
     if view["counts"] or view["truncation"]:
         lines += ["## Data", "", *table_lines(["Count", "Value"], _escaped(view["counts"] + view["truncation"])), ""]
-    if view["tokens"].rows:
-        lines += ["## Tokens", "", *_table(view["tokens"])]
     if view["commands"]:
         rows = ([inline(name), code(command)] for name, command in view["commands"])
         lines += ["## Commands", "", *table_lines(["Row", "Command"], rows), ""]

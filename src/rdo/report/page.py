@@ -81,7 +81,6 @@ def build_view(data: Mapping[str, Any], worlds: Sequence[Mapping[str, Any]]) -> 
         "worlds": [_world(data, world, position) for position, world in enumerate(worlds, start=1)],
         "commands": [(str(name), str(command)) for name, command in (data.get("commands") or {}).items()],
         "settings": _settings(data),
-        "tokens": tables.token_table(data.get("tokens") or []),
         "missing": [printable(name) for name in data.get("missing") or []],
     }
 

@@ -162,25 +162,3 @@ def policy_table(world: Mapping[str, Any]) -> Table:
 
 def _of(judge: str, key: str, show: Callable[[Any], Cell]) -> Getter:
     return lambda row: show(row[key].get(judge))
-
-
-def token_table(tokens: Sequence[Mapping[str, Any]]) -> Table:
-    """Tokens a stage reads: response by response, as padded batches, and with every shared token counted once."""
-
-    def count(value: Any) -> Cell:
-        return EMPTY if value is None else Cell(f"{int(value):,}")
-
-    def share(row: Mapping[str, Any]) -> Cell:
-        naive, unique = row.get("naive"), row.get("unique")
-        return Cell(f"{100 * unique / naive:.0f} %") if naive and unique is not None else EMPTY
-
-    return build(
-        tokens,
-        [
-            ("Work", lambda row: Cell(str(row.get("work")))),
-            ("Naive", lambda row: count(row.get("naive"))),
-            ("Padded", lambda row: count(row.get("padded"))),
-            ("Unique", lambda row: count(row.get("unique"))),
-            ("Unique of naive", share),
-        ],
-    )

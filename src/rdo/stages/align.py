@@ -132,7 +132,7 @@ def train_policy(run: Run, loss: LossChoice, inputs: dict[str, Artifact], folder
     """Gathers pairs, coefficients and reference from the inputs, trains, and saves the policy."""
     config = run.config
     model, tokenizer = run.policy(inputs["base"], trained=True)
-    choose_trained(model, config.model, config.seed)
+    trained = choose_trained(model, config.model, config.seed)
     records, encoded = run.records("train"), run.encoded("train", tokenizer)
     chosen = select(records, config.align)
     read = {kind: read_scores(inputs[kind]) for kind in STAGE_OF if kind in inputs}
@@ -157,8 +157,9 @@ def train_policy(run: Run, loss: LossChoice, inputs: dict[str, Artifact], folder
 
     task = AlignmentTask(ById([labels[n].record_id for n in used], make), loss)
     with run.locating("train"), run.tracker(folder, folder.name) as tracker:
+        tracker.summarize({f"coefficients/{name}": value for name, value in (statistics or {}).items()})
         state = train(task, model, config.align, config.engine, config.seed, folder, tracker, label(loss, config.rc))
-    save_finished(model, tokenizer, folder, config, state)
+    save_finished(trained, tokenizer, folder, config, state)
     return {**finish(folder, model), "coefficients": statistics, "records": len(used), "samples": samples}
 
 

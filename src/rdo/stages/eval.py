@@ -38,6 +38,7 @@ from rdo.stages.reference import log_probabilities
 from rdo.stages.score import read_scores, scores
 from rdo.stages.scorer import check_labels, load_kind, scorer
 from rdo.stages.sft import base_policy
+from rdo.stages.shown import show_evaluation
 
 
 def evaluate_scorers(run: Run, kind: str) -> Artifact:
@@ -45,8 +46,10 @@ def evaluate_scorers(run: Run, kind: str) -> Artifact:
     scored = scores(run, kind, run.config.eval.split, both_orders=True, selection=None)
     model = scorer(run, kind)
     settings = {"data": run.data_settings(run.config.eval.split), "seed": run.config.seed}
+    made: list[Path] = []
 
     def make(folder: Path) -> dict[str, Any]:
+        made.append(folder)
         read = read_scores(scored)
         forward, backward, labels, oracle = [], [], [], []
         # By id, so that the coins which show a pair first or second do not depend on the order of the file.
@@ -69,7 +72,10 @@ def evaluate_scorers(run: Run, kind: str) -> Artifact:
         return {"metric": evaluation["label_accuracy"]["value"]}
 
     inputs = {"scores": scored, "scorer": model}
-    return produce(run.provenance, "eval", f"scorer-{kind}", settings, inputs, make, run.requested == "eval")
+    artifact = produce(run.provenance, "eval", f"scorer-{kind}", settings, inputs, make, run.requested == "eval")
+    if made:
+        show_evaluation(run, artifact)
+    return artifact
 
 
 def evaluate_policy(run: Run, subject: str) -> Artifact:
@@ -98,11 +104,17 @@ def evaluate_policy(run: Run, subject: str) -> Artifact:
         "seed": run.config.seed,
     }
 
+    made: list[Path] = []
+
     def make(folder: Path) -> dict[str, Any]:
+        made.append(folder)
         return write_evaluation(run, inputs, judges, folder)
 
     label = "base" if subject == "base" else policy.folder.name.rsplit("-", 1)[0]
-    return produce(run.provenance, "eval", label, settings, inputs, make, run.requested == "eval")
+    artifact = produce(run.provenance, "eval", label, settings, inputs, make, run.requested == "eval")
+    if made:
+        show_evaluation(run, artifact)
+    return artifact
 
 
 def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: Sequence[str], folder: Path) -> dict[str, Any]:

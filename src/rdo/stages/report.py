@@ -22,23 +22,17 @@ from rdo.errors import UserError
 from rdo.files import read_json, read_json_lines
 from rdo.lineage import swept
 from rdo.objectives.choice import choose_loss
-from rdo.pretrained import load_tokenizer
 from rdo.report.console import describe_comparison
 from rdo.report.page import write_report
 from rdo.report.plots import draw_overview
 from rdo.report.sweep import draw_sweep
-from rdo.run import Run, model_path, select
-from rdo.schema import Config, TrainingConfig
-from rdo.scorers import ComparisonTemplate
+from rdo.run import Run
+from rdo.schema import Config
 from rdo.stages.eval import EVALUATION, GENERATIONS, evaluate_policy, evaluate_scorers
 from rdo.stages.found import finished_evaluations
 from rdo.stages.scorer import STAGE_OF
-from rdo.stages.sft import base_policy
-from rdo.tokens import token_counts
 from rdo.tracking import METRICS
 
-# Tokens are counted on so many training records at most.
-COUNTED_RECORDS = 4000
 # A training curve is thinned to this many points.
 CURVE_POINTS = 200
 
@@ -164,7 +158,6 @@ def make_report(run: Run, overrides: list[str], build: bool) -> Path:
         "dataset": {"name": run.config.dataset.name, "counts": run.splits().counts, "truncation": run.truncation()},
         "scorers": found.scorers,
         "policies": found.policies,
-        "tokens": tokens(run),
     }
     folder = run.provenance.run_dir / run.config.report.folder
     if not distributed.world().first:
@@ -176,19 +169,6 @@ def make_report(run: Run, overrides: list[str], build: bool) -> Path:
     if found.failed:
         raise UserError(f"{len(found.failed)} of {len(entries)} rows failed: {'; '.join(found.failed)} (see above)")
     return written["html"]
-
-
-def tokens(run: Run) -> list[dict[str, Any]]:
-    """Tokens of an epoch of each kind of work on the training split, if the base policy (its tokenizer) is there."""
-    try:
-        base = base_policy(replace(run, provenance=replace(run.provenance, build_inputs=False)))
-    except MissingInput:
-        return []
-    tokenizer = load_tokenizer(model_path(base), run.config.model)
-    records, encoded = run.records("train"), run.encoded("train", tokenizer)
-    counted = select(records, TrainingConfig(max_records=COUNTED_RECORDS))
-    template = ComparisonTemplate(run.config.model.difference_template, tokenizer)
-    return token_counts([records[n] for n in counted], [encoded[n] for n in counted], template)
 
 
 def title(row: Row) -> str:

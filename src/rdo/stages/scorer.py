@@ -93,7 +93,7 @@ def train_scorer(run: Run, kind: str, base: Artifact, folder: Path) -> dict[str,
     model = new_scorer(model_path(base), form, config.model, config.seed)
     check_vocabulary(model, tokenizer, model_path(base))
     check_form(model)
-    choose_trained(model, config.model, config.seed)
+    trained = choose_trained(model, config.model, config.seed)
     records, encoded = run.records("train"), run.encoded("train", tokenizer)
     places = select(records, section)
     pairs = [
@@ -115,5 +115,5 @@ def train_scorer(run: Run, kind: str, base: Artifact, folder: Path) -> dict[str,
     task = ScorerTask(ById(keys, make), form, template, *betas, config.seed)
     with run.locating("train"), run.tracker(folder, stage) as tracker:
         state = train(task, run.on_device(model), section, config.engine, config.seed, folder, tracker, stage)
-    save_finished(model, tokenizer, folder, config, state)
+    save_finished(trained, tokenizer, folder, config, state)
     return finish(folder, model)

@@ -17,7 +17,7 @@ from rdo.tracking import METRICS
 
 
 def save_finished(
-    model: PreTrainedModel,
+    trained: Any,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     config: Config,
@@ -26,11 +26,11 @@ def save_finished(
     """Saves a trained model in its artifact's folder; the first process does. A stop waits until the manifest is
     written, too.
 
-    state: what `train` returned.
+    trained: what `choose_trained` returned; state: what `train` did.
     """
     with interrupts.postponed():
         if world().first:
-            save_model(model, tokenizer, folder / "model", state, config.model.lora.merge)
+            save_model(trained, tokenizer, folder / "model", state, config.model.lora.merge)
         meet()
 
 
