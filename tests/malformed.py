@@ -439,7 +439,7 @@ def no_score(folder: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 ON_FILE = ("dataset=file", "dataset.path=FOLDER/data.jsonl", "dataset.workers=2", "model=small", *SMALL)
-machine("a full disk", r"no space|No space|disk is full", full, "stage=sft", "engine.disk_full_minutes=0.001")
+machine("a full disk", r"no space|No space|disk is full", full, "stage=sft")
 machine("a read-only folder", r"run_dir=.*[Rr]ead-only", read_only, "stage=sft")
 machine("run_dir is a file", r"run_dir=.*file", lambda folder, patch: (folder / "runs").write_text("x"), "stage=sft")
 machine("out of memory", r"engine\.tokens_per_micro_batch", out_of_memory, "stage=sft")

@@ -24,9 +24,9 @@ from transformers import (
 import rdo.adapters
 from helpers import TEXTS, configuration, from_configuration, policy, relative_error, scorer, tokenizer
 from rdo.adapters import choose_trained, load_trained_state, trained_state
-from rdo.artifacts import given
 from rdo.errors import UserError
 from rdo.forest import make_layout
+from rdo.given import given
 from rdo.models import head_names, read_log_probabilities, read_scalars, set_layout
 from rdo.pretrained import load_policy, load_scorer, load_tokenizer, new_scorer, save_model
 from rdo.readout import Scalar, Span

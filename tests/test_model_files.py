@@ -19,8 +19,7 @@ from helpers import configuration, policy, tokenizer
 from rdo.checkpoints import Checkpoints
 from rdo.checks import compose_config
 from rdo.engine.torch_engine import TorchEngine
-from rdo.errors import UserError, explained
-from rdo.files import replace_sealed
+from rdo.errors import UserError
 from rdo.pretrained import load_policy, load_scorer, load_tokenizer, new_scorer, save_model
 from rdo.schema import EngineConfig, ModelConfig
 
@@ -168,12 +167,10 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path, part: str):
     touched, model = tmp_path / "touched", policy()
     optimizer = torch.optim.AdamW(model.parameters())
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
-    with replace_sealed(tmp_path / "step_00000001.pt") as file:
-        torch.save({"step": 1, **state, part: Touch(touched)}, file)
-    with pytest.raises(pickle.UnpicklingError) as caught:
+    torch.save({"step": 1, **state, part: Touch(touched)}, tmp_path / "step_00000001.pt")
+    with pytest.raises(pickle.UnpicklingError):
         Checkpoints(tmp_path, EngineConfig()).restore(TorchEngine(model, optimizer, None, EngineConfig()))
     assert not touched.exists()
-    assert str(explained(caught.value, tmp_path)).startswith(f"{tmp_path}: a checkpoint there holds something else")
 
 
 def test_no_code_of_a_folder_runs_unasked(folder: Path, tmp_path: Path):

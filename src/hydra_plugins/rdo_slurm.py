@@ -55,7 +55,7 @@ class RdoSlurmLauncher(SlurmLauncher):
                     "command does the rest"
                 )
         except Exception as error:
-            fail(error, Path(str(self.config.run_dir)))
+            fail(error)
         return [
             failed(overrides, outcome) if isinstance(outcome, UserError) else outcome
             for overrides, outcome in zip(job_overrides, outcomes, strict=True)

@@ -37,7 +37,6 @@ def generate(
     config: EvalConfig,
     seed: int,
     folder: Path,
-    disk_full_minutes: float,
     title: str,
 ) -> list[Generation]:
     """One response a prompt, in order. Each batch seeds its own random numbers, so the same config repeats exactly.
@@ -54,7 +53,7 @@ def generate(
         bar.update(len(part))
         return [(one.text, one.ids, one.stopped) for one in made]
 
-    shards = Shards(folder, TABLE, len(prompts), config.batch_size, disk_full_minutes)
+    shards = Shards(folder, TABLE, len(prompts), config.batch_size)
     with torch.no_grad(), no_generation_defaults(model):
         shards.make(title, lambda part: prompts[part.start : part.stop], rows)
     found = (row for table in shards.tables() for row in table.to_pylist())

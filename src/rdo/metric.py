@@ -44,7 +44,7 @@ def found_numbers(artifact: Artifact) -> Iterator[tuple[str, float | None]]:
     results = {key: value for key, value in artifact.manifest()["results"].items() if key not in ("last", "metric")}
     yield from leaves(results)
     if METRICS in files:
-        lines = read_json_lines(artifact.file(METRICS))
+        lines = read_json_lines(artifact.folder / METRICS)
         columns: dict[str, list[float]] = defaultdict(list)
         for line in lines[-math.ceil(LAST * len(lines)) :]:
             for key, value in line.items():
@@ -52,7 +52,7 @@ def found_numbers(artifact: Artifact) -> Iterator[tuple[str, float | None]]:
                     columns[key].append(value)
         yield from ((key, sum(values) / len(values)) for key, values in columns.items())
     if EVALUATION in files:
-        yield from leaves(read_json(artifact.file(EVALUATION)))
+        yield from leaves(read_json(artifact.folder / EVALUATION))
 
 
 def leaves(data: Any, name: str = "") -> Iterator[tuple[str, float | None]]:

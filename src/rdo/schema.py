@@ -203,7 +203,6 @@ class EngineConfig:
     checkpoint_every_minutes: Positive = 10.0
     keep_checkpoints: Count = 2
     records_per_shard: Count = 1024  # of scores and references: at most so many are done again after an interruption
-    disk_full_minutes: NotNegative = 60.0  # how long what is finished waits for room on a full disk
 
 
 @dataclass(config=SECTION)

@@ -21,11 +21,10 @@ from rdo.checkpoints import Checkpoints
 from rdo.distributed import world
 from rdo.engine import Engine, make_engine, precision_of
 from rdo.errors import NotFiniteError, UserError
-from rdo.files import DiskFull
 from rdo.forest import LayoutName
 from rdo.models import check_positions, described_layout, head_parameters, recompute_activations, set_layout
 from rdo.plan import Plan, learning_rate_factor, make_plan
-from rdo.progress import progress_bar, warn
+from rdo.progress import progress_bar
 from rdo.schema import EngineConfig, ScorerConfig, TrainingConfig
 from rdo.step import Dealt, Item, Task, Wishes, ahead, deal_step, training_step
 from rdo.tracking import Tracker
@@ -83,8 +82,8 @@ def train(
             wishes = Wishes(interrupts.requested(), checkpoints.is_due(step + 1))
             try:
                 measured, wishes = training_step(task, engine, layout, dealt, wishes)
-            except interrupts.Stopped as stop:
-                raise interrupts.Stopped(stop.number, part(checkpoints, engine, step, plan)) from None
+            except interrupts.Stopped:
+                raise interrupts.stop(part(checkpoints, engine, step, plan)) from None
             measured["gradient_norm"] = update(engine, measured["loss"], dealt.items, step)
             seconds = time.perf_counter() - started
             rates = learning_rates(engine.param_groups)
@@ -93,9 +92,9 @@ def train(
             bar.set_postfix(loss=f"{measured['loss']:.4f}", refresh=False)
             if step + 1 < plan.steps:  # after the last, the model itself is saved
                 if wishes.stop:
-                    raise interrupts.Stopped(interrupts.request(), part(checkpoints, engine, step + 1, plan))
+                    raise interrupts.stop(part(checkpoints, engine, step + 1, plan))
                 if wishes.save:
-                    checkpoints.try_saving(step + 1, engine)
+                    checkpoints.save(step + 1, engine)
         tracker.synchronize()
     state = engine.full_state()
     engine.close()
@@ -117,10 +116,7 @@ def described(config: EngineConfig) -> str:
 def part(checkpoints: Checkpoints, engine: Engine, step: int, plan: Plan) -> str:
     """Saves what a run that is asked to stop has done (a step that was broken off changed nothing); says what it is."""
     if step and checkpoints.newest != checkpoints.file(step, engine):
-        try:
-            checkpoints.save(step, engine)
-        except DiskFull as error:
-            warn(str(error))
+        checkpoints.save(step, engine)
     if checkpoints.newest is None:
         return f"after {step} of {plan.steps} steps, none of them saved; the same command starts again"
     return f"after {step} of {plan.steps} steps; {checkpoints.newest} is saved, and the same command goes on from there"

@@ -41,10 +41,10 @@ class Engine(Protocol):
         overflowed and the step was left out. With a norm that is not finite nothing is updated."""
 
     def save(self, path: Path, step: int) -> None:
-        """Writes a checkpoint, whole or not at all. Raises DiskFull on all processes alike."""
+        """Writes a checkpoint, whole or not at all."""
 
     def load(self, path: Path) -> int:
-        """Takes up a checkpoint; the steps it had done. Raises Damaged, and UserError where it is another model's."""
+        """Takes up a checkpoint; the steps it had done. Raises Damaged, and UserError where it is another run's."""
 
     def full_state(self) -> dict[str, torch.Tensor] | None:
         """All weights, whole, on the first process (None on the others); None everywhere where the model has them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rdo.printable import printable
+from rdo.errors import printable
 from rdo.report.aggregate import aggregate
 from rdo.report.findings import policy_sentences, primary_judge, scorer_sentences
 

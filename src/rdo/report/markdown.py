@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rdo.printable import printable
+from rdo.errors import printable
 from rdo.report.tables import Table
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from rdo.errors import printable
 from rdo.files import replace_file
-from rdo.printable import printable
 from rdo.report import curves, findings, plots, sweep, tables
 from rdo.report.aggregate import aggregate
 from rdo.report.markdown import render_markdown

@@ -25,7 +25,7 @@ from rdo.errors import UserError
 from rdo.evaluation import EVALUATION, GENERATIONS
 from rdo.evaluation.scorers import evaluate_scorer
 from rdo.evaluation.statistics import empty_estimate, mean_interval, win_tie_lose
-from rdo.files import patiently, read_json_lines, replace_file, write_json
+from rdo.files import read_json_lines, replace_file, write_json
 from rdo.generation import Generation, generate
 from rdo.models import set_layout
 from rdo.plan import stable_seed
@@ -68,7 +68,7 @@ def evaluate_scorers(run: Run, kind: str) -> Artifact:
         truth = oracle if run.config.dataset.source == "toy" else None
         evaluation = evaluate_scorer(forward, backward, labels, truth, seed=stable_seed(run.config.seed, "order"))
         if world().first:
-            patiently(lambda: write_json(folder / EVALUATION, evaluation), run.config.engine.disk_full_minutes)
+            write_json(folder / EVALUATION, evaluation)
         return {"metric": evaluation["label_accuracy"]["value"]}
 
     inputs = {"scores": scored, "scorer": model}
@@ -126,9 +126,8 @@ def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: Sequence[str
     model, tokenizer = run.policy(inputs["policy"])
     encoded = run.encoded(config.eval.split, tokenizer)
     prompts = [encoded[n].prompt for n in places]
-    patience, title = config.engine.disk_full_minutes, f"generate {folder.name}"
-    responses = generate(model, tokenizer, prompts, config.eval, config.seed, folder, patience, title)
-    against = read_json_lines(inputs["against"].file(GENERATIONS)) if "against" in inputs else None
+    responses = generate(model, tokenizer, prompts, config.eval, config.seed, folder, f"generate {folder.name}")
+    against = read_json_lines(inputs["against"].folder / GENERATIONS) if "against" in inputs else None
     judged, compared = judge_responses(run, inputs, judges, chosen, responses, against)
     ratios = mean_interval(log_ratios(run, model, inputs.get("base"), prompts, responses))
     unbiased = config.eval.decoding == "sample" and config.eval.temperature == 1.0
@@ -146,8 +145,8 @@ def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: Sequence[str
         "mean_difference_to_base": {judge: mean_interval(values) for judge, values in compared.items()},
     }
     if world().first:
-        patiently(lambda: write_generations(folder / GENERATIONS, chosen, responses, judged), patience)
-        patiently(lambda: write_json(folder / EVALUATION, evaluation), patience)
+        write_generations(folder / GENERATIONS, chosen, responses, judged)
+        write_json(folder / EVALUATION, evaluation)
     return {"metric": next((estimate["value"] for estimate in mean_rewards.values()), None)}
 
 

@@ -107,7 +107,7 @@ def write_reference(run: Run, base: Artifact, mismatched: bool, folder: Path) ->
         places = chosen[part.start : part.stop]
         return records.only(np.array(places + [other[n] for n in places if mismatched], int)).ids()
 
-    shards = Shards(folder, TABLE, len(chosen), engine.records_per_shard, engine.disk_full_minutes)
+    shards = Shards(folder, TABLE, len(chosen), engine.records_per_shard)
     with run.locating("train"):
         shards.make("reference log-probabilities", inputs, rows)
     return {"records": len(chosen), "values": shards.join(folder / REFERENCE)}

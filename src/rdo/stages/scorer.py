@@ -10,10 +10,11 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rdo.adapters import choose_trained, lora_settings
-from rdo.artifacts import Artifact, given, produce
+from rdo.artifacts import Artifact, produce
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
 from rdo.errors import UserError
+from rdo.given import given
 from rdo.models import check_vocabulary
 from rdo.pretrained import load_tokenizer, new_scorer
 from rdo.run import Run, model_path, select

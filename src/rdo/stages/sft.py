@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from rdo.adapters import choose_trained, lora_settings
-from rdo.artifacts import Artifact, given, produce
+from rdo.artifacts import Artifact, produce
 from rdo.data.records import Record
 from rdo.errors import UserError
+from rdo.given import given
 from rdo.models import check_vocabulary
 from rdo.objectives.losses import best_response
 from rdo.pretrained import load_policy, load_tokenizer, new_policy
