@@ -27,10 +27,12 @@ from rdo.cuda_attention import HALF
 from rdo.devices import to_device
 from rdo.engine.torch_engine import TorchEngine
 from rdo.forest import LayoutName, make_layout
-from rdo.models import head_width, hidden_states, recompute_activations, set_layout
+from rdo.forward import hidden_states
+from rdo.preparation import head_width, set_layout
 from rdo.readout import LOGITS_BUDGET, Span, span_log_probabilities
 from rdo.schema import EngineConfig
 from rdo.step import deal_step, training_step
+from rdo.traits import recompute_activations
 
 # The dtype of the weights, and of autocast where it is on.
 MODES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {

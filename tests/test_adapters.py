@@ -26,8 +26,9 @@ from helpers import TEXTS, configuration, from_configuration, policy, relative_e
 from rdo.adapters import choose_trained, load_trained_state, trained_state
 from rdo.errors import UserError
 from rdo.forest import make_layout
+from rdo.forward import read_log_probabilities, read_scalars
 from rdo.given import given
-from rdo.models import head_names, read_log_probabilities, read_scalars, set_layout
+from rdo.preparation import set_layout
 from rdo.pretrained import load_policy, load_scorer, load_tokenizer, new_scorer, save_model
 from rdo.readout import Scalar, Span
 from rdo.schema import LoraConfig, ModelConfig
@@ -36,6 +37,7 @@ from rdo.stages.align import aligned_policy
 from rdo.stages.eval import evaluate_policy
 from rdo.stages.scorer import scorer as scorer_artifact
 from rdo.stages.sft import base_policy
+from rdo.traits import head_names
 from tiny import tiny_run
 
 TOKENIZER = tokenizer()

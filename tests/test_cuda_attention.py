@@ -10,19 +10,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rdo.models
 import torch
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 import rdo.cuda_attention
-import rdo.models
 from emulated import varlen_attn, varlen_attn_of_2_11
 from helpers import policy, relative_error, tree
 from rdo.attention import choose_kernel
 from rdo.cuda_attention import GatherRows, VarlenPlan, computed_dtype
 from rdo.errors import UserError
 from rdo.forest import Forest, make_layout, subtree_ends
-from rdo.models import head_width, hidden_states, set_kernel, set_layout, why_not_forest
+from rdo.forward import hidden_states
+from rdo.preparation import head_width, set_kernel, set_layout, why_not_forest
 from rdo.readout import span_log_probabilities
 from test_layouts import DECODERS, FLOAT32, FLOAT64, LISTS, Sequences, gradients, half_way
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from helpers import TEXTS, configuration, from_configuration, tokenizer
 from rdo.generation import Generation, cut, generate
-from rdo.models import set_layout
+from rdo.preparation import set_layout
 from rdo.schema import EvalConfig
 
 TOKENIZER = tokenizer()

@@ -17,7 +17,8 @@ import rdo.rectangles
 from helpers import COMMON, GROUPED, configuration, policy, relative_error, scorer, tree, words
 from rdo.errors import UserError
 from rdo.forest import Forest, make_layout
-from rdo.models import hidden_states, read_log_probabilities, read_scalars, set_layout
+from rdo.forward import hidden_states, read_log_probabilities, read_scalars
+from rdo.preparation import set_layout
 from rdo.readout import Scalar, Span, span_log_probabilities
 
 FLOAT32, FLOAT64 = 1e-5, 1e-12

@@ -21,26 +21,13 @@ from transformers import (
 from helpers import COMMON, SIZES, TEXTS, configuration, policy, randomise, scorer, tokenizer
 from rdo.errors import UserError
 from rdo.forest import make_layout
-from rdo.models import (
-    check_vocabulary,
-    head_names,
-    hidden_states,
-    read_log_probabilities,
-    read_scalars,
-    set_layout,
-    without_dropout,
-)
-from rdo.pretrained import (
-    load_policy,
-    load_scorer,
-    load_tokenizer,
-    new_policy,
-    new_scorer,
-    save_model,
-)
+from rdo.forward import hidden_states, read_log_probabilities, read_scalars
+from rdo.preparation import set_layout
+from rdo.pretrained import load_policy, load_scorer, load_tokenizer, new_policy, new_scorer, save_model
 from rdo.readout import Scalar, Span
 from rdo.schema import ModelConfig
 from rdo.stages.eval import evaluate_policy
+from rdo.traits import check_vocabulary, head_names, without_dropout
 from tiny import tiny_run
 
 TOKENIZER = tokenizer()

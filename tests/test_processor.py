@@ -11,7 +11,8 @@ from torch.nn.functional import linear
 from helpers import policy, relative_error, tree
 from rdo import processor
 from rdo.forest import make_layout
-from rdo.models import read_log_probabilities, set_layout
+from rdo.forward import read_log_probabilities
+from rdo.preparation import set_layout
 from rdo.readout import Span
 
 HERE = platform.machine() == "x86_64" and torch.backends.mkldnn.is_available()

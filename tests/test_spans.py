@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 import rdo.spans
 from helpers import policy, relative_error, tree, words
 from rdo.forest import Forest
-from rdo.models import read_log_probabilities, set_layout
+from rdo.forward import read_log_probabilities
+from rdo.preparation import set_layout
 from rdo.readout import Span
 from rdo.rectangles import RectanglePlan
 from rdo.spans import SpanPlan, contiguous_rectangles

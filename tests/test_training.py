@@ -19,10 +19,11 @@ from made_tasks import SETTINGS, TASKS, alignment_task, encoded, make_task
 from rdo.alignment import AlignmentRecord, AlignmentTask, Pair
 from rdo.data.encoding import EncodedRecord
 from rdo.forest import make_layout
-from rdo.models import read_log_probabilities, set_layout
+from rdo.forward import read_log_probabilities
 from rdo.objectives import losses
 from rdo.objectives.choice import choose_loss
 from rdo.plan import learning_rate_factor, make_plan
+from rdo.preparation import set_layout
 from rdo.pretrained import load_tokenizer
 from rdo.readout import Span
 from rdo.run import Run, model_path

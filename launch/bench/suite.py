@@ -34,7 +34,8 @@ from transformers import PreTrainedModel
 
 from rdo.files import write_json
 from rdo.forest import Forest, TokenIds, count_unique
-from rdo.models import computing_in, is_decoder_scorer
+from rdo.forward import is_decoder_scorer
+from rdo.preparation import computing_in
 from rdo.readout import in_full_precision
 
 # Two sides compute the same if their numbers differ by less, relatively: float32 rounds sums of thousands by 1e-6.

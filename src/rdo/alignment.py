@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from rdo.data.encoding import EncodedRecord
 from rdo.devices import tensor_on
 from rdo.forest import LayoutName, make_layout
-from rdo.models import read_log_probabilities
+from rdo.forward import read_log_probabilities
 from rdo.objectives import losses
 from rdo.objectives.choice import LossChoice
 from rdo.readout import Span

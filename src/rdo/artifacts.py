@@ -194,6 +194,12 @@ def fingerprint(data: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def stable_seed(*parts: object) -> int:
+    """A seed from any parts, the same in every process."""
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "big")
+
+
 @cache
 def code_revision() -> str:
     """The git commit of the code, marked where files differ from it; 'unknown' outside a checkout."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rdo.distributed import from_first, meet, world
-from rdo.engine import Engine
+from rdo.engine.surface import Engine
 from rdo.files import Damaged
 from rdo.progress import say, warn
 from rdo.schema import EngineConfig

@@ -12,9 +12,10 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rdo.artifacts import stable_seed
 from rdo.devices import to_device
-from rdo.models import check_positions, set_layout
-from rdo.plan import stable_seed
+from rdo.forward import check_positions
+from rdo.preparation import set_layout
 from rdo.schema import EvalConfig
 from rdo.shards import Shards
 

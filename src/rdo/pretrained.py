@@ -26,8 +26,8 @@ from transformers.utils import find_adapter_config_file
 from rdo.adapters import NOTES, adapter_base, is_adapter, merge_saved, read_notes, save_adapter
 from rdo.errors import UserError
 from rdo.files import replace_folder
-from rdo.models import beside_backbone, check_logits, head_names, head_parameters, without_dropout
 from rdo.schema import ModelConfig
+from rdo.traits import beside_backbone, check_logits, head_names, head_parameters, without_dropout
 
 # Settings by which some decoders change logits after the head; we read the head itself, so they would be lost.
 LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}

@@ -26,7 +26,7 @@ from rdo import interrupts
 from rdo.data.encoding import EncodedRecord, begin_id
 from rdo.errors import UserError
 from rdo.forest import LayoutName, TokenIds, make_layout
-from rdo.models import is_decoder_scorer, read_scalars
+from rdo.forward import is_decoder_scorer, read_scalars
 from rdo.packing import pack
 from rdo.readout import Scalar
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from rdo import interrupts
 from rdo.distributed import gathered, total, world
-from rdo.engine import Engine
+from rdo.engine.surface import Engine
 from rdo.forest import LayoutName, TokenIds
 from rdo.packing import cost, deal
 

@@ -19,15 +19,18 @@ from transformers import PreTrainedModel
 from rdo import interrupts
 from rdo.checkpoints import Checkpoints
 from rdo.distributed import world
-from rdo.engine import Engine, make_engine, precision_of
+from rdo.engine.surface import Engine, precision_of
+from rdo.engine.torch_engine import TorchEngine
 from rdo.errors import NotFiniteError, UserError
 from rdo.forest import LayoutName
-from rdo.models import check_positions, described_layout, head_parameters, recompute_activations, set_layout
+from rdo.forward import check_positions
 from rdo.plan import Plan, learning_rate_factor, make_plan
+from rdo.preparation import described_layout, set_layout
 from rdo.progress import progress_bar
 from rdo.schema import EngineConfig, ScorerConfig, TrainingConfig
 from rdo.step import Dealt, Item, Task, Wishes, ahead, deal_step, training_step
 from rdo.tracking import Tracker
+from rdo.traits import head_parameters, recompute_activations
 
 
 def make_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.optim.AdamW:
@@ -68,7 +71,7 @@ def train(
         recompute_activations(model)
     plan = make_plan(config, len(task.record_ids), seed)
     check_positions(model, max(len(ids) for n in range(plan.records) for ids in task.item(n, 0).sequences))
-    engine = make_engine(model, make_optimizer(model, config), config, engine_config)
+    engine = make_engine(model, config, engine_config)
     checkpoints = Checkpoints(folder / "checkpoints", engine_config, tracker.synchronize)
     done = checkpoints.restore(engine)
     tracker.resume(done)
@@ -99,6 +102,16 @@ def train(
     state = engine.full_state()
     engine.close()
     return state
+
+
+def make_engine(model: PreTrainedModel, config: TrainingConfig, engine: EngineConfig) -> Engine:
+    """The engine of engine.name around a model that is on its device, with its optimizer."""
+    optimizer = make_optimizer(model, config)
+    if engine.name == "torch":
+        return TorchEngine(model, optimizer, config.max_gradient_norm, engine)
+    from rdo.engine.deepspeed_engine import ZeroEngine  # which takes seconds to import
+
+    return ZeroEngine(model, optimizer, config.max_gradient_norm, engine)
 
 
 def dealt_step(task: Task, plan: Plan, layout: LayoutName, budget: int, step: int) -> Dealt:

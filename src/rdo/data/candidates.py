@@ -25,7 +25,7 @@ from rdo.data.columns import (
     Text,
     checked,
     wrong,
-)  # fmt: skip
+)
 from rdo.data.records import Message, Preference, Record
 from rdo.data.templates import text_of
 

@@ -23,7 +23,7 @@ from rdo.data.columns import (
     checked,
     shown,
     wrong,
-)  # fmt: skip
+)
 from rdo.data.records import Message, Preference, Record
 
 FIRST, SECOND, TIE = Preference(0, 1), Preference(1, 0), Preference(0, 1, tie=True)

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from rdo.adapters import has_adapter
 from rdo.distributed import from_first, meet, world
-from rdo.engine import precision_of
+from rdo.engine.surface import precision_of
 from rdo.engine.torch_engine import foreign
 from rdo.errors import UserError
 from rdo.files import Damaged, check_zip, move_folder, read_json, replace_file, synchronize, write_json

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rdo.adapters import load_trained_state, trained_state
-from rdo.engine import precision_of
+from rdo.engine.surface import precision_of
 from rdo.errors import UserError
 from rdo.files import Damaged, check_zip, replace_file
 from rdo.schema import EngineConfig

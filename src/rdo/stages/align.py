@@ -13,14 +13,13 @@ import torch
 
 from rdo.adapters import choose_trained, lora_settings
 from rdo.alignment import AlignmentRecord, AlignmentTask, Pair, Sample
-from rdo.artifacts import Artifact, produce
+from rdo.artifacts import Artifact, produce, stable_seed
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Record
 from rdo.errors import UserError
 from rdo.objectives import coefficients
 from rdo.objectives.choice import LossChoice, choose_loss
 from rdo.objectives.losses import best_response, rrhf_pairs
-from rdo.plan import stable_seed
 from rdo.run import Run, select
 from rdo.schema import RcConfig
 from rdo.stages.reference import Reference, partners, read_reference, reference

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rdo.artifacts import Artifact, produce
+from rdo.artifacts import Artifact, produce, stable_seed
 from rdo.data import toy
 from rdo.data.encoding import EncodedRecord, encode
 from rdo.data.records import Record, query_key
@@ -27,8 +27,7 @@ from rdo.evaluation.scorers import evaluate_scorer
 from rdo.evaluation.statistics import empty_estimate, mean_interval, win_tie_lose
 from rdo.files import read_json_lines, replace_file, write_json
 from rdo.generation import Generation, generate
-from rdo.models import set_layout
-from rdo.plan import stable_seed
+from rdo.preparation import set_layout
 from rdo.progress import progress_bar
 from rdo.run import Run, select
 from rdo.schema import EvalConfig, TrainingConfig
@@ -268,10 +267,7 @@ def log_ratios(
     run: Run, model: PreTrainedModel, base: Artifact | None, prompts: list[tuple[int, ...]], responses: list[Generation]
 ) -> list[float]:
     """log pi(y) - log pi_base(y) of the policy's own responses, whose mean estimates KL(policy || base), in nats."""
-    items = [
-        (EncodedRecord("", prompt, (response.ids,)), [response.ids])
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
+    items = [(prompt, [response.ids]) for prompt, response in zip(prompts, responses, strict=True)]
     if base is None:
         return [0.0] * len(items)
     own = log_probabilities(run, model, items, "log-probabilities policy")

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from rdo.artifacts import Artifact, found, produce
 from rdo.data.records import Record
 from rdo.errors import UserError
-from rdo.models import set_layout
+from rdo.preparation import set_layout
 from rdo.run import Run, select
 from rdo.schema import TrainingConfig
 from rdo.scorers import ComparisonTemplate, Reading, add_difference, add_reward, check_form, read_under

@@ -15,7 +15,6 @@ from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
 from rdo.errors import UserError
 from rdo.given import given
-from rdo.models import check_vocabulary
 from rdo.pretrained import load_tokenizer, new_scorer
 from rdo.run import Run, model_path, select
 from rdo.schema import DifferenceConfig, ScorerConfig
@@ -24,6 +23,7 @@ from rdo.stages.sft import base_policy
 from rdo.stages.training import finish, save_finished
 from rdo.tasks import ById, ScorerTask, learns_from
 from rdo.training import train
+from rdo.traits import check_vocabulary
 
 # The two kinds of scorer, by the name that rc and eval.subject call them, and the stage that makes each.
 STAGE_OF: dict[str, str] = {"reward": "rm", "diff": "diffmodel"}
