@@ -241,8 +241,8 @@ def reading_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Work:
     one order (score15 of six) or both (score30)."""
     items: list[Any]
     if name == "reference":
-        model, read, items = bench.reference, read_under, [(record, record.responses) for record in records]
-        sequences = [(*record.prompt, *ids) for record, responses in items for ids in responses]
+        model, read, items = bench.reference, read_under, [(record.prompt, record.responses) for record in records]
+        sequences = [(*prompt, *ids) for prompt, responses in items for ids in responses]
         reads = sum(len(ids) for _, responses in items for ids in responses)
     else:
         model, read, items = bench.reward, scorers.read_under, [Reading() for _ in records]

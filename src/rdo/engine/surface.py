@@ -1,5 +1,7 @@
-"""What an engine must do. PyTorch and DeepSpeed are both behind one small surface, with the same numbers: `forward` runs a function of the model, `backward` adds up
-gradients, `step` clips and updates, `save` and `load` keep a checkpoint, `full_state` gives the weights to be saved.
+"""What an engine must do. PyTorch and DeepSpeed are both behind one small surface, with the same numbers.
+
+`forward` runs a function of the model, `backward` adds up gradients, `step` clips and updates, `save` and `load` keep a
+checkpoint, `full_state` gives the weights to be saved.
 """
 
 from __future__ import annotations
