@@ -19,18 +19,18 @@ import torch
 from transformers import PreTrainedModel
 
 import emulated
-import rdo.cuda_attention
+import rdo.sequences.kernels.varlen
 from helpers import policy, relative_error, scorer, tree, words
 from made_tasks import SETTINGS, encoded, make_task
-from rdo.attention import OBSTACLES, attention_name, choose_kernel
-from rdo.cuda_attention import HALF
-from rdo.devices import to_device
 from rdo.engine.torch_engine import TorchEngine
-from rdo.forest import LayoutName, make_layout
-from rdo.forward import hidden_states
-from rdo.preparation import head_width, set_layout
-from rdo.readout import LOGITS_BUDGET, Span, span_log_probabilities
 from rdo.schema import EngineConfig
+from rdo.sequences.attention import OBSTACLES, attention_name, choose_kernel
+from rdo.sequences.devices import to_device
+from rdo.sequences.forward import hidden_states
+from rdo.sequences.kernels.varlen import HALF
+from rdo.sequences.layout import LayoutName, make_layout
+from rdo.sequences.preparation import head_width, set_layout
+from rdo.sequences.readout import LOGITS_BUDGET, Span, span_log_probabilities
 from rdo.step import deal_step, training_step
 from rdo.traits import recompute_activations
 
@@ -251,5 +251,5 @@ def obstacle(kernel: str, mode: str, device: torch.device) -> str | None:
 
 def emulate() -> None:
     """On a CPU, varlen under an emulation of PyTorch's function, in float32 too."""
-    rdo.cuda_attention.variable_length_attention = lambda: (emulated.varlen_attn, True)  # type: ignore[assignment]
-    rdo.cuda_attention.HALF = (*HALF, torch.float32)  # type: ignore[assignment]
+    rdo.sequences.kernels.varlen.variable_length_attention = lambda: (emulated.varlen_attn, True)  # type: ignore[assignment]
+    rdo.sequences.kernels.varlen.HALF = (*HALF, torch.float32)  # type: ignore[assignment]

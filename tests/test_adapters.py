@@ -25,14 +25,14 @@ import rdo.adapters
 from helpers import TEXTS, configuration, from_configuration, policy, relative_error, scorer, tokenizer
 from rdo.adapters import choose_trained, load_trained_state, trained_state
 from rdo.errors import UserError
-from rdo.forest import make_layout
-from rdo.forward import read_log_probabilities, read_scalars
 from rdo.given import given
-from rdo.preparation import set_layout
 from rdo.pretrained import load_policy, load_scorer, load_tokenizer, new_scorer, save_model
-from rdo.readout import Scalar, Span
 from rdo.schema import LoraConfig, ModelConfig
 from rdo.scorers import check_form
+from rdo.sequences.forward import read_log_probabilities, read_scalars
+from rdo.sequences.layout import make_layout
+from rdo.sequences.preparation import set_layout
+from rdo.sequences.readout import Scalar, Span
 from rdo.stages.align import aligned_policy
 from rdo.stages.eval import evaluate_policy
 from rdo.stages.scorer import scorer as scorer_artifact

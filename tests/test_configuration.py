@@ -11,7 +11,6 @@ import torch
 
 import rdo.objectives.losses
 from rdo import checks
-from rdo.attention import KERNELS
 from rdo.checks import CONF, check, compose_config, setting_names, sweep_points, without_effect
 from rdo.data.templates import TEMPLATES
 from rdo.errors import UserError
@@ -19,6 +18,7 @@ from rdo.objectives.choice import choose_loss
 from rdo.objectives.coefficients import NEGATIVE
 from rdo.schema import Config, DifferenceForm, Kernel, Negative, Template
 from rdo.scorers import DIFFERENCE_FORMS
+from rdo.sequences.attention import KERNELS
 from rdo.stages.report import rows
 
 GROUPS = {

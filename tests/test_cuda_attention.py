@@ -15,16 +15,16 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-import rdo.cuda_attention
+import rdo.sequences.kernels.varlen
 from emulated import varlen_attn, varlen_attn_of_2_11
 from helpers import policy, relative_error, tree
-from rdo.attention import choose_kernel
-from rdo.cuda_attention import GatherRows, VarlenPlan, computed_dtype
 from rdo.errors import UserError
-from rdo.forest import Forest, make_layout, subtree_ends
-from rdo.forward import hidden_states
-from rdo.preparation import head_width, set_kernel, set_layout, why_not_forest
-from rdo.readout import span_log_probabilities
+from rdo.sequences.attention import choose_kernel
+from rdo.sequences.forward import hidden_states
+from rdo.sequences.kernels.varlen import GatherRows, VarlenPlan, computed_dtype
+from rdo.sequences.layout import Forest, make_layout, subtree_ends
+from rdo.sequences.preparation import head_width, set_kernel, set_layout, why_not_forest
+from rdo.sequences.readout import span_log_probabilities
 from test_layouts import DECODERS, FLOAT32, FLOAT64, LISTS, Sequences, gradients, half_way
 
 EVERY_DTYPE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -33,8 +33,8 @@ EVERY_DTYPE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def emulate(monkeypatch: pytest.MonkeyPatch, function: Callable[..., torch.Tensor] = varlen_attn) -> None:
     """Puts an emulation in the place of PyTorch's variable-length attention, in every dtype that it computes in."""
     knows_groups = function is not varlen_attn_of_2_11
-    monkeypatch.setattr(rdo.cuda_attention, "variable_length_attention", lambda: (function, knows_groups))
-    monkeypatch.setattr(rdo.cuda_attention, "HALF", EVERY_DTYPE)
+    monkeypatch.setattr(rdo.sequences.kernels.varlen, "variable_length_attention", lambda: (function, knows_groups))
+    monkeypatch.setattr(rdo.sequences.kernels.varlen, "HALF", EVERY_DTYPE)
 
 
 def read(model: PreTrainedModel, sequences: Sequences, kernel: str) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -106,7 +106,7 @@ def test_varlen_computes_in_half_precision_under_autocast(monkeypatch: pytest.Mo
 
     model, sequences = policy("llama-grouped"), LISTS["six responses"]
     exact = gradients(model, read(model, sequences, "flat")[1])
-    monkeypatch.setattr(rdo.cuda_attention, "variable_length_attention", lambda: (noting, True))
+    monkeypatch.setattr(rdo.sequences.kernels.varlen, "variable_length_attention", lambda: (noting, True))
     assert why_not_forest(model, "varlen", torch.bfloat16) is None
     errors = {}
     for kernel in ("flat", "varlen"):
@@ -212,7 +212,7 @@ def pretend(
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: flash)
-    monkeypatch.setattr(rdo.cuda_attention, "importlib", SimpleNamespace(import_module=imported))
+    monkeypatch.setattr(rdo.sequences.kernels.varlen, "importlib", SimpleNamespace(import_module=imported))
 
 
 @pytest.mark.parametrize(("device", "dtype", "width", "machine", "chosen"), RULE)

@@ -18,16 +18,16 @@ from engines import one_step
 from made_tasks import SETTINGS, TASKS, alignment_task, encoded, make_task
 from rdo.alignment import AlignmentRecord, AlignmentTask, Pair
 from rdo.data.encoding import EncodedRecord
-from rdo.forest import make_layout
-from rdo.forward import read_log_probabilities
 from rdo.objectives import losses
 from rdo.objectives.choice import choose_loss
 from rdo.plan import learning_rate_factor, make_plan
-from rdo.preparation import set_layout
 from rdo.pretrained import load_tokenizer
-from rdo.readout import Span
 from rdo.run import Run, model_path
 from rdo.schema import EngineConfig, TrackerConfig, TrainingConfig
+from rdo.sequences.forward import read_log_probabilities
+from rdo.sequences.layout import make_layout
+from rdo.sequences.preparation import set_layout
+from rdo.sequences.readout import Span
 from rdo.stages.align import aligned_policy
 from rdo.stages.reference import reference
 from rdo.stages.scorer import scorer

@@ -22,20 +22,21 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rdo import forward, scorers
+from rdo import scorers
 from rdo.alignment import AlignmentRecord, AlignmentTask, Pair
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
 from rdo.engine.surface import precision_of
 from rdo.engine.torch_engine import TorchEngine
-from rdo.forest import Flat, LayoutName, TokenIds
-from rdo.forward import read_under
 from rdo.objectives.choice import choose_loss
 from rdo.objectives.losses import best_response, rrhf_pairs
-from rdo.preparation import set_layout
 from rdo.pretrained import load_policy, load_scorer, new_policy, new_scorer, save_model
 from rdo.schema import EngineConfig, EvalConfig, ModelConfig
 from rdo.scorers import ComparisonTemplate, Reading, add_difference
+from rdo.sequences import forward
+from rdo.sequences.forward import read_under
+from rdo.sequences.layout import Flat, LayoutName, TokenIds
+from rdo.sequences.preparation import set_layout
 from rdo.step import deal_step, training_step
 from rdo.tasks import ById, ScorerTask
 from rdo.traits import head_parameters

@@ -13,10 +13,10 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rdo.artifacts import stable_seed
-from rdo.devices import to_device
-from rdo.forward import check_positions
-from rdo.preparation import set_layout
 from rdo.schema import EvalConfig
+from rdo.sequences.devices import to_device
+from rdo.sequences.forward import check_positions
+from rdo.sequences.preparation import set_layout
 from rdo.shards import Shards
 
 TABLE = pa.schema({"text": pa.string(), "ids": pa.list_(pa.int64()), "stopped": pa.bool_()})

@@ -22,7 +22,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from rdo import distributed, interrupts, processor
+from rdo import distributed, interrupts
 from rdo.artifacts import Artifact, MissingInput, Provenance
 from rdo.checks import compose_config, plain, sweep_points, typed, without_effect
 from rdo.errors import UserError, described, printable
@@ -32,6 +32,7 @@ from rdo.objectives.choice import choose_loss
 from rdo.report.console import describe_policy, describe_scorer
 from rdo.run import Cache, Run
 from rdo.schema import Config, EngineConfig
+from rdo.sequences import processor
 from rdo.stages.align import aligned_policy, needed_scores
 from rdo.stages.eval import EVALUATION, evaluate_policy, evaluate_scorers
 from rdo.stages.inspect import inspect_data

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rdo.errors import UserError
-from rdo.forward import input_embeddings
-from rdo.preparation import TRIAL
+from rdo.sequences.forward import input_embeddings
+from rdo.sequences.preparation import TRIAL
 
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:

@@ -22,10 +22,10 @@ from rdo.data.records import Record
 from rdo.data.table import Records
 from rdo.distributed import dealt
 from rdo.errors import UserError
-from rdo.forward import Prompted, read_under
-from rdo.preparation import set_layout
 from rdo.progress import progress_bar
 from rdo.run import Run, select
+from rdo.sequences.forward import Prompted, read_under
+from rdo.sequences.preparation import set_layout
 from rdo.shards import Shards
 from rdo.stages.score import read_table
 from rdo.stages.sft import base_policy

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from rdo.attention import attention_name, choose_kernel, kernel_of
-from rdo.cuda_attention import HALF
 from rdo.errors import UserError
-from rdo.forest import Flat, Forest, LayoutName
-from rdo.forward import hidden_states, input_embeddings
-from rdo.processor import prepare_products
-from rdo.readout import in_full_precision
+from rdo.sequences.attention import attention_name, choose_kernel, kernel_of
+from rdo.sequences.forward import hidden_states, input_embeddings
+from rdo.sequences.kernels.varlen import HALF
+from rdo.sequences.layout import Flat, Forest, LayoutName
+from rdo.sequences.processor import prepare_products
+from rdo.sequences.readout import in_full_precision
 
 # Three sequences of one length, so that no padding is needed: two share four tokens, two share eight.
 TRIAL = [(*range(1, 17),), (*range(1, 5), *range(17, 29)), (*range(1, 5), *range(17, 21), *range(29, 37))]

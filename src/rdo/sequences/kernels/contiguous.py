@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from rdo.forest import Forest, subtree_ends
-from rdo.rectangles import RectanglePlan
+from rdo.sequences.kernels.gathered import RectanglePlan
+from rdo.sequences.layout import Forest, subtree_ends
 
 # Below so many tokens a segment, on average, padding segments together is faster than a call each (measured at widths
 # 64 to 512 on one core: 1.4 times at 30 tokens, equal at 60, 0.95 at 145 and more).

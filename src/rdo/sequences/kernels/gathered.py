@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from rdo.devices import to_device
-from rdo.forest import Forest, Segment
+from rdo.sequences.devices import to_device
+from rdo.sequences.layout import Forest, Segment
 
 # One more call is worth about this many query-key cells (measured at widths 64 to 512 on one CPU core).
 CALL_COST = 4096

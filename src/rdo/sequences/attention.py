@@ -16,11 +16,11 @@ from typing import Any, Protocol
 import torch
 from transformers import AttentionInterface
 
-from rdo.cuda_attention import HALF, VarlenPlan, why_not_varlen
 from rdo.errors import UserError
-from rdo.forest import Forest
-from rdo.rectangles import RectanglePlan
-from rdo.spans import SpanPlan, why_not_spans
+from rdo.sequences.kernels.contiguous import SpanPlan, why_not_spans
+from rdo.sequences.kernels.gathered import RectanglePlan
+from rdo.sequences.kernels.varlen import HALF, VarlenPlan, why_not_varlen
+from rdo.sequences.layout import Forest
 
 # What a decoder may pass beside query, key and value without changing what attention means.
 HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "is_causal"}

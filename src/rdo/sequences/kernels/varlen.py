@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from rdo.devices import to_device
 from rdo.errors import UserError
-from rdo.forest import Forest
-from rdo.readout import in_full_precision
+from rdo.sequences.devices import to_device
+from rdo.sequences.layout import Forest
+from rdo.sequences.readout import in_full_precision
 
 HALF = (torch.float16, torch.bfloat16)
 

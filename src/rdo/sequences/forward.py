@@ -11,12 +11,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rdo import interrupts
-from rdo.attention import make_plan
-from rdo.devices import to_device
 from rdo.errors import UserError
-from rdo.forest import Forest, Layout, LayoutName, TokenIds, make_layout
-from rdo.packing import pack
-from rdo.readout import Scalar, Span, combine, in_full_precision, scalar_values, span_log_probabilities
+from rdo.sequences.attention import make_plan
+from rdo.sequences.devices import to_device
+from rdo.sequences.layout import Forest, Layout, LayoutName, TokenIds, make_layout
+from rdo.sequences.packing import pack
+from rdo.sequences.readout import Scalar, Span, combine, in_full_precision, scalar_values, span_log_probabilities
 
 # A prompt, and the responses that are read under it.
 Prompted = tuple[TokenIds, Sequence[TokenIds]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rdo.forest import LayoutName, TokenIds, count_unique
+from rdo.sequences.layout import LayoutName, TokenIds, count_unique
 
 
 def cost(sequences: Sequence[TokenIds], layout: LayoutName) -> tuple[int, int]:
