@@ -7,9 +7,9 @@ import random
 from rdo.alignment import AlignmentRecord, AlignmentTask, Pair
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
+from rdo.models.scorers import ComparisonTemplate
 from rdo.objectives.choice import choose_loss
 from rdo.objectives.losses import rrhf_pairs
-from rdo.scorers import ComparisonTemplate
 from rdo.tasks import ById, Demonstration, ScorerTask, SftTask, learns_from
 
 SETTINGS = {

@@ -20,7 +20,7 @@ from rdo.checkpoints import Checkpoints
 from rdo.checks import compose_config
 from rdo.engine.torch_engine import TorchEngine
 from rdo.errors import UserError
-from rdo.pretrained import load_policy, load_scorer, load_tokenizer, new_scorer, save_model
+from rdo.models.pretrained import load_policy, load_scorer, load_tokenizer, new_scorer, save_model
 from rdo.schema import EngineConfig, ModelConfig
 
 CONFIG = ModelConfig()

@@ -18,10 +18,10 @@ from engines import one_step
 from made_tasks import SETTINGS, TASKS, alignment_task, encoded, make_task
 from rdo.alignment import AlignmentRecord, AlignmentTask, Pair
 from rdo.data.encoding import EncodedRecord
+from rdo.models.pretrained import load_tokenizer
 from rdo.objectives import losses
 from rdo.objectives.choice import choose_loss
 from rdo.plan import learning_rate_factor, make_plan
-from rdo.pretrained import load_tokenizer
 from rdo.run import Run, model_path
 from rdo.schema import EngineConfig, TrackerConfig, TrainingConfig
 from rdo.sequences.forward import read_log_probabilities

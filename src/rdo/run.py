@@ -20,10 +20,10 @@ from rdo.data.table import Records
 from rdo.distributed import world
 from rdo.engine.surface import precision_of
 from rdo.errors import NotFiniteError, UserError
-from rdo.pretrained import load_policy, load_scorer, load_tokenizer
+from rdo.models.pretrained import load_policy, load_scorer, load_tokenizer
+from rdo.models.traits import check_vocabulary
 from rdo.schema import Config, TrainingConfig
 from rdo.tracking import Tracker
-from rdo.traits import check_vocabulary
 
 
 @dataclass

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from rdo.artifacts import stable_seed
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
+from rdo.models.scorers import ComparisonTemplate, Reading, add_difference, add_reward, merge
 from rdo.objectives import losses
-from rdo.scorers import ComparisonTemplate, Reading, add_difference, add_reward, merge
 from rdo.sequences.devices import tensor_on
 from rdo.sequences.forward import read_log_probabilities, read_scalars
 from rdo.sequences.layout import LayoutName, make_layout

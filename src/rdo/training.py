@@ -22,6 +22,7 @@ from rdo.distributed import world
 from rdo.engine.surface import Engine, precision_of
 from rdo.engine.torch_engine import TorchEngine
 from rdo.errors import NotFiniteError, UserError
+from rdo.models.traits import head_parameters, recompute_activations
 from rdo.plan import Plan, learning_rate_factor, make_plan
 from rdo.progress import progress_bar
 from rdo.schema import EngineConfig, ScorerConfig, TrainingConfig
@@ -30,7 +31,6 @@ from rdo.sequences.layout import LayoutName
 from rdo.sequences.preparation import described_layout, set_layout
 from rdo.step import Dealt, Item, Task, Wishes, ahead, deal_step, training_step
 from rdo.tracking import Tracker
-from rdo.traits import head_parameters, recompute_activations
 
 
 def make_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.optim.AdamW:

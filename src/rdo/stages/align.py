@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from rdo.adapters import choose_trained, lora_settings
 from rdo.alignment import AlignmentRecord, AlignmentTask, Pair, Sample
 from rdo.artifacts import Artifact, produce, stable_seed
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Record
 from rdo.errors import UserError
+from rdo.models.lora import choose_trained, lora_settings
 from rdo.objectives import coefficients
 from rdo.objectives.choice import LossChoice, choose_loss
 from rdo.objectives.losses import best_response, rrhf_pairs
