@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-
-from rdo.checkpoints import Checkpoints
 from rdo.engine.torch_engine import TorchEngine
+
 from rdo.schema import EngineConfig
-from rdo.step import Task, deal_step, training_step
+from rdo.training.checkpoints import Checkpoints
+from rdo.training.step import Task, deal_step, training_step
 
 
 class PlainEngine:

@@ -22,8 +22,8 @@ from rdo.stages.reference import reference
 from rdo.stages.score import scores
 from rdo.stages.scorer import scorer
 from rdo.stages.sft import base_policy
-from rdo.tasks import SftTask
 from rdo.tracking import Tracker
+from rdo.training.tasks import SftTask
 from tiny import TINY, metrics, tiny_run, weights
 
 ROOT = Path(__file__).parents[1]

@@ -27,7 +27,7 @@ from rdo.sequences.forward import read_scalars
 from rdo.sequences.layout import LayoutName, make_layout
 from rdo.sequences.preparation import set_layout
 from rdo.sequences.readout import Scalar
-from rdo.tasks import learns_from
+from rdo.training.tasks import learns_from
 
 TOLERANCE = 1e-5
 COMPARING = ["paper", "antisymmetric", "residual"]

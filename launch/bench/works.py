@@ -15,6 +15,8 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from rdo.engine.surface import precision_of
+from rdo.engine.torch_engine import TorchEngine
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -22,11 +24,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rdo.alignment import AlignmentRecord, AlignmentTask, Pair
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
-from rdo.engine.surface import precision_of
-from rdo.engine.torch_engine import TorchEngine
 from rdo.models import scorers
 from rdo.models.pretrained import load_policy, load_scorer, new_policy, new_scorer, save_model
 from rdo.models.scorers import ComparisonTemplate, Reading, add_difference
@@ -38,8 +37,9 @@ from rdo.sequences import forward
 from rdo.sequences.forward import read_under
 from rdo.sequences.layout import Flat, LayoutName, TokenIds
 from rdo.sequences.preparation import set_layout
-from rdo.step import deal_step, training_step
-from rdo.tasks import ById, ScorerTask
+from rdo.training.alignment import AlignmentRecord, AlignmentTask, Pair
+from rdo.training.step import deal_step, training_step
+from rdo.training.tasks import ById, ScorerTask
 
 RIVALS = ("trl", "trl_best", "padded", "unpadded")
 # Of `pairs`, how many records a work takes (those that cost more take fewer), responses a record, who else can do it.

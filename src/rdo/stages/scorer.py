@@ -22,8 +22,8 @@ from rdo.run import Run, model_path, select
 from rdo.schema import DifferenceConfig, ScorerConfig
 from rdo.stages.sft import base_policy
 from rdo.stages.training import finish, save_finished
-from rdo.tasks import ById, ScorerTask, learns_from
-from rdo.training import train
+from rdo.training.loop import train
+from rdo.training.tasks import ById, ScorerTask, learns_from
 
 # The two kinds of scorer, by the name that rc and eval.subject call them, and the stage that makes each.
 STAGE_OF: dict[str, str] = {"reward": "rm", "diff": "diffmodel"}

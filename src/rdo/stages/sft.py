@@ -20,8 +20,8 @@ from rdo.models.traits import check_vocabulary
 from rdo.objectives.losses import best_response
 from rdo.run import Run, model_path, select
 from rdo.stages.training import finish, save_finished
-from rdo.tasks import ById, Demonstration, SftTask
-from rdo.training import train
+from rdo.training.loop import train
+from rdo.training.tasks import ById, Demonstration, SftTask
 
 
 def base_policy(run: Run) -> Artifact:

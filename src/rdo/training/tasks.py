@@ -20,7 +20,7 @@ from rdo.sequences.devices import tensor_on
 from rdo.sequences.forward import read_log_probabilities, read_scalars
 from rdo.sequences.layout import LayoutName, make_layout
 from rdo.sequences.readout import Span
-from rdo.step import Counts, Measures, Preparation
+from rdo.training.step import Counts, Measures, Preparation
 
 T = TypeVar("T")
 

@@ -17,20 +17,20 @@ import torch
 from transformers import PreTrainedModel
 
 from rdo import interrupts
-from rdo.checkpoints import Checkpoints
 from rdo.distributed import world
 from rdo.engine.surface import Engine, precision_of
 from rdo.engine.torch_engine import TorchEngine
 from rdo.errors import NotFiniteError, UserError
 from rdo.models.traits import head_parameters, recompute_activations
-from rdo.plan import Plan, learning_rate_factor, make_plan
 from rdo.progress import progress_bar
 from rdo.schema import EngineConfig, ScorerConfig, TrainingConfig
 from rdo.sequences.forward import check_positions
 from rdo.sequences.layout import LayoutName
 from rdo.sequences.preparation import described_layout, set_layout
-from rdo.step import Dealt, Item, Task, Wishes, ahead, deal_step, training_step
 from rdo.tracking import Tracker
+from rdo.training.checkpoints import Checkpoints
+from rdo.training.plan import Plan, learning_rate_factor, make_plan
+from rdo.training.step import Dealt, Item, Task, Wishes, ahead, deal_step, training_step
 
 
 def make_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.optim.AdamW:
