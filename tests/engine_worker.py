@@ -13,8 +13,6 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[1] / "src"), str(Path(__file__).parent)]
 # ruff: noqa: E402
 
-from rdo.engine import deepspeed_engine
-
 from made_tasks import encoded, make_task
 from rdo import distributed
 from rdo.files import read_json_lines
@@ -22,6 +20,7 @@ from rdo.models.lora import choose_trained, trained_state
 from rdo.models.scorers import FORMS
 from rdo.schema import EngineConfig, LoraConfig, ModelConfig, ScorerConfig, TrackerConfig
 from rdo.tracking import METRICS, Tracker
+from rdo.training.engine import deepspeed_engine
 from rdo.training.loop import train
 from test_training import model_of
 

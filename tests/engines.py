@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from rdo.engine.torch_engine import TorchEngine
 
 from rdo.schema import EngineConfig
 from rdo.training.checkpoints import Checkpoints
+from rdo.training.engine.torch_engine import TorchEngine
 from rdo.training.step import Task, deal_step, training_step
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rdo.engine.torch_engine import TorchEngine
 from transformers import PreTrainedModel
 
 import emulated
@@ -32,6 +31,7 @@ from rdo.sequences.kernels.varlen import HALF
 from rdo.sequences.layout import LayoutName, make_layout
 from rdo.sequences.preparation import head_width, set_layout
 from rdo.sequences.readout import LOGITS_BUDGET, Span, span_log_probabilities
+from rdo.training.engine.torch_engine import TorchEngine
 from rdo.training.step import deal_step, training_step
 
 # The dtype of the weights, and of autocast where it is on.

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from rdo.engine.torch_engine import TorchEngine
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from helpers import configuration, policy, tokenizer
@@ -22,6 +21,7 @@ from rdo.errors import UserError
 from rdo.models.pretrained import load_policy, load_scorer, load_tokenizer, new_scorer, save_model
 from rdo.schema import EngineConfig, ModelConfig
 from rdo.training.checkpoints import Checkpoints
+from rdo.training.engine.torch_engine import TorchEngine
 
 CONFIG = ModelConfig()
 

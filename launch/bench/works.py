@@ -15,8 +15,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from rdo.engine.surface import precision_of
-from rdo.engine.torch_engine import TorchEngine
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -38,6 +36,8 @@ from rdo.sequences.forward import read_under
 from rdo.sequences.layout import Flat, LayoutName, TokenIds
 from rdo.sequences.preparation import set_layout
 from rdo.training.alignment import AlignmentRecord, AlignmentTask, Pair
+from rdo.training.engine.surface import precision_of
+from rdo.training.engine.torch_engine import TorchEngine
 from rdo.training.step import deal_step, training_step
 from rdo.training.tasks import ById, ScorerTask
 

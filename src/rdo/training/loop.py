@@ -18,8 +18,6 @@ from transformers import PreTrainedModel
 
 from rdo import interrupts
 from rdo.distributed import world
-from rdo.engine.surface import Engine, precision_of
-from rdo.engine.torch_engine import TorchEngine
 from rdo.errors import NotFiniteError, UserError
 from rdo.models.traits import head_parameters, recompute_activations
 from rdo.progress import progress_bar
@@ -29,6 +27,8 @@ from rdo.sequences.layout import LayoutName
 from rdo.sequences.preparation import described_layout, set_layout
 from rdo.tracking import Tracker
 from rdo.training.checkpoints import Checkpoints
+from rdo.training.engine.surface import Engine, precision_of
+from rdo.training.engine.torch_engine import TorchEngine
 from rdo.training.plan import Plan, learning_rate_factor, make_plan
 from rdo.training.step import Dealt, Item, Task, Wishes, ahead, deal_step, training_step
 
@@ -109,7 +109,7 @@ def make_engine(model: PreTrainedModel, config: TrainingConfig, engine: EngineCo
     optimizer = make_optimizer(model, config)
     if engine.name == "torch":
         return TorchEngine(model, optimizer, config.max_gradient_norm, engine)
-    from rdo.engine.deepspeed_engine import ZeroEngine  # which takes seconds to import
+    from rdo.training.engine.deepspeed_engine import ZeroEngine  # which takes seconds to import
 
     return ZeroEngine(model, optimizer, config.max_gradient_norm, engine)
 
