@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -20,6 +21,7 @@ import torch
 import transformers
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from rdo import distributed, interrupts, processor
@@ -30,19 +32,19 @@ from rdo.errors import DISK_FULL, UserError, explained, standard_output_closed
 from rdo.files import read_json
 from rdo.metric import stage_metric
 from rdo.printable import credential_in, printable, scrubbed
-from rdo.report.console import describe_policy, describe_scorer
+from rdo.report.tables import describe_policy, describe_scorer
 from rdo.run import Cache, Run
 from rdo.schema import Config, EngineConfig
 from rdo.stages.align import aligned_policy, needed_scores
 from rdo.stages.eval import EVALUATION, evaluate_policy, evaluate_scorers
-from rdo.stages.inspect import inspect_data
-from rdo.stages.report import make_report
 from rdo.stages.score import scores
 from rdo.stages.scorer import STAGE_OF, scorer
 from rdo.stages.sft import base_policy
 
-# Jobs of one sweep in one process share loaded data.
+# Points of one sweep in one process share loaded data.
 CACHE = Cache()
+# Points of it that could not run: their overrides, and why.
+FAILED: list[tuple[list[str], str]] = []
 # Our own option, and hydra's variable for the same: whole tracebacks.
 DEBUG, FULL_ERROR = "--debug", "HYDRA_FULL_ERROR"
 # Settings that are named like what a service's key is given as; none of ours is.
@@ -78,22 +80,36 @@ STAGES: dict[str, Callable[[Run], Artifact]] = {
 
 @interrupts.stoppable
 def run_stage(composed: DictConfig) -> float | None:
-    """Runs the stage that the config names; shows a mistake of the user's as one line and exits with 1.
+    """Runs the stage that the config names; shows a mistake of the user's as one line and exits with 1, unless it is
+    one point of a sweep here, whose other points run all the same.
 
     Returns what a sweep compares, from stage=eval: a scorer's label accuracy, or a policy's mean reward by the first
     of eval.judges.
     """
-    overrides = list(HydraConfig.get().overrides.task)
+    hydra = HydraConfig.get()
+    overrides = list(hydra.overrides.task)
     run_dir = None
     try:
         config = typed(composed)
         run_dir = Path(config.run_dir)
+        # A row whose loss or coefficients are replaced is not that row any more.
+        if not any(text.startswith(("loss=", "rc=")) for text in overrides):
+            config = replace(config, row=hydra.runtime.choices.row)
         return run_config(config, overrides)
     except MissingInput as error:
-        fail(with_command(error, overrides))
+        failure: Exception = with_command(error, overrides)
     except Exception as error:
         interrupts.check()  # a library may make another error of a stop
-        fail(error, run_dir)
+        failure = error
+    # On a cluster a point is a job of its own; one of several processes would leave the others in the middle of it.
+    together = hydra.mode == RunMode.MULTIRUN and "BasicLauncher" in hydra.launcher._target_
+    if not together or distributed.world().size > 1:
+        fail(failure, run_dir)
+    show(failure, run_dir)
+    FAILED.append((overrides, str(failure)))
+    if "BasicSweeper" not in hydra.sweeper._target_:
+        raise failure  # which optuna counts
+    return None
 
 
 def run_config(config: Config, overrides: list[str]) -> float | None:
@@ -108,16 +124,21 @@ def run_config(config: Config, overrides: list[str]) -> float | None:
     run = Run(config, provenance, config.stage.name, CACHE)
     check_processes(config)
     distributed.start(run.device().type)
+    # These load what nothing else needs.
     if config.stage.name == "inspect":
+        from rdo.stages.inspect import inspect_data
+
         inspect_data(run)
         return None
     if config.stage.name == "bench":
-        from rdo.stages.bench import benchmark  # loads what nothing else needs
+        from rdo.stages.bench import benchmark
 
         print(f"bench: {benchmark(run)}", flush=True)
         return None
-    if config.stage.name not in STAGES:
-        make_report(run, overrides, build=config.stage.name == "pipeline")
+    if config.stage.name == "report":
+        from rdo.stages.report import make_report
+
+        make_report(config)
         return None
     started = time.perf_counter()
     artifact = STAGES[config.stage.name](run)
@@ -128,7 +149,7 @@ def run_config(config: Config, overrides: list[str]) -> float | None:
 def check_processes(config: Config) -> None:
     """Raises UserError where several processes were started for what one does."""
     count = distributed.found_world(os.environ).size
-    if count > 1 and config.stage.name in ("inspect", "bench"):
+    if count > 1 and config.stage.name in ("inspect", "bench", "report"):
         raise UserError(f"stage={config.stage.name} is one process's work, and {count} were started")
     if count > 1 and config.engine.name == "torch":
         raise UserError(f"engine=torch is one process, and {count} were started: use engine=zero2 (or zero1, zero3)")
@@ -162,13 +183,8 @@ def prepare_process(config: EngineConfig) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def fail(error: Exception, run_dir: Path | None = None) -> NoReturn:
-    """Shows an error as one line, a mistake of ours (with --debug: any) with its traceback, and exits with 1."""
-    if isinstance(error, BrokenPipeError) and standard_output_closed():
-        # Or Python would complain once more when it closes standard output.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    if not distributed.fail():  # another process has failed before, and says why
-        os._exit(1)
+def show(error: Exception, run_dir: Path | None = None) -> None:
+    """Shows an error as one line, a mistake of ours (with --debug: any) with its traceback."""
     debug, known = os.environ.get(FULL_ERROR) == "1", explained(error, run_dir)
     if debug or known is None:
         lines = "".join(traceback.format_exception(error, chain=debug))
@@ -178,6 +194,16 @@ def fail(error: Exception, run_dir: Path | None = None) -> NoReturn:
     rank = distributed.found_world(os.environ).rank
     process = f"process {rank}: " if rank else ""
     print(f"error: {process}{message}", file=sys.stderr, flush=True)
+
+
+def fail(error: Exception, run_dir: Path | None = None) -> NoReturn:
+    """Shows an error, and exits with 1."""
+    if isinstance(error, BrokenPipeError) and standard_output_closed():
+        # Or Python would complain once more when it closes standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if not distributed.fail():  # another process has failed before, and says why
+        os._exit(1)
+    show(error, run_dir)
     distributed.farewell()
     sys.exit(1)
 

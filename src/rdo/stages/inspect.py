@@ -26,7 +26,7 @@ from rdo.inspection import cut_at, histogram, label_statistics, summary
 from rdo.pretrained import load_tokenizer
 from rdo.printable import printable
 from rdo.progress import progress_bar
-from rdo.report.plots import COLOURS, style
+from rdo.report.figures import COLOURS, style
 from rdo.run import Run, model_path
 from rdo.stages.sft import training_texts
 from rdo.vocabulary import make_tokenizer, train_byte_pair

@@ -1,8 +1,7 @@
-"""What wandb shows of an evaluation: numbers, tables and plots."""
+"""What wandb shows of an evaluation: numbers and tables."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,18 +33,16 @@ def is_estimate(value: Any) -> bool:
     return isinstance(value, Mapping) and {"value", "low", "high", "count"} <= value.keys()
 
 
-def media(folder: Path, manifest: Mapping[str, Any], run_dir: Path) -> tuple[dict[str, float], dict[str, Any]]:
-    """Numbers for the summary, and tables and plots, of a finished stage; empty unless it is an evaluation."""
+def media(folder: Path, manifest: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Numbers for the summary, and tables, of a finished stage; empty unless it is an evaluation."""
     if EVALUATION not in manifest["files"]:
         return {}, {}
     evaluation = read_json(folder / EVALUATION)
     shown = {"tables/evaluation": estimates_table(evaluation)}
     if "label_accuracy" in evaluation:
-        shown |= scorer_media(manifest["label"], evaluation)
+        shown |= scorer_media(evaluation)
     else:
-        against = manifest["inputs"].get("against")
-        base = read_json(run_dir / against["folder"] / EVALUATION) if against else None
-        shown |= policy_media(manifest, evaluation, base)
+        shown |= policy_media(evaluation)
         shown["tables/samples"] = samples_table(read_json_lines(folder / GENERATIONS))
     return {**numbers(evaluation), **main_reward(manifest, evaluation)}, shown
 
@@ -90,33 +87,15 @@ def samples_table(generations: list[dict[str, Any]]) -> Any:
     return table(columns, rows)
 
 
-def policy_media(
-    manifest: Mapping[str, Any], evaluation: Mapping[str, Any], base: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """Wins, ties and losses against the base policy, and reward against KL of the two."""
-    from rdo.report import plots
-    from rdo.report.aggregate import aggregate
-
-    shown: dict[str, Any] = {}
-    if compared := evaluation.get("against_base"):
-        rows = [
-            [judge, *(parts[part]["value"] for part in ("win", "tie", "lose"))] for judge, parts in compared.items()
-        ]
-        shown["tables/against_base"] = table(["judge", "win", "tie", "lose"], rows)
-    group = manifest["config"]["loss"]["name"] if base else "base"
-    policies = [
-        {"name": manifest["label"], "group": group, "rc": manifest["config"]["rc"]["name"], "evaluation": evaluation}
-    ]
-    if base:
-        policies.insert(0, {"name": "base", "group": "base", "evaluation": base})
-    return shown | pictures({"reward_kl": plots.reward_kl_figure(aggregate({"policies": policies})[0])})
+def policy_media(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Wins, ties and losses against the base policy."""
+    compared = evaluation.get("against_base") or {}
+    rows = [[judge, *(parts[part]["value"] for part in ("win", "tie", "lose"))] for judge, parts in compared.items()]
+    return {"tables/against_base": table(["judge", "win", "tie", "lose"], rows)} if rows else {}
 
 
-def scorer_media(name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """Accuracy in the four quarters of |R|, as table and plot, and the distribution of R."""
-    from rdo.report import curves, plots
-    from rdo.report.aggregate import aggregate
-
+def scorer_media(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Accuracy in the four quarters of |R|."""
     columns = ["quarter of |R|", "low", "high", "pairs", "label accuracy", "oracle accuracy"]
     rows = [
         [
@@ -129,21 +108,4 @@ def scorer_media(name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]:
         ]
         for quarter, part in enumerate(evaluation["by_confidence"], start=1)
     ]
-    scorers = [{"name": name, "evaluation": evaluation}]
-    return {"tables/by_confidence": table(columns, rows)} | pictures(
-        {
-            "confidence": plots.confidence_figure(aggregate({"scorers": scorers})[0]),
-            "differences": curves.distributions_figure(scorers),
-        }
-    )
-
-
-def pictures(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Figures as images for wandb; a figure that there is nothing to draw in is left out."""
-    import wandb
-    from PIL import Image
-
-    from rdo.report.plots import to_png
-
-    drawn = {name: Image.open(io.BytesIO(to_png(figure))) for name, figure in figures.items() if figure is not None}
-    return {f"plots/{name}": wandb.Image(image) for name, image in drawn.items()}
+    return {"tables/by_confidence": table(columns, rows)}

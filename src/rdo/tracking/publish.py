@@ -1,4 +1,4 @@
-"""Finished stages in wandb: what came out, tables and plots of evaluations, and which folder was made of which others.
+"""Finished stages in wandb: what came out, tables of evaluations, and which folder was made of which others.
 
 Every finished folder becomes an artifact, by reference: wandb is told names, sizes and places of the files and gets
 none of them. Its run uses the artifacts of the folder's inputs, so that the way from the data to an evaluation can be
@@ -58,7 +58,7 @@ def publish(folder: Path, run_dir: Path, config: Mapping[str, Any]) -> None:
 
 
 def show(tracker: TrackerConfig, folder: Path, run_dir: Path) -> None:
-    """Logs a finished stage into its run: what training logged and wandb lacks, results, tables, plots, artifacts."""
+    """Logs a finished stage into its run: what training logged and wandb lacks, results, tables, artifacts."""
     manifest = read_json(folder / MANIFEST)
     run = WandbRun(tracker, folder, folder.name, manifest["config"])
     failed = True
@@ -67,7 +67,7 @@ def show(tracker: TrackerConfig, folder: Path, run_dir: Path) -> None:
             run.catch_up(read_json_lines(folder / METRICS))
         run.run.config.update({"made": made(manifest, run_dir)}, allow_val_change=True)
         run.run.summary.update({**numbers(results_of(manifest)), "stage_seconds": manifest["seconds"]})
-        shown, figures = media(folder, manifest, run_dir)
+        shown, figures = media(folder, manifest)
         run.run.summary.update(shown)
         if figures:
             run.log(run.last + 1, figures)
