@@ -94,7 +94,7 @@ def run_stage(composed: DictConfig) -> float | None:
         run_dir = Path(config.run_dir)
         # A row whose loss or coefficients are replaced is not that row any more.
         if not any(text.startswith(("loss=", "rc=")) for text in overrides):
-            config = replace(config, row=hydra.runtime.choices.row)
+            config = replace(config, row=hydra.runtime.choices["row"])
         return run_config(config, overrides)
     except MissingInput as error:
         failure: Exception = with_command(error, overrides)

@@ -1,4 +1,4 @@
-"""Comparisons and sweeps, hydra's multiruns: every point is checked before the first one runs, and the report follows."""
+"""Comparisons and sweeps, hydra's multiruns: every point is checked before the first one runs; the report follows."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import wraps
+from math import isnan
 from typing import Any
 
 import matplotlib
@@ -14,9 +15,9 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rdo.evaluation.statistics import Estimate
 from rdo.printable import printable
 from rdo.report.results import Row, sweeps, training_curves
+from rdo.report.tables import Number
 
 # Okabe and Ito's colours without the yellow ones, which are too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#B0568A", "#3A3A3A", "#8C6D1F")
@@ -76,17 +77,15 @@ def label(text: str) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
-def bars(estimates: Sequence[Estimate]) -> list[list[float]] | None:
-    """Lengths of the error bars below and above."""
-    ends = [(e["value"], e["low"], e["high"]) for e in estimates]
-    below = [value - low if value is not None and low is not None else 0.0 for value, low, _ in ends]
-    above = [high - value if value is not None and high is not None else 0.0 for value, _, high in ends]
-    return [below, above] if any(below + above) else None
+def bars(numbers: Sequence[Number]) -> list[list[float]] | None:
+    """Lengths of the error bars below and above; none where one has no interval."""
+    lengths = [[one.value - one.low for one in numbers], [one.high - one.value for one in numbers]]
+    return None if any(map(isnan, lengths[0])) else [[max(0.0, length) for length in ends] for ends in lengths]
 
 
-def errorbar(axes: Axes, x: Sequence[Any], y: Sequence[Estimate], **given: Any) -> None:
+def points(axes: Axes, x: Sequence[float], y: Sequence[Number], x_bars: Any = None, **given: Any) -> None:
     """A line or points with their intervals."""
-    axes.errorbar(x, [e["value"] for e in y], yerr=bars(y), elinewidth=0.8, capsize=2, **given)
+    axes.errorbar(x, [one.value for one in y], bars(y), x_bars, elinewidth=0.8, capsize=2, **given)
 
 
 @svg
@@ -97,23 +96,16 @@ def overview(rows: Sequence[Row], judge: str) -> Figure | None:
         return None
     figure = Figure(figsize=(6.4, 0.9 + 0.25 * len(shown)), layout="constrained")
     axes = figure.add_subplot()
+    beside: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8.5}
+    axes.annotate("KL / baseline's", (1.01, -1), **beside)
     for place, row in enumerate(shown):
         found = row.number(f"difference.{judge}")
         assert found is not None
-        low, high = found["low"], found["high"]
-        apart = low is not None and high is not None and (low > 0 or high < 0)
-        shade = "#8A8A8A" if not apart else COLOURS[0] if low > 0 else COLOURS[1]
-        axes.errorbar(
-            [found["value"]], [place], xerr=bars([found]), color=shade, marker="o", capsize=2.5,
-            markerfacecolor="white" if row.ablation else shade,
-        )  # fmt: skip
+        shade = {"higher": COLOURS[0], "lower": COLOURS[1]}.get(found.verdict, "#8A8A8A")
+        face = "white" if row.ablation else shade
+        axes.errorbar([found.value], [place], xerr=bars([found]), color=shade, marker="o", mfc=face, capsize=2.5)
         kl = [one.number("kl") for one in (row, row.baseline) if one]
-        if all(kl):
-            said = " / ".join(f"{one['value']:.2f}" for one in kl if one and one["value"] is not None)
-            axes.annotate(said, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8.5)
-    axes.annotate(
-        "KL / baseline's", (1.01, -1), xycoords=("axes fraction", "data"), va="center", fontsize=8, color="#555"
-    )
+        axes.annotate(" / ".join(f"{one.value:.2f}" for one in kl if one), (1.01, place), **beside)
     axes.axvline(0, color="#555555", linewidth=1)
     axes.set_yticks(range(len(shown)), [f"{row.name} − {row.baseline.name if row.baseline else ''}" for row in shown])
     axes.set_ylim(len(shown) - 0.4, -1.2)
@@ -132,10 +124,8 @@ def confidence(rows: Sequence[Row]) -> Figure | None:
             known = [(n + 0.04 * drawn, estimate) for n, estimate in enumerate(found, start=1) if estimate]
             if known:
                 x, y = zip(*known, strict=True)
-                errorbar(axes, x, y, label=label(row.name), marker="o", **colour(drawn))
-                axes.set_ylabel(
-                    "accuracy against the true reward" if kind == "oracle" else "accuracy against the labels"
-                )
+                points(axes, x, y, label=label(row.name), marker="o", **colour(drawn))
+                axes.set_ylabel(f"accuracy against the {'true reward' if kind == 'oracle' else 'labels'}")
                 drawn += 1
                 break
     if not drawn:
@@ -159,18 +149,20 @@ def frontier(rows: Sequence[Row], judge: str) -> Figure | None:
     axes = figure.add_subplot()
     losses = sorted({row.loss for row in known})
     for line in curves:
-        kl, reward = ([row.number(key) for row in line] for key in ("kl", f"rewards.{judge}"))
         first = line[0]
+        kl, reward = ([n for row in line if (n := row.number(key))] for key in ("kl", f"rewards.{judge}"))
         shade = COLOURS[losses.index(first.loss) % len(COLOURS)] if first.kind == "policy" else "#3A3A3A"
-        y = [estimate for estimate in reward if estimate]
-        x = [estimate["value"] for estimate in kl if estimate]
-        name = first.name if len(line) == 1 else f"{first.name} … {line[-1].name}"
-        xerr = bars([estimate for estimate in kl if estimate])
-        axes.errorbar(
-            x, [e["value"] for e in y], xerr=xerr, yerr=bars(y), color=shade, marker=MARKERS.get(first.rc, "o"),
-            markerfacecolor="white" if first.ablation else shade, elinewidth=0.7, label=label(name),
-            linestyle="-" if first.rc != "none" else (0, (4, 2)),
-        )  # fmt: skip
+        points(
+            axes,
+            [one.value for one in kl],
+            reward,
+            bars(kl),
+            color=shade,
+            marker=MARKERS.get(first.rc, "o"),
+            mfc="white" if first.ablation else shade,
+            linestyle="-" if first.rc != "none" else "--",
+            label=label(first.name if len(line) == 1 else f"{first.name} … {line[-1].name}"),
+        )
     axes.set_xlabel("KL to the base policy, nats")
     axes.set_ylabel(f"reward by “{judge}”")
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), labelspacing=0.4)
@@ -195,17 +187,13 @@ def swept(rows: Sequence[Row], keys: Sequence[str]) -> Figure | None:
         for number, line in enumerate(lines):
             values = [row.settings[name] for row in line]
             title = line[0].name.split(",")[0] if line[0].name.endswith(f"={values[0]}") else f"{line[0].name} …"
-            errorbar(
-                axes,
-                values,
-                [e for row in line if (e := row.number(key))],
-                marker="o",
-                label=label(title),
-                **colour(number),
-            )
-        positive = sorted({row.settings[name] for line in lines for row in line})
-        if positive[0] > 0 and positive[-1] / positive[0] >= 5:
+            reached = [one for row in line if (one := row.number(key))]
+            points(axes, values, reached, marker="o", label=label(title), **colour(number))
+        values = sorted({row.settings[name] for line in lines for row in line})
+        if values[0] > 0 and values[-1] / values[0] >= 5:
             axes.set_xscale("log")
+        axes.set_xticks(values, [f"{value:g}" for value in values], minor=False)
+        axes.set_xticks([], minor=True)
         axes.set_xlabel(name)
         axes.set_ylabel(key)
         axes.legend()

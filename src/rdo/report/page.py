@@ -16,17 +16,17 @@ from rdo.files import read_json_lines
 from rdo.printable import printable
 from rdo.report import figures, tables
 from rdo.report.results import Row, at_equal_kl, difference, sweeps
-from rdo.report.tables import interval, number, verdict
+from rdo.report.tables import interval, number
 
 RULES = (
-    "Over several seeds a number is their mean with its 95 % t interval; with one seed its own 95 % interval, over pairs "
-    "or prompts, which says nothing about how another training run would fall out.",
-    "The baseline of a row is the same loss with the same settings, data and seed, without coefficients. The difference to "
-    "it is taken seed by seed; with one seed prompt by prompt. It is distinguishable where its 95 % interval excludes zero.",
+    "Over several seeds a number is their mean with its 95 % t interval; with one seed its own 95 % interval, over "
+    "pairs or prompts, which says nothing about how another training run would fall out.",
+    "The baseline of a row is the same loss with the same settings, data and seed, without coefficients. Differences "
+    "are taken seed by seed, with one seed prompt by prompt, and distinguishable where the interval excludes zero.",
     "Every comparison is judged on its own: among twenty comparisons of equal rows about one differs by chance.",
-    "A judge that was also the scorer in training favours the rows trained on it. A reward is worth comparing at equal KL.",
-    "Every scorer is shown the two responses in random order. A pair whose label is a tie is in no accuracy. Oracle: the "
-    "true reward, which only a made-up world knows.",
+    "A judge that was the scorer in training favours the rows trained on it. Rewards are worth comparing at equal KL.",
+    "Every scorer is shown the two responses in random order. A pair whose label is a tie is in no accuracy. Oracle: "
+    "the true reward, which only a made-up world knows.",
 )
 
 
@@ -57,9 +57,8 @@ def section(place: int, name: str, rows: Sequence[Row], samples: int) -> dict[st
     }
     return {
         "name": name,
-        "answer": [*effects(policies, judge), *accuracies(scorers, metric)],
+        "answer": [*effects(policies, judge), *equal_kl(policies, judge), *accuracies(scorers, metric)],
         "conclusions": [
-            *equal_kl(policies, judge),
             *best_values(policies, f"rewards.{judge}"),
             *best_values(scorers, metric),
         ],
@@ -76,70 +75,64 @@ def section(place: int, name: str, rows: Sequence[Row], samples: int) -> dict[st
 
 def effects(policies: Sequence[Row], judge: str) -> Iterator[str]:
     """Whether coefficients help, by how much, and at which KL."""
-    key = f"difference.{judge}"
-    found = [(row, estimate) for row in policies if (estimate := row.number(key)) and row.baseline]
-    ordinary = [(row, estimate) for row, estimate in found if not row.ablation]
+    found = [(row, n, row.baseline) for row in policies if (n := row.number(f"difference.{judge}")) and row.baseline]
+    ordinary = [entry for entry in found if not entry[0].ablation]
     if not ordinary:
         yield "No row with a coefficient is finished together with its baseline: whether coefficients help is open."
     else:
-        counts = Counter(verdict(estimate) for _, estimate in ordinary)
-        unjudged = counts["without an interval"]
+        counts = Counter(change.verdict for _, change, _ in ordinary)
+        seeds = max(len(row.runs) for row, _, _ in ordinary)
         yield (
             f"By the judge “{judge}” the coefficient helps in {counts['higher']} of {len(ordinary)} rows, harms in "
-            f"{counts['lower']}, and makes no distinguishable difference in {counts['indistinguishable']}"
-            f"{f' ({unjudged} without an interval)' if unjudged else ''}."
+            f"{counts['lower']}, and makes no distinguishable difference in the rest (over "
+            f"{f'{seeds} seeds' if seeds > 1 else 'the prompts of one seed'})."
         )
-        row, estimate = max(ordinary, key=lambda entry: entry[1]["value"] or 0.0)
-        kl = [one.number("kl") if one else None for one in (row, row.baseline)]
-        at = f", at KL {interval(kl[0], 2)} against {interval(kl[1], 2)} nats" if all(kl) else ""
-        name = row.baseline.name if row.baseline else ""
-        yield f"Largest difference: {row.name} over {name}, {interval(estimate, 2, signed=True)} ({verdict(estimate)}){at}."
-    controls = [f"{row.name} {interval(e, 2, signed=True)}" for row, e in found if row.ablation]
+        row, change, base = max(ordinary, key=lambda entry: entry[1].value)
+        kl = [interval(one.number("kl"), 2) for one in (row, base)]
+        said = f"{row.name} over {base.name}, {interval(change, 2, signed=True)} ({change.verdict})"
+        yield f"Largest difference: {said}, at KL {kl[0]} against {kl[1]} nats."
+    controls = [f"{row.name} {interval(change, 2, signed=True)}" for row, change, _ in found if row.ablation]
     if controls:
         yield f"Controls: {'; '.join(controls)}."
 
 
 def accuracies(scorers: Sequence[Row], metric: str) -> Iterator[str]:
     """How often scorers and labels are right."""
-    known = [(row.name, estimate) for row in scorers if (estimate := row.number(metric))]
+    known = [(row.name, accuracy) for row in scorers if (accuracy := row.number(metric))]
     if known:
         labels = scorers[0].number("labels_oracle_accuracy")
         kind = "true reward" if metric == "oracle_accuracy" else "held-out labels"
-        beside = f" (the labels themselves in {number(labels['value'], 3)})" if labels else ""
-        yield f"Scorers agree with the {kind}{beside}: {'; '.join(f'{name} in {interval(e)}' for name, e in known)}."
+        beside = f" (the labels themselves in {number(labels.value, 3)})" if labels else ""
+        yield f"Scorers agree with the {kind}{beside}: {'; '.join(f'{name} in {interval(n)}' for name, n in known)}."
 
 
 def equal_kl(policies: Sequence[Row], judge: str) -> Iterator[str]:
     """What methods reach at the KL of their baselines."""
-    for lines in sweeps(policies).values():
-        for line in lines:
-            if line[0].rc != "none" and (found := at_equal_kl(line, judge)):
-                gain, low, high = found
-                yield (
-                    f"At equal KL ({number(low)} to {number(high)} nats) the curve {line[0].name} … {line[-1].name} lies "
-                    f"{number(gain, signed=True)} from that of its baselines by “{judge}” (interpolated, no interval)."
-                )
+    for line in (line for lines in sweeps(policies).values() for line in lines):
+        if line[0].rc != "none" and (found := at_equal_kl(line, judge)):
+            gain, low, high = found
+            yield (
+                f"At equal KL ({number(low)} to {number(high)} nats) {line[0].name} … {line[-1].name} lies "
+                f"{number(abs(gain))} {'above' if gain > 0 else 'below'} its baselines (interpolated, no interval)."
+            )
 
 
 def best_values(rows: Sequence[Row], metric: str) -> Iterator[str]:
     """The best value of each swept setting, and from which others it can be told."""
     for name, lines in sweeps(rows).items():
         for line in lines:
-            known = [
-                (row, estimate["value"])
-                for row in line
-                if (estimate := row.number(metric)) and estimate["value"] is not None
-            ]
+            known = [(row, reached) for row in line if (reached := row.number(metric))]
             if len(known) < 2:
                 continue
-            best = max(known, key=lambda entry: entry[1])[0]
+            best, reached = max(known, key=lambda entry: entry[1].value)
             told: dict[str, list[str]] = {}
             for row, _ in known:
                 if row is not best:
-                    apart = "distinguishable from" if verdict(difference(best, row, metric)) == "higher" else "not from"
+                    change = difference(best, row, metric)
+                    apart = "distinguishable from" if change and change.verdict == "higher" else "not from"
                     told.setdefault(apart, []).append(f"{row.settings[name]:g}")
             said = ", ".join(f"{words} {', '.join(values)}" for words, values in told.items())
-            yield f"{name}, by {metric}: {best.settings[name]:g} is best ({best.name}: {interval(best.number(metric))}); {said}."
+            yield f"{name}, by {metric}: {best.settings[name]:g} is best ({best.name}: {interval(reached)}), {said}."
 
 
 def data_table(rows: Sequence[Row]) -> tables.Table:
@@ -148,10 +141,14 @@ def data_table(rows: Sequence[Row]) -> tables.Table:
     def text(key: str) -> Any:
         return lambda row: (", ".join(dict.fromkeys(map(str, row.runs[key].dropna()))) if key in row.runs else "", "")
 
-    columns = [("Row", lambda row: (row.name, "")), ("Source", text("source")), ("Template", text("template"))]
+    columns: list[Any] = [("Source", text("source")), ("Template", text("template"))]
     columns += [("Longest, tokens", text("max_length")), ("Records trained on", tables.of("records", 0))]
     columns += [("Evaluated on", text("split")), ("Prompts", tables.of("prompts", 0)), ("Pairs", tables.of("pairs", 0))]
-    return tables.build(rows, columns)
+    table = tables.build(rows, columns)
+    named: dict[Any, list[str]] = {}
+    for row, cells in zip(rows, table.rows, strict=True):
+        named.setdefault(tuple(cells), []).append(row.name)
+    return tables.Table(["Rows", *table.columns], [[(", ".join(who), ""), *cells] for cells, who in named.items()])
 
 
 def side_by_side(row: Row, count: int) -> dict[str, Any]:
@@ -184,9 +181,15 @@ def visible(value: Any) -> Any:
 
 def html(view: Mapping[str, Any]) -> str:
     """One page without scripts or network."""
-    loader = FileSystemLoader(Path(__file__).parent)
-    options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": StrictUndefined}
-    return Environment(loader=loader, finalize=visible, **options).get_template("report.html.j2").render(view)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=visible,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(view)
 
 
 def markdown(view: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import hypot, nan
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import pandas as pd
 from rdo.artifacts import read_manifest
 from rdo.errors import UserError
 from rdo.evaluation import EVALUATION, GENERATIONS
-from rdo.evaluation.statistics import Estimate, mean_interval
+from rdo.evaluation.statistics import mean_interval
 from rdo.files import read_json, read_json_lines
 from rdo.lineage import MANIFEST, SUBJECT, determinants
+from rdo.report.tables import Number, as_number
 from rdo.tracking import METRICS
 
+ENDS = ("low", "high")
 ABLATIONS = {"shuffle": "R shuffled over pairs", "filter": "pairs with R < 0 left out, no coefficient"}
 CURVE_POINTS = 100  # of a training curve, each a mean of the steps since the last
 CURVES = ("loss", "accuracy", "implicit_reward_accuracy")
@@ -28,8 +31,8 @@ SHOWN_LENGTH = 16  # of a setting's value in a name: fingerprints are longer
 
 @dataclass
 class Row:
-    """One row of a comparison. runs: its evaluations, rows of the frame by seed; settings: those that differ between the
-    rows on the same data, by their names on the command line; kind: policy, base, reward or diff."""
+    """One row of a comparison. kind: policy, base, reward or diff; runs: its evaluations, rows of the frame by seed;
+    settings: those that differ between the rows on the same data, by their names on the command line."""
 
     name: str
     data: str
@@ -52,26 +55,18 @@ class Row:
         found = self.runs.filter(regex=r"^rewards\..*\.value$").dropna(axis=1, how="all")
         return sorted((name.split(".")[1] for name in found), key=lambda judge: judge != "oracle")
 
-    def number(self, key: str) -> Estimate | None:
+    def number(self, key: str) -> Number | None:
         """A quantity ("rewards.oracle"): with one seed and its own interval, with several their mean and t interval."""
-        if f"{key}.value" not in self.runs:
-            return None
-        values = self.runs[f"{key}.value"].dropna()
+        values = self.runs.get(f"{key}.value", pd.Series(dtype=float)).dropna()
         if len(values) != 1:
-            return mean_interval(values) if len(values) else None
-        low, high = (self.runs.get(f"{key}.{end}", values * np.nan)[values.index[0]] for end in ("low", "high"))
-        known = bool(pd.notna(low) and pd.notna(high))
-        return {
-            "value": float(values.iloc[0]),
-            "low": low if known else None,
-            "high": high if known else None,
-            "count": 1,
-        }
+            return as_number(mean_interval(values))
+        ends = (self.runs.at[values.index[0], f"{key}.{end}"] if f"{key}.{end}" in self.runs else nan for end in ENDS)
+        return Number(float(values.iloc[0]), *(float(nan if end is None else end) for end in ends))
 
 
 def frame_of(run_dir: Path) -> tuple[pd.DataFrame, list[str]]:
-    """Every finished evaluation of a run folder, and why others cannot be shown. Columns: folder, row, data, kind, loss,
-    rc, control, seed, baseline (its folder), `settings.*`, and of each quantity `.value`, `.low`, `.high`, `.count`."""
+    """Every finished evaluation of a run folder, and why others cannot be shown. Columns: folder, row, data, kind,
+    loss, rc, control, seed, baseline (its folder), `settings.*`, and of each quantity `.value`, `.low`, `.high`."""
     records, problems = [], []
     for path in sorted((run_dir / "eval").glob(f"*/{MANIFEST}")):
         try:
@@ -168,7 +163,7 @@ def baseline_of(record: Mapping[str, Any], records: Sequence[dict[str, Any]]) ->
 
 
 def paired(record: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """How much better one policy's responses are than another's to the same prompts, by judge, and its KL's difference."""
+    """How much better one policy's responses are than another's to the same prompts, by judge; and how much its KL."""
     found: dict[str, Any] = {}
     for judge in record["rewards"].keys() & other["rewards"].keys():
         own, base = (rewards(one["folder"], judge) for one in (record, other))
@@ -190,8 +185,8 @@ def rewards(folder: str, judge: str) -> pd.Series[float]:
 
 
 def rows_of(frame: pd.DataFrame) -> list[Row]:
-    """The rows of a frame: evaluations that differ in their seed alone are one. Gives the frame their names, and leaves of
-    the settings those that differ in it."""
+    """The rows of a frame: evaluations that differ in their seed alone are one. Gives the frame their names, and leaves
+    of the settings those that differ in it."""
     frame["name"] = frame["row"].where(frame["row"] != "none", frame["label"])
     for _, group in frame.groupby(["data", "name"]):
         for key in varying(group, "judged"):
@@ -205,8 +200,8 @@ def rows_of(frame: pd.DataFrame) -> list[Row]:
         own = varying(frame[(frame["data"] == data) & (frame["kind"] == first["kind"])], "settings")
         texts = {key: first[f"settings.{key}"] for key in own}
         settings = {key: json.loads(text) for key, text in texts.items() if isinstance(text, str)}
-        kinds = [str(first[key]) for key in ("kind", "loss", "rc", "control")]
-        row = Row(str(name), str(data), *kinds, runs.set_index("seed"), settings)
+        kind, loss, rc, control = (str(first[key]) for key in ("kind", "loss", "rc", "control"))
+        row = Row(str(name), str(data), kind, loss, rc, control, runs.set_index("seed"), settings)
         found |= dict.fromkeys(runs["folder"], row)
     for folder, base in frame.set_index("folder")["baseline"].dropna().items():
         found[str(folder)].baseline = found[base]
@@ -224,27 +219,22 @@ def varying(frame: pd.DataFrame, part: str) -> list[str]:
     return [name.partition(".")[2] for name in names if frame[name].nunique(dropna=False) > 1]
 
 
-def difference(first: Row, second: Row, key: str) -> Estimate | None:
-    """One row minus another: seed by seed where they share several, else prompt by prompt, or as independent numbers."""
+def difference(first: Row, second: Row, key: str) -> Number | None:
+    """One row minus another: seed by seed where they share several, else prompt by prompt, or as independent ones."""
     own, other = (row.runs.get(f"{key}.value", pd.Series(dtype=float)) for row in (first, second))
     values = (own - other).dropna()
     if len(values) != 1:
-        return mean_interval(values) if len(values) else None
+        return as_number(mean_interval(values))
     if key.startswith("rewards."):
         judge = key.split(".")[1]
         ours, theirs = (rewards(row.runs["folder"][values.index[0]], judge) for row in (first, second))
-        return mean_interval((ours - theirs).dropna())
-    ends = [row.number(key) for row in (first, second)]
-    halves = [
-        (end["high"] - end["low"]) / 2 for end in ends if end and end["low"] is not None and end["high"] is not None
-    ]
-    value, half = float(values.iloc[0]), float(np.hypot(*halves)) if len(halves) == 2 else np.nan
-    known = len(halves) == 2
-    return {"value": value, "low": value - half if known else None, "high": value + half if known else None, "count": 1}
+        return as_number(mean_interval((ours - theirs).dropna()))
+    half = hypot(*(number.high - number.low for row in (first, second) if (number := row.number(key)))) / 2
+    return Number(float(values.iloc[0]), float(values.iloc[0]) - half, float(values.iloc[0]) + half)
 
 
 def sweeps(rows: Iterable[Row]) -> dict[str, list[list[Row]]]:
-    """By setting with numbers for values: the lines along it, each of rows that differ in nothing else, in its order."""
+    """By setting with numbers for values: the lines along it, each of rows that differ in nothing else, in order."""
     lines: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         for name, value in row.settings.items():
@@ -268,7 +258,7 @@ def at_equal_kl(line: Sequence[Row], judge: str) -> tuple[float, float, float] |
     curves = []
     for rows in (line, bases):
         points = [(row.number("kl"), row.number(f"rewards.{judge}")) for row in rows]
-        known = sorted((kl["value"], reward["value"]) for kl, reward in points if kl and reward)
+        known = sorted((kl.value, reward.value) for kl, reward in points if kl and reward)
         if not known:
             return None
         curves.append(np.array(known, float).T)

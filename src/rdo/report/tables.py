@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from math import isnan, nan
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rdo.evaluation.statistics import Estimate
 from rdo.printable import printable
 
 if TYPE_CHECKING:  # which imports pandas
@@ -15,6 +15,29 @@ if TYPE_CHECKING:  # which imports pandas
 
 Cell = tuple[str, str]  # what is shown, and smaller below it
 NOTHING: Cell = ("–", "")
+
+
+class Number(NamedTuple):
+    """A quantity and its 95 % interval, whose ends are NaN where it has none."""
+
+    value: float
+    low: float = nan
+    high: float = nan
+
+    @property
+    def verdict(self) -> str:
+        """Whether a difference can be told from zero."""
+        if isnan(self.low):
+            return "without an interval"
+        return "higher" if self.low > 0 else "lower" if self.high < 0 else "indistinguishable"
+
+
+def as_number(estimate: Mapping[str, Any] | None) -> Number | None:
+    """An estimate of an evaluation; None where there is none, or it has no value."""
+    if not estimate or estimate["value"] is None:
+        return None
+    low, high = (nan if estimate.get(end) is None else estimate[end] for end in ("low", "high"))
+    return Number(estimate["value"], low, high)
 
 
 @dataclass(frozen=True)
@@ -28,30 +51,23 @@ class Table:
 
 def number(value: float | None, digits: int = 2, signed: bool = False) -> str:
     """A number with a real minus sign; one that rounds to nothing has none."""
-    if value is None or value != value:
+    if value is None or isnan(value):
         return "–"
     text = f"{value:{'+' if signed else ''}.{digits}f}"
     return text.replace("-", "−") if float(text) else text.lstrip("+-")
 
 
-def ends(estimate: Mapping[str, Any] | None, digits: int = 2, signed: bool = False) -> str:
+def ends(estimate: Number, digits: int = 2, signed: bool = False) -> str:
     """An interval in brackets; nothing where there is none."""
-    if not estimate or estimate["low"] is None:
-        return ""
-    return f"[{number(estimate['low'], digits, signed)}, {number(estimate['high'], digits, signed)}]"
+    low, high = (number(end, digits, signed) for end in (estimate.low, estimate.high))
+    return "" if isnan(estimate.low) else f"[{low}, {high}]"
 
 
-def interval(estimate: Mapping[str, Any] | None, digits: int = 3, signed: bool = False) -> str:
+def interval(estimate: Number | None, digits: int = 3, signed: bool = False) -> str:
     """A value with its interval on one line."""
-    value = number(estimate["value"] if estimate else None, digits, signed)
-    return f"{value} {ends(estimate, digits, signed)}".strip()
-
-
-def verdict(estimate: Estimate | None) -> str:
-    """Whether a difference can be told from zero: higher, lower, indistinguishable, or without an interval."""
-    if not estimate or estimate["low"] is None or estimate["high"] is None:
-        return "without an interval"
-    return "higher" if estimate["low"] > 0 else "lower" if estimate["high"] < 0 else "indistinguishable"
+    if estimate is None:
+        return "–"
+    return f"{number(estimate.value, digits, signed)} {ends(estimate, digits, signed)}".strip()
 
 
 def of(key: str, digits: int = 2, signed: bool = False) -> Callable[[Row], Cell]:
@@ -59,7 +75,7 @@ def of(key: str, digits: int = 2, signed: bool = False) -> Callable[[Row], Cell]
 
     def cell(row: Row) -> Cell:
         found = row.number(key)
-        return (number(found["value"], digits, signed), ends(found, digits, signed)) if found else NOTHING
+        return (number(found.value, digits, signed), ends(found, digits, signed)) if found else NOTHING
 
     return cell
 
@@ -69,7 +85,7 @@ def shares(*keys: str) -> Callable[[Row], Cell]:
 
     def cell(row: Row) -> Cell:
         found = [row.number(key) for key in keys]
-        return (" / ".join(number(100 * e["value"], 0) if e and e["value"] is not None else "–" for e in found), "")
+        return (" / ".join(number(100 * e.value, 0) if e else "–" for e in found), "") if any(found) else NOTHING
 
     return cell
 
@@ -179,11 +195,12 @@ def shown(lines: Iterable[str]) -> str:
 
 def describe_scorer(evaluation: Mapping[str, Any]) -> str:
     """A scorer's evaluation.json in lines."""
-    lines = [f"label accuracy {interval(evaluation['label_accuracy'])}, {evaluation['pairs']} pairs in random order"]
+    accuracy = interval(as_number(evaluation["label_accuracy"]))
+    lines = [f"label accuracy {accuracy}, {evaluation['pairs']} pairs in random order"]
     if evaluation.get("oracle_accuracy"):
         lines.append(
-            f"oracle accuracy {interval(evaluation['oracle_accuracy'])}; "
-            f"the labels themselves {interval(evaluation['labels_oracle_accuracy'])}"
+            f"oracle accuracy {interval(as_number(evaluation['oracle_accuracy']))}; "
+            f"the labels themselves {interval(as_number(evaluation['labels_oracle_accuracy']))}"
         )
     quartiles = " ".join(number(q["label_accuracy"]["value"], 3) for q in evaluation["by_confidence"])
     lines.append(f"by quartile of |R|, least sure first: {quartiles}")
@@ -195,9 +212,9 @@ def describe_scorer(evaluation: Mapping[str, Any]) -> str:
 
 def describe_policy(evaluation: Mapping[str, Any]) -> str:
     """A policy's evaluation.json in lines."""
-    lines = [f"{evaluation['prompts']} prompts; length {interval(evaluation['length'], 1)} tokens"]
-    lines += [f"mean reward by {judge} {interval(value)}" for judge, value in evaluation["rewards"].items()]
-    lines.append(f"KL to the base policy {interval(evaluation['kl'])} nats")
+    lines = [f"{evaluation['prompts']} prompts; length {interval(as_number(evaluation['length']), 1)} tokens"]
+    lines += [f"mean reward by {judge} {interval(as_number(value))}" for judge, value in evaluation["rewards"].items()]
+    lines.append(f"KL to the base policy {interval(as_number(evaluation['kl']))} nats")
     for judge, parts in (evaluation.get("against_base") or {}).items():
         each = " / ".join(number(100 * parts[part]["value"], 0) for part in ("win", "tie", "lose"))
         lines.append(f"win / tie / lose against the base policy by {judge}: {each} %")

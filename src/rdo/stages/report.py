@@ -1,4 +1,4 @@
-"""Stage report, and the end of every comparison: whatever is evaluated in the run folder, as tables, figures and a page.
+"""Stage report, and the end of every comparison: what is evaluated in the run folder, as tables, figures and a page.
 
 Nothing is made for it and nothing composed anew: manifests say which settings led to a result.
 """
@@ -21,7 +21,7 @@ from rdo.schema import Config
 def make_report(config: Config, failed: Mapping[str, str] | None = None) -> None:
     """Writes report.html, report.md, results.parquet and results.csv into report.folder, and prints a summary.
 
-    failed: why points could not run, by name. Raises UserError where nothing is evaluated; only the first process works.
+    failed: why points could not run, by name. Raises UserError where nothing is evaluated. One process does it.
     """
     if not world().first:
         return
@@ -32,7 +32,11 @@ def make_report(config: Config, failed: Mapping[str, str] | None = None) -> None
             return  # which has been said
         raise UserError(f"run_dir={config.run_dir}: nothing is evaluated there{reason}; make something with stage=eval")
     rows = rows_of(frame)
-    facts = {"Made": datetime.now(UTC).isoformat(timespec="seconds"), "Code": code_revision(), "Folder": config.run_dir}
+    facts = {
+        "Made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "Code": code_revision()[:10],
+        "Folder": config.run_dir,
+    }
     missing = {**(failed or {}), **{problem.partition(": ")[0]: problem for problem in problems}}
     view = page.view_of(config.report.title, facts, rows, missing, config.eval.samples)
     folder = Path(config.run_dir) / config.report.folder
