@@ -12,7 +12,7 @@ test: .venv/installed-dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 15
 
 bench: .venv/installed-bench
-	$(BIN)/python train.py stage=bench
+	$(BIN)/python launch/bench
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -20,26 +20,35 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
 # ruff: noqa: E402
 
 import torch
 import transformers
+from launch.bench.suite import measure_all
+from launch.bench.works import RIVALS, WORKS, make_bench
 
 import gpu_checks as suite
 from rdo.attention import KERNELS, OBSTACLES
-from rdo.bench.gpu import run
 from rdo.readout import LOGITS_BUDGET
+from rdo.schema import EngineConfig, ModelConfig
 
 MODELS = ("llama-grouped", "llama", "mistral-window", "gpt2", "gpt-neox", "qwen2", "gemma", "gemma3", "gpt2-by-layer")
 TASKS = ("dpo", "rrhf", "kto", "pointwise", "paper")
 CHECK_SHARE = 0.6  # of the time, that the checks may take; what they leave is the benchmark's
 # Seconds that must be left for a check to begin; what compiles takes long.
 USUAL, COMPILING = 6.0, 45.0
+# Seconds that making the benchmark's models, and one work, may take at the most.
+MODELS_SECONDS, WORK_SECONDS = 90.0, 40.0
+LARGE = ModelConfig(  # 1.1B parameters, grouped queries
+    vocabulary_size=32000, hidden_size=2048, intermediate_size=5632, layers=22, heads=32, key_value_heads=4,
+    max_positions=8192,
+)  # fmt: skip
 
 
 class Checks:
@@ -162,6 +171,21 @@ def check_waiting_and_flex(checks: Checks, device: torch.device) -> None:
     checks.run("waiting dpo bfloat16 flex", partial(suite.check_waiting, "dpo", "flex", "bfloat16", device), COMPILING)
 
 
+def benchmark(device: torch.device, seconds: float, out: Path, model: ModelConfig = LARGE) -> dict[str, Any] | None:
+    """Everything of bench.json that fits into the time; it is in out/bench.json as it comes. TRL takes part if it is
+    installed. None where there is no time at all."""
+    ends = time.monotonic() + seconds - WORK_SECONDS
+    if seconds < MODELS_SECONDS + WORK_SECONDS:
+        print(f"no benchmark: {seconds:.0f} s are left, and it needs {MODELS_SECONDS + WORK_SECONDS:.0f}", flush=True)
+        return None
+    engine = EngineConfig(precision="auto", device=device.type, tokens_per_micro_batch=16384)
+    against = [name for name in RIVALS if find_spec("trl") or not name.startswith("trl")]
+    chosen = {"against": against, "threads": [torch.get_num_threads()], "rounds": 5, "pairs": 16}
+    with make_bench(model, engine, device, say=partial(print, flush=True), **chosen) as bench:
+        works = [name for name in WORKS if name != "generation"]  # which needs pyarrow
+        return measure_all(bench, out / "bench.json", works, growth=True, ends=ends)
+
+
 def described(device: torch.device) -> dict[str, str]:
     """What the checks ran on."""
     found = {"device": str(device), "torch": torch.__version__, "transformers": transformers.__version__}
@@ -196,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_all(checks, device)
     if device.type == "cuda" and not options.only:
         try:
-            checks.found["benchmark"] = run(device, started + options.seconds - time.monotonic(), options.out)
+            checks.found["benchmark"] = benchmark(device, started + options.seconds - time.monotonic(), options.out)
         except Exception:  # what was checked stands
             checks.record("benchmark", math.nan, 0.0, 0.0, traceback.format_exc())
             traceback.print_exc()

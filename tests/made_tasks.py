@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 
-from rdo.alignment import AlignmentRecord, AlignmentTask, Pair, choose_loss
+from rdo.alignment import AlignmentRecord, AlignmentTask, Pair
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
-from rdo.losses import rrhf_pairs
+from rdo.objectives.choice import choose_loss
+from rdo.objectives.losses import rrhf_pairs
 from rdo.scorers import ComparisonTemplate
 from rdo.tasks import ById, Demonstration, ScorerTask, SftTask, learns_from
 

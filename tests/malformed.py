@@ -590,7 +590,7 @@ def write_breads(folder: Path) -> None:
 
 
 def not_a_number(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("rdo.losses.sft", lambda policy, length, *, reduction: policy * float("nan"))
+    patch.setattr("rdo.objectives.losses.sft", lambda policy, length, *, reduction: policy * float("nan"))
     write_breads(folder)
 
 

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rdo.alignment import choose_loss
 from rdo.data.records import Preference, Record
 from rdo.errors import UserError
-from rdo.losses import dpo
+from rdo.objectives.choice import choose_loss
+from rdo.objectives.losses import dpo
 from rdo.run import select
 from rdo.schema import RcConfig, TrainingConfig
 from rdo.stages.align import check_data, own_scores, rc_settings, supervision, weigh

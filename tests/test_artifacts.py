@@ -14,16 +14,7 @@ from typing import Any
 
 import pytest
 
-from rdo.artifacts import (
-    ARTIFACT_VERSION,
-    Artifact,
-    MissingInput,
-    Provenance,
-    fingerprint,
-    given,
-    is_finished,
-    produce,
-)
+from rdo.artifacts import ARTIFACT_VERSION, Artifact, MissingInput, Provenance, fingerprint, given, is_finished, produce
 from rdo.errors import UserError
 from rdo.files import append_json_line, read_json_lines, replace_file, replace_folder, write_json
 from rdo.stages.eval import evaluate_policy

@@ -9,14 +9,14 @@ from typing import Any, get_args
 import pytest
 import torch
 
-import rdo.losses
+import rdo.objectives.losses
 from rdo import checks
-from rdo.alignment import choose_loss
 from rdo.attention import KERNELS
 from rdo.checks import CONF, check, compose_config, setting_names, sweep_points, without_effect
-from rdo.coefficients import NEGATIVE
 from rdo.data.templates import TEMPLATES
 from rdo.errors import UserError
+from rdo.objectives.choice import choose_loss
+from rdo.objectives.coefficients import NEGATIVE
 from rdo.schema import Config, DifferenceForm, Kernel, Negative, Template
 from rdo.scorers import DIFFERENCE_FORMS
 from rdo.stages.report import rows
@@ -277,7 +277,7 @@ def test_a_new_loss_is_one_function_and_one_file(tmp_path, monkeypatch):
     shutil.copytree(CONF, tmp_path / "conf")
     (tmp_path / "conf" / "loss" / "hinge.yaml").write_text("name: hinge\nmargin: 2.0\n")
     monkeypatch.setattr(checks, "CONF", tmp_path / "conf")
-    monkeypatch.setattr(rdo.losses, "hinge", hinge, raising=False)
+    monkeypatch.setattr(rdo.objectives.losses, "hinge", hinge, raising=False)
     assert "margin" in refusal("loss=hinge", "loss.margins=1")
     assert "hinge" in refusal("loss=nonsense")
     run = tiny_run(tmp_path, "loss=hinge", "align.max_steps=1", "sft.max_steps=1", "rc=oracle")

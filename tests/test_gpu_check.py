@@ -14,6 +14,7 @@ import torch
 from launch import gpu_check
 
 from rdo.attention import KERNELS
+from rdo.schema import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 # A machine with a GPU that is lent for minutes may have no more than PyTorch and transformers.
@@ -105,6 +106,20 @@ def test_results_are_written_line_by_line(tmp_path: Path):
     checks.run("both", check)
     assert checks.failed == []
     assert len(written(tmp_path)["checks"]) == 2
+
+
+def test_the_benchmark_measures_what_fits_into_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None)  # without TRL
+    cpu, model = torch.device("cpu"), ModelConfig(vocabulary_size=300, hidden_size=32, intermediate_size=32, layers=1)
+    assert gpu_check.benchmark(cpu, 129.0, tmp_path) is None
+    assert "no benchmark: 129 s are left" in capsys.readouterr().out
+    monkeypatch.setattr(gpu_check, "WORK_SECONDS", gpu_check.WORK_SECONDS + 90.0)  # one work begins
+    monkeypatch.setattr(gpu_check, "MODELS_SECONDS", 0.0)
+    found = gpu_check.benchmark(cpu, 132.0, tmp_path, model)
+    assert found is not None
+    assert {row["work"] for row in found["rows"]}.isdisjoint(found["left_out"])
+    assert "score30" in found["left_out"]
+    assert json.loads((tmp_path / "bench.json").read_text())["left_out"] == found["left_out"]
 
 
 def test_only_what_is_asked_for_is_run(tmp_path: Path):

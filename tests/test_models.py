@@ -30,15 +30,7 @@ from rdo.models import (
     set_layout,
     without_dropout,
 )
-from rdo.pretrained import (
-    load_policy,
-    load_scorer,
-    load_tokenizer,
-    new_policy,
-    new_scorer,
-    save_model,
-    torch_dtype,
-)
+from rdo.pretrained import load_policy, load_scorer, load_tokenizer, new_policy, new_scorer, save_model, torch_dtype
 from rdo.readout import Scalar, Span
 from rdo.schema import ModelConfig
 from rdo.stages.eval import evaluate_policy

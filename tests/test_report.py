@@ -61,7 +61,6 @@ def full() -> dict[str, Any]:
         "dataset": {"name": f"toy {EVIL}", "counts": {"train": 12288}, "truncation": {"cut": {"queries": 3}}},
         "scorers": [scorer(f"_reward {EVIL}", seed) for seed in range(2)] + [scorer("difference", 0)],
         "policies": policies,
-        "tokens": [{"work": EVIL, "naive": 1000, "padded": 1200, "unique": 600}],
     }
 
 
@@ -135,7 +134,7 @@ def test_markdown_tables_keep_their_columns(tmp_path: Path) -> None:
             assert cells == width, line
         tables += cells is not None and width is None
         width = cells
-    assert tables == 6  # scorers, policies, one sampled query, counts, tokens, commands
+    assert tables == 5  # scorers, policies, one sampled query, counts, commands
 
 
 def test_a_summary_over_seeds_by_hand() -> None:
@@ -236,7 +235,7 @@ def test_without_an_oracle_its_columns_vanish(tmp_path: Path) -> None:
     "data",
     [
         {},
-        {"title": None, "dataset": None, "scorers": [], "policies": None, "tokens": None, "commands": None},
+        {"title": None, "dataset": None, "scorers": [], "policies": None, "commands": None},
         {"scorers": [{"name": "reward"}], "policies": [{"name": "sft", "evaluation": None, "curve": None}]},
         {"scorers": [{"name": "r", "evaluation": evaluate_scorer([], [], [])}], "missing": ["dpo"]},
     ],

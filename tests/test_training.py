@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from engines import one_step
 from made_tasks import SETTINGS, TASKS, alignment_task, encoded, make_task
-from rdo import losses
-from rdo.alignment import AlignmentRecord, AlignmentTask, Pair, choose_loss
+from rdo.alignment import AlignmentRecord, AlignmentTask, Pair
 from rdo.data.encoding import EncodedRecord
 from rdo.forest import make_layout
 from rdo.models import read_log_probabilities, set_layout
+from rdo.objectives import losses
+from rdo.objectives.choice import choose_loss
 from rdo.plan import learning_rate_factor, make_plan
 from rdo.pretrained import load_tokenizer
 from rdo.readout import Span

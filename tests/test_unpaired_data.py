@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from rdo.alignment import AlignmentTask, LossChoice, Pair, Sample, choose_loss
+from rdo.alignment import AlignmentTask, Pair, Sample
 from rdo.data.records import Preference, Record
 from rdo.data.table import Records
 from rdo.errors import UserError
+from rdo.objectives.choice import LossChoice, choose_loss
 from rdo.schema import Config, DifferenceConfig, RcConfig, ScorerConfig, SftConfig, TrainingConfig
 from rdo.stages.align import aligned_policy, check_data, count_samples, supervision
 from rdo.stages.eval import evaluate_policy

@@ -22,8 +22,8 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
-from rdo.alignment import LossChoice, choose_loss
 from rdo.errors import UserError
+from rdo.objectives.choice import LossChoice, choose_loss
 from rdo.schema import Config, LoraConfig
 
 CONF = Path(__file__).parents[2] / "conf"

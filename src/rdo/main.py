@@ -25,12 +25,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from rdo import distributed, interrupts, processor
-from rdo.alignment import choose_loss
 from rdo.artifacts import Artifact, MissingInput, Provenance
 from rdo.checks import compose_config, plain, sweep_points, typed, without_effect
 from rdo.errors import DISK_FULL, UserError, explained, standard_output_closed
 from rdo.files import read_json
 from rdo.metric import stage_metric
+from rdo.objectives.choice import choose_loss
 from rdo.printable import credential_in, printable, scrubbed
 from rdo.report.tables import describe_policy, describe_scorer
 from rdo.run import Cache, Run
@@ -130,11 +130,6 @@ def run_config(config: Config, overrides: list[str]) -> float | None:
 
         inspect_data(run)
         return None
-    if config.stage.name == "bench":
-        from rdo.stages.bench import benchmark
-
-        print(f"bench: {benchmark(run)}", flush=True)
-        return None
     if config.stage.name == "report":
         from rdo.stages.report import make_report
 
@@ -149,7 +144,7 @@ def run_config(config: Config, overrides: list[str]) -> float | None:
 def check_processes(config: Config) -> None:
     """Raises UserError where several processes were started for what one does."""
     count = distributed.found_world(os.environ).size
-    if count > 1 and config.stage.name in ("inspect", "bench", "report"):
+    if count > 1 and config.stage.name in ("inspect", "report"):
         raise UserError(f"stage={config.stage.name} is one process's work, and {count} were started")
     if count > 1 and config.engine.name == "torch":
         raise UserError(f"engine=torch is one process, and {count} were started: use engine=zero2 (or zero1, zero3)")
@@ -173,7 +168,6 @@ def prepare_process(config: EngineConfig) -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which saving a model imports, warns of it
     processor.keep_memory()
-    processor.choose_products(config.products)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
 

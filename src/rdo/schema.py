@@ -27,9 +27,8 @@ Template = Literal["raw", "hh", "alpaca", "tldr", "chat"]
 DifferenceForm = Literal["paper", "antisymmetric", "residual"]
 Negative = Literal["clip", "abs", "flip", "floor", "error"]
 Kernel = Literal["auto", "rectangles", "spans", "varlen", "flex"]
-Stage = Literal["sft", "rm", "diffmodel", "score", "align", "eval", "report", "inspect", "bench"]
+Stage = Literal["sft", "rm", "diffmodel", "score", "align", "eval", "report", "inspect"]
 Judge = Literal["oracle", "reward", "diff"]
-BENCH_WORKS = ("dpo", "kto", "rrhf", "rm", "difference", "score15", "score30", "reference", "generation")
 
 
 @dataclass(config=SECTION)
@@ -187,22 +186,6 @@ class InspectConfig:
 
 
 @dataclass(config=SECTION)
-class BenchConfig:
-    """Stage bench: what is measured, and against whom."""
-
-    works: list[Literal[BENCH_WORKS]] = field(default_factory=lambda: list(BENCH_WORKS))
-    # trl: as shipped. trl_best: reference known before, no checkpointing. padded: rows, bucketed. unpadded: one by one
-    against: list[Literal["trl", "trl_best", "padded", "unpadded"]] = field(
-        default_factory=lambda: ["trl", "trl_best", "padded", "unpadded"]
-    )
-    threads: list[Threads] = field(default_factory=list)  # of a CPU; none given: one, then all cores
-    rounds: Count = 3  # that everybody is timed in
-    pairs: Count = 8  # of a step of DPO; works that cost more take a part of them
-    growth: bool = True  # the table of what a step costs when something grows
-    epoch_pairs: FromZero = 16  # of an epoch of DPO from files to a saved model, against TRL's Trainer.train(); 0: none
-
-
-@dataclass(config=SECTION)
 class EngineConfig:
     name: Literal["torch", "zero1", "zero2", "zero3", "zero3_offload"] = (
         "torch"  # torch: one process; zero1 | zero2 | zero3 | zero3_offload: DeepSpeed, any number of processes
@@ -216,9 +199,6 @@ class EngineConfig:
     tokens_per_micro_batch: Count = 16384
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto | cpu | cuda
     threads: Threads | None = None  # of a CPU; null: one a core
-    products: Literal["auto", "torch", "onednn"] = (
-        "auto"  # of matrices, on a CPU: torch | onednn | auto: onednn on AMD's, twice as fast there
-    )
     checkpoint_every_steps: Count = 200
     checkpoint_every_minutes: Positive = 10.0
     keep_checkpoints: Count = 2
@@ -260,7 +240,6 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
-    bench: BenchConfig = field(default_factory=BenchConfig)
     run_dir: Text = "runs/toy"
     metric: Text | None = None  # what a stage returns to a sweep (rdo/metric.py); null: of eval, its main number
     seed: Seed = 0

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from rdo import coefficients
 from rdo.adapters import choose_trained, lora_settings
-from rdo.alignment import AlignmentRecord, AlignmentTask, LossChoice, Pair, Sample, choose_loss
+from rdo.alignment import AlignmentRecord, AlignmentTask, Pair, Sample
 from rdo.artifacts import Artifact, produce
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Record
 from rdo.errors import UserError
-from rdo.losses import best_response, rrhf_pairs
+from rdo.objectives import coefficients
+from rdo.objectives.choice import LossChoice, choose_loss
+from rdo.objectives.losses import best_response, rrhf_pairs
 from rdo.plan import stable_seed
 from rdo.run import Run, select
 from rdo.schema import RcConfig

@@ -13,8 +13,8 @@ from rdo.adapters import choose_trained, lora_settings
 from rdo.artifacts import Artifact, given, produce
 from rdo.data.records import Record
 from rdo.errors import UserError
-from rdo.losses import best_response
 from rdo.models import check_vocabulary
+from rdo.objectives.losses import best_response
 from rdo.pretrained import load_policy, load_tokenizer, new_policy
 from rdo.run import Run, model_path, select
 from rdo.stages.training import finish, save_finished

@@ -1,1 +1,0 @@
-"""How fast every computation of this project is, against TRL, padding, and no sharing (stage=bench)."""
