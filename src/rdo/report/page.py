@@ -82,10 +82,10 @@ def effects(policies: Sequence[Row], judge: str) -> Iterator[str]:
     else:
         counts = Counter(change.verdict for _, change, _ in ordinary)
         seeds = max(len(row.runs) for row, _, _ in ordinary)
+        over = f"{seeds} seeds" if seeds > 1 else "the prompts of one seed"
         yield (
             f"By the judge “{judge}” the coefficient helps in {counts['higher']} of {len(ordinary)} rows, harms in "
-            f"{counts['lower']}, and makes no distinguishable difference in the rest (over "
-            f"{f'{seeds} seeds' if seeds > 1 else 'the prompts of one seed'})."
+            f"{counts['lower']}, and cannot be told from none in {counts['indistinguishable']} (over {over})."
         )
         row, change, base = max(ordinary, key=lambda entry: entry[1].value)
         kl = [interval(one.number("kl"), 2) for one in (row, base)]
