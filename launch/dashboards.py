@@ -84,9 +84,6 @@ def training(options: argparse.Namespace) -> Any:
         section(
             "Evaluation",
             [
-                panels.MediaBrowser(
-                    title="Plots", media_keys=["plots/reward_kl", "plots/confidence", "plots/differences"]
-                ),
                 *(
                     panels.WeavePanelSummaryTable(table_name=f"tables/{name}")
                     for name in ("evaluation", "against_base")

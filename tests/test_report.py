@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,7 +24,7 @@ from rdo.report.results import Row, at_equal_kl, difference, frame_of, rows_of, 
 from rdo.report.tables import number
 from rdo.stages.report import make_report
 
-EVIL = "<script>alert('x')</script> a|b $x$ `c` &amp;"
+EVIL = "<script>alert('x')</script> a|b $x$ `c` &amp; {{ 7 * 7 }} ![x](http://x) <!-- \x1b[2J\u202e"
 PROMPTS = (-1.0, 0.0, 1.5, -0.5)  # what the rewards of a policy's responses differ from their mean by
 
 
@@ -115,10 +116,13 @@ class Folder:
     def rows(self) -> dict[str, Row]:
         return {row.name: row for row in rows_of(frame_of(self.run_dir)[0])}
 
-    def report(self, *overrides: str) -> tuple[str, str]:
+    def report(self) -> tuple[str, str]:
         """The page and report.md."""
-        make_report(compose_config([f"run_dir={self.run_dir}", *overrides]), {"kto": f"no such {EVIL}"})
-        return tuple((self.run_dir / "report" / f"report.{kind}").read_text() for kind in ("html", "md"))  # type: ignore[return-value]
+        config = compose_config([f"run_dir={self.run_dir}"])
+        config.report.title = f"Title {EVIL}"
+        make_report(config, {"kto": f"no such {EVIL}"})
+        html, markdown = ((self.run_dir / "report" / f"report.{kind}").read_text() for kind in ("html", "md"))
+        return html, markdown
 
 
 REWARD = {"name": "reward", "alpha": 0.5, "control": "none"}
@@ -279,8 +283,22 @@ class Page(HTMLParser):
                 self.ids.append(value or "")
 
 
-def test_nothing_from_the_data_becomes_markup_and_nothing_is_fetched(full: Folder) -> None:
-    text, _ = full.report(f'report.title="{EVIL}"')
+def hidden(text: str) -> set[str]:
+    """The characters of a text that a terminal would act upon or that nobody sees."""
+    return {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\n\t"}
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")  # which the figures' font has not
+def test_nothing_from_the_data_becomes_markup_and_nothing_is_fetched(
+    full: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, markdown = full.report()
+    printed = capsys.readouterr().out.partition("\ntoy: ")[2]
+    assert hidden(text) == hidden(markdown) == hidden(printed) == set()
+    assert "\\x1b[2J" in printed
+    assert "{{ 7 * 7 }}" in text
+    assert not re.search("<!--(?! Created with matplotlib)", text)
+    assert not re.search(r"(?<!\\)\[x(?<!\\)\]\(", markdown)
     page = Page(text)
     assert not {"script", "link", "img"} & set(page.tags)
     assert "&lt;script&gt;" in text

@@ -192,8 +192,8 @@ def rows_of(frame: pd.DataFrame) -> list[Row]:
         for key in varying(group, "judged"):
             said = frame.loc[group.index, f"judged.{key}"].fillna("-").str.strip('"').str[:SHOWN_LENGTH]
             frame.loc[group.index, "name"] += f", {key}=" + said
-    alike = frame.duplicated(["data", "name", "seed"], keep=False)  # on models of the user's, say
-    frame.loc[alike, "name"] += ", " + frame.loc[alike, "folder"].str[-10:]
+    twice = frame.duplicated(["data", "name", "seed"], keep=False)  # on models of the user's, say
+    frame.loc[twice, "name"] += ", " + frame.loc[twice, "folder"].str[-10:]
     found: dict[str, Row] = {}
     for (data, name), runs in frame.groupby(["data", "name"]):
         first = runs.iloc[0]
@@ -205,9 +205,9 @@ def rows_of(frame: pd.DataFrame) -> list[Row]:
         found |= dict.fromkeys(runs["folder"], row)
     for folder, base in frame.set_index("folder")["baseline"].dropna().items():
         found[str(folder)].baseline = found[base]
-    differing = [f"settings.{key}" for key in varying(frame, "settings")]
-    gone = [name for name in frame if name.startswith(("judged.", "settings.")) and name not in differing]
-    frame.drop(columns=[*gone, "alike", "parents"], errors="ignore", inplace=True)
+    alike = [name for name in frame if name.startswith("settings.") and frame[name].nunique() < 2]
+    gone = [*alike, *frame.filter(regex=r"^judged\."), "alike", "parents"]
+    frame.drop(columns=gone, errors="ignore", inplace=True)
     kinds = ["reward", "diff", "base", "policy"]
     rows = {id(row): row for row in found.values()}.values()
     return sorted(rows, key=lambda r: (r.data, kinds.index(r.kind), r.loss, r.ablation or "", r.rc != "none", r.name))
