@@ -76,7 +76,7 @@ def test_names_are_read_back_as_they_were_logged():
         name for name in found if name.startswith("history:") and not name.startswith(("history:t", "history:p"))
     } == {f"history:{name}" for run in runs for step in run.steps for name in step if not name.startswith(("t", "p"))}
     assert {f"summary:{name}" for run in runs for name in run.summary} <= found
-    assert {"config:made.beta0", "config:rc.name", "history:plots/confidence", "history:tables/samples"} <= found
+    assert {"config:made.beta0", "config:rc.name", "history:tables/samples"} <= found
 
 
 def test_the_runs_of_one_group_are_chosen(dashboards):

@@ -43,7 +43,7 @@ def test_every_point_of_an_experiment_is_a_config(name):
 
 
 def test_values_on_the_command_line_take_the_place_of_the_experiments():
-    config = composed("experiment=sweep_diffmodel", "diffmodel.beta0=0.5", "row=difference_model_residual")
+    config = composed("experiment=sweep_diffmodel", "diffmodel.beta0=0.5", "row=difference_model")
     Comparison().on_multirun_start(config)
     assert list(config.hydra.sweeper.params) == ["diffmodel.beta1"]
 

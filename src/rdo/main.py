@@ -225,8 +225,8 @@ def with_command(error: MissingInput, overrides: Sequence[str]) -> UserError:
 
 
 def check_command_line(arguments: list[str]) -> list[str]:
-    """Checks a command line before hydra works on it or writes anything, so that a mistake in it, or in any value of a
-    sweep, is one line. Returns it as hydra takes it: without our own --debug, options before settings."""
+    """Checks a command line before hydra works on it or writes anything, so that a mistake in it is one line. Returns
+    it as hydra takes it: without our own --debug, options before settings."""
     if DEBUG in arguments:
         os.environ[FULL_ERROR] = "1"
     arguments = [argument for argument in arguments if argument != DEBUG]
@@ -249,7 +249,7 @@ def check_credentials(arguments: Sequence[str]) -> None:
 
 
 def check_arguments(arguments: list[str]) -> list[str]:
-    """Composes every value of a command line, and looks whether its run_dir can be written to."""
+    """Composes a command line, of a sweep its first point, and looks whether its run_dir can be written to."""
     try:
         with redirect_stderr(StringIO()) as said:
             options, others = get_args_parser().parse_known_args(arguments)
@@ -263,9 +263,12 @@ def check_arguments(arguments: list[str]) -> list[str]:
     overrides = [*options.overrides, *others]
     given = vars(options).items()
     if not any(value for name, value in given if name not in ("overrides", "multirun", "run")):  # else hydra's own
-        points = sweep_points(overrides) if options.multirun else [overrides]
-        for run_dir in {compose_config(point).run_dir: None for point in points}:
-            check_run_dir(Path(run_dir))
+        # Only stage=pipeline is a sweep by itself. The other points: see sweeps.py.
+        alone = not options.multirun and any(
+            text.startswith("stage=") and text != "stage=pipeline" for text in overrides
+        )
+        first = overrides if alone else next(sweep_points(overrides))
+        check_run_dir(Path(compose_config(first).run_dir))
     if not distributed.found_world(os.environ).first:
         overrides.append("hydra.output_subdir=null")  # which one process writes
         arguments = [*arguments, overrides[-1]]
