@@ -1,16 +1,14 @@
 """Dashboards in wandb, as code: one for training runs, one for a sweep, one that compares coefficients.
 
 python launch/dashboards.py --check                 builds them here and says what they hold; needs no login
-python launch/dashboards.py --check runs/toy-toy    and names what no run in that folder has logged
 python launch/dashboards.py [--group toy-toy]       saves them as views of the project (after `wandb login`)
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,7 @@ import wandb
 import wandb_workspaces.reports.v2 as panels
 import wandb_workspaces.workspaces as workspaces
 
-from rdo.errors import UserError
-from rdo.printable import single_line
 from rdo.schema import TrackerConfig
-from rdo.tracking.wandb_run import logged_names
 
 STEP = "global_step"
 TRAINING = ("sft", "rm", "diffmodel", "align")
@@ -46,14 +41,51 @@ CURVES: dict[str, tuple[str, ...]] = {
     "Optimization": ("learning_rate", "head_learning_rate", "gradient_norm", "epoch"),
     "Machine": ("tokens_per_second", "unique_token_share", "memory_bytes", "seconds"),
 }
-# The settings of a sweep, as finished runs have them where they have an effect.
+COMPARED_CURVES = (
+    "implicit_reward_accuracy",
+    "implicit_reward_margin",
+    "log_ratio_chosen",
+    "log_ratio_rejected",
+    "effective_sample_share",
+    "weight_mean",
+    "loss",
+    "gradient_norm",
+    "chosen_length",
+)
+# What evaluations show: tables in their history, numbers in their summary.
+TABLES = ("tables/evaluation", "tables/against_base", "tables/by_confidence", "tables/samples")
+RESULTS = ("reward", "kl", "log_ratio", "length")
+# Of an aligned policy's training set.
+COEFFICIENTS = ("coefficients/mean", "coefficients/negative_share", "coefficients/effective_sample_share")
+# The settings of a sweep, as evaluations have them where they have an effect; and those that runs are grouped by.
 SWEPT = {"made.alpha": "alpha", "made.beta": "beta", "made.beta0": "beta0", "made.beta1": "beta1"}
+GROUPS = ("loss.name", "rc.name")
 SEVERAL_COLOURS = [panels.GradientPoint(color="#0072B2", offset=0), panels.GradientPoint(color="#D55E00", offset=100)]
+
+
+def titled(name: str) -> str:
+    """A logged name as a title."""
+    return name.replace("/", ": ").replace("_", " ")
 
 
 def curves(names: Iterable[str]) -> list[Any]:
     """One line plot a measure."""
-    return [panels.LinePlot(title=name.replace("_", " "), x=STEP, y=[name]) for name in names]
+    return [panels.LinePlot(title=titled(name), x=STEP, y=[name]) for name in names]
+
+
+def scatters(settings: Iterable[str], result: str) -> list[Any]:
+    """Each setting against a result of evaluations."""
+    return [
+        panels.ScatterPlot(
+            title=f"{SWEPT[name]} against {titled(result)}", x=panels.Config(name), y=panels.SummaryMetric(result)
+        )
+        for name in settings
+    ]
+
+
+def bars(names: Iterable[str]) -> list[Any]:
+    """One bar plot a number, by coefficients."""
+    return [panels.BarPlot(title=titled(name), metrics=[name], groupby=GROUPS[1]) for name in names]
 
 
 def section(name: str, members: list[Any], columns: int = 3) -> Any:
@@ -79,72 +111,27 @@ def view(name: str, sections: list[Any], jobs: Iterable[str], options: argparse.
 
 def training(options: argparse.Namespace) -> Any:
     """One run, or a few: every curve, then what its evaluation found, with samples."""
+    found = [panels.WeavePanelSummaryTable(table_name=name) for name in TABLES]
     sections = [section(name, curves(names)) for name, names in CURVES.items()]
-    sections.append(
-        section(
-            "Evaluation",
-            [
-                *(
-                    panels.WeavePanelSummaryTable(table_name=f"tables/{name}")
-                    for name in ("evaluation", "against_base")
-                ),
-                panels.WeavePanelSummaryTable(table_name="tables/by_confidence"),
-                panels.WeavePanelSummaryTable(table_name="tables/samples"),
-            ],
-            columns=2,
-        )
-    )
-    return view("rdo: one run", sections, (*TRAINING, "eval"), options)
+    return view("rdo: one run", [*sections, section("Evaluation", found, 2)], (*TRAINING, "eval"), options)
 
 
 def sweep(options: argparse.Namespace) -> Any:
     """A sweep: alpha and the betas against reward and KL, and all of them at once."""
-    axes = [
-        panels.ParallelCoordinatesPlotColumn(metric=panels.Config(name), display_name=shown)
-        for name, shown in SWEPT.items()
-    ]
-    ends = [panels.ParallelCoordinatesPlotColumn(metric=panels.SummaryMetric(name)) for name in ("log_ratio", "reward")]
-    scorers = [
-        panels.ScatterPlot(
-            title=f"{SWEPT[name]} against a scorer's accuracy",
-            x=panels.Config(name),
-            y=panels.SummaryMetric("label_accuracy"),
-        )
-        for name in ("made.beta0", "made.beta1")
+    column = panels.ParallelCoordinatesPlotColumn
+    axes = [column(metric=panels.Config(name), display_name=shown) for name, shown in SWEPT.items()]
+    axes += [column(metric=panels.SummaryMetric(name)) for name in ("log_ratio", "reward")]
+    reward, kl = panels.SummaryMetric("reward"), panels.SummaryMetric("kl")
+    together = [
+        panels.ParallelCoordinatesPlot(columns=axes, gradient=SEVERAL_COLOURS),
+        panels.ScatterPlot(title="KL (nats) against reward", x=kl, y=reward),
+        panels.ParameterImportancePlot(with_respect_to="reward"),
     ]
     sections = [
-        section(
-            "Reward",
-            [
-                panels.ScatterPlot(
-                    title=f"{shown} against reward", x=panels.Config(name), y=panels.SummaryMetric("reward")
-                )
-                for name, shown in SWEPT.items()
-            ],
-            columns=2,
-        ),
-        section(
-            "KL",
-            [
-                panels.ScatterPlot(
-                    title=f"{shown} against KL, nats", x=panels.Config(name), y=panels.SummaryMetric("kl")
-                )
-                for name, shown in SWEPT.items()
-            ],
-            columns=2,
-        ),
-        section(
-            "All at once",
-            [
-                panels.ParallelCoordinatesPlot(columns=[*axes, *ends], gradient=SEVERAL_COLOURS),
-                panels.ScatterPlot(
-                    title="KL (nats) against reward", x=panels.SummaryMetric("kl"), y=panels.SummaryMetric("reward")
-                ),
-                panels.ParameterImportancePlot(with_respect_to="reward"),
-            ],
-            columns=1,
-        ),
-        section("Scorers", scorers, columns=2),
+        section("Reward", scatters(SWEPT, "reward"), 2),
+        section("KL (nats)", scatters(SWEPT, "kl"), 2),
+        section("All at once", together, 1),
+        section("Scorers", scatters(("made.beta0", "made.beta1"), "label_accuracy"), 2),
     ]
     columns = ["summary:reward", "summary:kl", *(f"config:{name}" for name in SWEPT)]
     return view("rdo: sweep", sections, ["eval"], options, pinned_columns=columns)
@@ -152,135 +139,40 @@ def sweep(options: argparse.Namespace) -> Any:
 
 def coefficients(options: argparse.Namespace) -> Any:
     """No coefficient, reward and diff side by side: the curves of training, and what evaluations found."""
-    measures = (
-        "implicit_reward_accuracy",
-        "implicit_reward_margin",
-        "log_ratio_chosen",
-        "log_ratio_rejected",
-        "effective_sample_share",
-        "weight_mean",
-        "loss",
-        "gradient_norm",
-        "chosen_length",
-    )
-    found = ("reward", "kl", "log_ratio", "length")
-    bars = [panels.BarPlot(title=name.replace("_", " "), metrics=[name], groupby="rc.name") for name in found]
-    shares = [
-        panels.BarPlot(
-            title=f"coefficients: {name.replace('_', ' ')}", metrics=[f"coefficients/{name}"], groupby="rc.name"
-        )
-        for name in ("mean", "negative_share", "effective_sample_share")
-    ]
     sections = [
-        section("What evaluations found", bars, columns=2),
-        section("Coefficients of the training set", shares),
-        section("Training", curves(measures)),
+        section("What evaluations found", bars(RESULTS), 2),
+        section("Coefficients of the training set", bars(COEFFICIENTS)),
+        section("Training", curves(COMPARED_CURVES)),
     ]
-    grouping = [workspaces.Config("loss.name"), workspaces.Config("rc.name")]
+    grouping = [workspaces.Config(name) for name in GROUPS]
     return view("rdo: coefficients", sections, ["align", "eval"], options, groupby=grouping)
 
 
 DASHBOARDS = (training, sweep, coefficients)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checking
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def names_in(workspace: Any) -> set[str]:
-    """What a dashboard refers to, by "history:", "summary:" and "config:", in the form that it is saved in."""
-    specification = json.loads(workspace._to_model().model_dump_json(by_alias=True, exclude_none=True))["spec"]
-    found = set()
-    for part in specification["section"]["panelBankConfig"]["sections"]:
-        for panel in part["panels"]:
-            found |= set(references(panel["viewType"], panel["config"]))
-    for run_set in specification["section"]["runSets"]:
-        found |= {f"config:{plain(group['name'])}" for group in run_set["grouping"]}
-        found |= {name for name in run_set["runFeed"]["columnPinned"] if not name.startswith("run:")}
-    return found
-
-
-def references(kind: str, config: dict[str, Any]) -> Iterator[str]:
-    """What one panel refers to."""
-    yield from (f"history:{name}" for name in config.get("metrics", ()) if kind == "Run History Line Plot")
-    yield from (f"summary:{name}" for name in config.get("metrics", ()) if kind == "Bar Chart")
-    yield from (f"history:{name}" for name in config.get("mediaKeys", ()))
-    yield from (f"{kind_of}:{plain(name)}" for kind_of, name in axes_of(config))
-    if "groupBy" in config:
-        yield f"config:{plain(config['groupBy'])}"
-    if "targetKey" in config:
-        yield f"summary:{config['targetKey']}"
-    if kind == "Run History Line Plot":
-        yield f"history:{config['xAxis']}"
-    if kind == "Weave":
-        yield f"history:{config['panel2Config']['exp']['fromOp']['inputs']['key']['val']}"
-
-
-def axes_of(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Kind and name of the axes of scatter plots and parallel coordinates."""
-    axes = [config.get(axis, "") for axis in ("xAxis", "yAxis", "zAxis")]
-    for axis in (*axes, *(column["accessor"] for column in config.get("columns", ()))):
-        kind, separator, name = axis.partition(":")
-        if separator:
-            yield kind, name
-
-
-def plain(name: str) -> str:
-    """A setting's name as our config has it: wandb puts a "value" behind its first part."""
-    first, _, rest = name.partition(".value")
-    return first + rest
-
-
-def missing(workspace: Any, run_dir: Path) -> list[str]:
-    """What a dashboard refers to, and no run in the folder has logged."""
-    return sorted(names_in(workspace) - logged_names(run_dir))
-
-
-def check(options: argparse.Namespace) -> None:
-    """Builds every dashboard and says what it holds. Raises UserError where a folder of runs holds no wandb run."""
-    run_dir = Path(options.check) if options.check else None
-    if run_dir and not logged_names(run_dir):
-        raise UserError(f"{run_dir}: no run there has logged to wandb; make some with tracker=wandb")
-    for build in DASHBOARDS:
-        workspace = build(options)
-        count = sum(len(part.panels) for part in workspace.sections)
-        print(
-            f"{workspace.name}: {count} panels in {len(workspace.sections)} sections, {len(names_in(workspace))} names"
-        )
-        if run_dir and (absent := missing(workspace, run_dir)):
-            print(f"  not logged by any run in {run_dir}: {', '.join(absent)}")
-
-
-def save(options: argparse.Namespace) -> None:
-    """Saves the dashboards. Raises UserError where nobody is logged in, or wandb refuses."""
-    if not wandb.login(prompt=False, verify=False):
-        raise UserError("saving needs a login: run `wandb login` first (--check needs none)")
-    try:
-        options.entity = options.entity or wandb.Api().default_entity
-        for build in DASHBOARDS:
-            workspace = build(options)
-            workspace.save_as_new_view()
-            print(f"{workspace.name}: {workspace.url}")
-    except Exception as error:  # wandb's and its transport's errors have no common class
-        raise UserError(f"wandb did not take the dashboards: {single_line(str(error))}") from error
-
-
 def main(arguments: list[str]) -> None:
     """Checks or saves, and shows a mistake as one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", nargs="?", const="", metavar="RUN_DIR", help="build only; with a folder, compare")
+    parser.add_argument("--check", action="store_true", help="build only")
     parser.add_argument("--project", default=TrackerConfig.project)
     parser.add_argument("--entity", help="user or team; your own by default")
     parser.add_argument("--group", help="runs of this group alone: the name of a run_dir, if tracker.group is not set")
     options = parser.parse_args(arguments)
+    if not options.check and not wandb.login(prompt=False, verify=False):
+        sys.exit("error: saving needs a login: run `wandb login` first (--check needs none)")
     try:
-        if options.check is None:
-            save(options)
-        else:
-            check(options)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+        if not options.check:
+            options.entity = options.entity or wandb.Api().default_entity
+        for build in DASHBOARDS:
+            workspace = build(options)
+            if not options.check:
+                workspace.save_as_new_view()
+            where = "" if options.check else f", {workspace.url}"
+            count = sum(len(part.panels) for part in workspace.sections)
+            print(f"{workspace.name}: {count} panels in {len(workspace.sections)} sections{where}")
+    except Exception as error:  # wandb's and its transport's errors have no common class
+        sys.exit(f"error: wandb did not take the dashboards: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

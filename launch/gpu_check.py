@@ -34,15 +34,14 @@ from launch.bench.suite import measure_all
 from launch.bench.works import RIVALS, WORKS, make_bench
 
 import gpu_checks as suite
-from rdo.attention import KERNELS, OBSTACLES
-from rdo.readout import LOGITS_BUDGET
 from rdo.schema import EngineConfig, ModelConfig
+from rdo.sequences.attention import KERNELS, OBSTACLES
+from rdo.sequences.readout import LOGITS_BUDGET
 
 MODELS = ("llama-grouped", "llama", "mistral-window", "gpt2", "gpt-neox", "qwen2", "gemma", "gemma3", "gpt2-by-layer")
 TASKS = ("dpo", "rrhf", "kto", "pointwise", "paper")
 CHECK_SHARE = 0.6  # of the time, that the checks may take; what they leave is the benchmark's
-# Seconds that must be left for a check to begin; what compiles takes long.
-USUAL, COMPILING = 6.0, 45.0
+USUAL = 6.0  # seconds that must be left for a check to begin
 # Seconds that making the benchmark's models, and one work, may take at the most.
 MODELS_SECONDS, WORK_SECONDS = 90.0, 40.0
 LARGE = ModelConfig(  # 1.1B parameters, grouped queries
@@ -104,7 +103,7 @@ class Checks:
 
 
 def check_all(checks: Checks, device: torch.device) -> None:
-    """Every check that the device can run; what compiles comes last."""
+    """Every check that the device can run."""
     gpu = device.type == "cuda"
     modes = tuple(suite.MODES) if gpu else ("float32",)
     checks.run("transfers", partial(suite.check_transfers, device))
@@ -113,9 +112,8 @@ def check_all(checks: Checks, device: torch.device) -> None:
     for mode in modes:
         for name in MODELS:
             checks.run(f"{name} {mode} flat", partial(suite.check_flat, name, mode, device))
-    kernels = [kernel for kernel in KERNELS if kernel != "flex"]
     for mode in modes:
-        for kernel in kernels:
+        for kernel in KERNELS:
             check_kernel(checks, mode, kernel, MODELS, device)
     for mode in modes:
         for budget in (LOGITS_BUDGET, 20_000, 1_000):
@@ -124,28 +122,26 @@ def check_all(checks: Checks, device: torch.device) -> None:
     for precision in ("float32", "bfloat16") if gpu else ("float32",):
         for task in TASKS:
             checks.run(f"task {task} {precision}", partial(suite.check_task, task, precision, device))
-    for kernel in kernels:
+    for kernel in KERNELS:
         check_recomputing(checks, "autocast" if gpu else "float32", kernel, device)
     if gpu:
-        check_waiting_and_flex(checks, device)
+        check_waiting(checks, device)
 
 
-def check_kernel(
-    checks: Checks, mode: str, kernel: str, models: Sequence[str], device: torch.device, seconds: float = USUAL
-) -> None:
+def check_kernel(checks: Checks, mode: str, kernel: str, models: Sequence[str], device: torch.device) -> None:
     """Models in a forest under a kernel, where the device has it."""
     why_not = suite.obstacle(kernel, mode, device)
     if why_not is not None:
         return checks.leave_out(f"{mode} {kernel}", why_not)
     for name in models:
-        checks.run(f"{name} {mode} {kernel}", partial(suite.check_model, name, mode, kernel, device), seconds)
+        checks.run(f"{name} {mode} {kernel}", partial(suite.check_model, name, mode, kernel, device))
 
 
-def check_recomputing(checks: Checks, mode: str, kernel: str, device: torch.device, seconds: float = USUAL) -> None:
+def check_recomputing(checks: Checks, mode: str, kernel: str, device: torch.device) -> None:
     """Gradient checkpointing under a kernel, where the device has it."""
     if suite.obstacle(kernel, mode, device) is None:
         check = partial(suite.check_model, "llama-grouped", mode, kernel, device, recomputing=True)
-        checks.run(f"recomputing {mode} {kernel}", check, seconds)
+        checks.run(f"recomputing {mode} {kernel}", check)
 
 
 def check_choices(checks: Checks, device: torch.device) -> None:
@@ -156,19 +152,12 @@ def check_choices(checks: Checks, device: torch.device) -> None:
         checks.run(f"choice {mode}", partial(suite.check_choice, mode, expected, device))
 
 
-def check_waiting_and_flex(checks: Checks, device: torch.device) -> None:
-    """What only a GPU can get wrong, and the kernel that compiles."""
+def check_waiting(checks: Checks, device: torch.device) -> None:
+    """What only a GPU can get wrong."""
     for precision in ("float32", "bfloat16"):
         for task in TASKS:
-            name = f"waiting {task} {precision} auto"
-            checks.run(name, partial(suite.check_waiting, task, "auto", precision, device))
-    for mode in ("bfloat16", "autocast", "float32", "float16"):
-        models = MODELS if mode == "bfloat16" else MODELS[:1]  # the others would compile the same again
-        check_kernel(checks, mode, "flex", models, device, COMPILING)
-    check_recomputing(checks, "autocast", "flex", device, COMPILING)
-    for name in ("llama-grouped", "mistral-window"):
-        checks.run(f"compiling {name} flex", partial(suite.check_compiling, name, device), COMPILING)
-    checks.run("waiting dpo bfloat16 flex", partial(suite.check_waiting, "dpo", "flex", "bfloat16", device), COMPILING)
+            check = partial(suite.check_waiting, task, "auto", precision, device)
+            checks.run(f"waiting {task} {precision} auto", check)
 
 
 def benchmark(device: torch.device, seconds: float, out: Path, model: ModelConfig = LARGE) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from rdo.artifacts import MANIFEST, PARTIAL, read_manifest
 from rdo.errors import UserError
-from rdo.files import HOLDER, LOCK, holder, read_json
+from rdo.files import LOCK, read_json
 from rdo.main import fail
 from rdo.slurm import FAILED, FORGOTTEN, NOTE, last_error, queue
 from rdo.tracking import METRICS
@@ -47,7 +47,7 @@ def results(run_dir: Path) -> Iterator[tuple[str, str]]:
             lines = (folder / METRICS).read_bytes().count(b"\n") if (folder / METRICS).exists() else 0
             steps = f"step {lines}; " if lines else ""
             if is_held(folder):
-                yield "running", f"{name}  {steps}{holder(folder / HOLDER)}"
+                yield "running", f"{name}  {steps}".rstrip("; ")
             else:
                 kept = any((folder / part).is_dir() for part in PARTIAL)
                 yield (

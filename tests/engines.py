@@ -45,4 +45,4 @@ def torch_engine(width: int = 2, groups: Callable[[torch.nn.Module], Any] | None
 def save_when_due(checkpoints: Checkpoints, step: int, engine: TorchEngine) -> None:
     """What the training loop does after a step that is not the last."""
     if checkpoints.is_due(step):
-        checkpoints.try_saving(step, engine)
+        checkpoints.save(step, engine)

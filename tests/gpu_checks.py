@@ -1,4 +1,4 @@
-"""What launch/gpu_check.py checks: numbers of a device against float32 on the CPU, waiting, compiling, transfers.
+"""What launch/gpu_check.py checks: numbers of a device against float32 on the CPU, waiting, transfers.
 
 Every check yields lines: what, an error, and how large it may be. What is wanted is the `flat` layout (one padded row a
 sequence, transformers' own attention) on the CPU in float32. In half precision nothing comes close to that; so what the
@@ -19,18 +19,20 @@ import torch
 from transformers import PreTrainedModel
 
 import emulated
-import rdo.cuda_attention
+import rdo.sequences.kernels.varlen
 from helpers import policy, relative_error, scorer, tree, words
 from made_tasks import SETTINGS, encoded, make_task
-from rdo.attention import OBSTACLES, attention_name, choose_kernel
-from rdo.cuda_attention import HALF
-from rdo.devices import to_device
 from rdo.engine.torch_engine import TorchEngine
-from rdo.forest import LayoutName, make_layout
-from rdo.models import head_width, hidden_states, recompute_activations, set_layout
-from rdo.readout import LOGITS_BUDGET, Span, span_log_probabilities
 from rdo.schema import EngineConfig
+from rdo.sequences.attention import OBSTACLES, attention_name, choose_kernel
+from rdo.sequences.devices import to_device
+from rdo.sequences.forward import hidden_states
+from rdo.sequences.kernels.varlen import HALF
+from rdo.sequences.layout import LayoutName, make_layout
+from rdo.sequences.preparation import head_width, set_layout
+from rdo.sequences.readout import LOGITS_BUDGET, Span, span_log_probabilities
 from rdo.step import deal_step, training_step
+from rdo.traits import recompute_activations
 
 # The dtype of the weights, and of autocast where it is on.
 MODES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
@@ -68,7 +70,7 @@ class Numbers:
 
 @cache
 def sequences() -> list[tuple[int, ...]]:
-    """A tree of sequences whose paths cross blocks of FlexAttention, and some that part late, early or not at all."""
+    """A tree of sequences that are long, and some that part late, early or not at all."""
     coin = random.Random(4)
     query, first, second = words(coin, 150), words(coin, 60), words(coin, 61)
     return [*tree(11, count=10, longest=200), query + first, query + second, query, query + first, (7,)]
@@ -123,8 +125,8 @@ def compared(found: Errors, flat: Errors, mode: str, floor: float = 1.0) -> Line
 
 
 def prepare(model: PreTrainedModel, kernel: str, mode: str) -> None:
-    """A forest under a kernel. Flex would compile for the trial run apart, and an emulation is refused on a CPU."""
-    if kernel == "flex" or (kernel == "varlen" and model.device.type == "cpu"):
+    """A forest under a kernel; an emulation would be refused on a CPU."""
+    if kernel == "varlen" and model.device.type == "cpu":
         model.set_attn_implementation(attention_name(kernel))
     else:
         set_layout(model, "forest", kernel, MODES[mode][1])
@@ -199,7 +201,7 @@ def check_task(task: str, precision: str, device: torch.device) -> Lines:
 
 
 def check_waiting(task: str, kernel: str, precision: str, device: torch.device) -> Lines:
-    """A micro-batch, forward and backward, in which the host never waits for the GPU (the first may, to compile)."""
+    """A micro-batch, forward and backward, in which the host never waits for the GPU (the first may)."""
     engine = engine_of(task, precision, device, SCALES[device.type])
     set_layout(engine.model, "forest", kernel, engine.precision)
     made_up, items = items_of(task)
@@ -214,22 +216,6 @@ def check_waiting(task: str, kernel: str, precision: str, device: torch.device) 
         finally:
             torch.cuda.set_sync_debug_mode("default")
     yield "never", 0.0, 0.0
-
-
-def check_compiling(name: str, device: torch.device) -> Lines:
-    """Flex, forward and backward, compiles for the first length and for no other."""
-    from torch._dynamo.utils import counters
-
-    torch._dynamo.reset()
-    model = made(name, "bfloat16", device, SCALES[device.type])
-    prepare(model, "flex", "bfloat16")
-    graphs = []
-    for number, count in enumerate((3, 2, 9, 17, 30)):
-        layout = make_layout("forest", tree(number, count=count, longest=150))
-        hidden_states(model, layout).float().square().mean().backward()
-        torch.cuda.synchronize()
-        graphs.append(counters["stats"]["unique_graphs"])
-    yield "graphs beyond those of the first length", float(graphs[-1] - graphs[0]), 0.0
 
 
 def check_choice(mode: str, expected: str | None, device: torch.device) -> Lines:
@@ -265,5 +251,5 @@ def obstacle(kernel: str, mode: str, device: torch.device) -> str | None:
 
 def emulate() -> None:
     """On a CPU, varlen under an emulation of PyTorch's function, in float32 too."""
-    rdo.cuda_attention.variable_length_attention = lambda: (emulated.varlen_attn, True)  # type: ignore[assignment]
-    rdo.cuda_attention.HALF = (*HALF, torch.float32)  # type: ignore[assignment]
+    rdo.sequences.kernels.varlen.variable_length_attention = lambda: (emulated.varlen_attn, True)  # type: ignore[assignment]
+    rdo.sequences.kernels.varlen.HALF = (*HALF, torch.float32)  # type: ignore[assignment]

@@ -26,7 +26,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from rdo.models import without_dropout
+from rdo.traits import without_dropout
 from rdo.vocabulary import train_byte_pair
 
 torch.set_num_threads(1)

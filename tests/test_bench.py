@@ -23,8 +23,8 @@ from launch.bench.works import WORKS, Bench, made_records, make_bench, make_work
 
 from helpers import tree
 from rdo.errors import UserError
-from rdo.forest import Forest
 from rdo.schema import EngineConfig, ModelConfig
+from rdo.sequences.layout import Forest
 
 CPU = torch.device("cpu")
 VOCABULARY = 300

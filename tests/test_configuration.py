@@ -10,7 +10,6 @@ import torch
 
 import rdo.objectives.losses
 from rdo import checks
-from rdo.attention import KERNELS
 from rdo.checks import CONF, compose_config, setting_names, sweep_points, without_effect
 from rdo.data.templates import TEMPLATES
 from rdo.errors import UserError
@@ -18,6 +17,7 @@ from rdo.objectives.choice import choose_loss
 from rdo.objectives.coefficients import NEGATIVE
 from rdo.schema import Config, DifferenceForm, Kernel, Negative, Template
 from rdo.scorers import DIFFERENCE_FORMS
+from rdo.sequences.attention import KERNELS
 
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml"))

@@ -1,5 +1,5 @@
-"""The GPU kernels of forest attention, as far as a CPU goes: varlen under an emulation of PyTorch's function, flex by
-its block mask and its forward pass, and which kernel is chosen where. launch/gpu_check.py checks them on a GPU.
+"""The GPU kernel of forest attention, as far as a CPU goes: varlen under an emulation of PyTorch's function,
+and which kernel is chosen where. launch/gpu_check.py checks it on a GPU.
 """
 
 from __future__ import annotations
@@ -10,23 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rdo.models
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn.attention import flex_attention as flex
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-import rdo.cuda_attention
-import rdo.models
+import rdo.sequences.kernels.varlen
 from emulated import varlen_attn, varlen_attn_of_2_11
 from helpers import policy, relative_error, tree
-from rdo.attention import choose_kernel
-from rdo.cuda_attention import FlexPlan, GatherRows, VarlenPlan, computed_dtype, seen_by_blocks, subtree_ends
 from rdo.errors import UserError
-from rdo.forest import Forest, make_layout
-from rdo.models import head_width, hidden_states, set_kernel, set_layout, why_not_forest
-from rdo.readout import span_log_probabilities
-from rdo.rectangles import RectanglePlan
+from rdo.sequences.attention import choose_kernel
+from rdo.sequences.forward import hidden_states
+from rdo.sequences.kernels.varlen import GatherRows, VarlenPlan, computed_dtype
+from rdo.sequences.layout import Forest, make_layout, subtree_ends
+from rdo.sequences.preparation import head_width, set_kernel, set_layout, why_not_forest
+from rdo.sequences.readout import span_log_probabilities
 from test_layouts import DECODERS, FLOAT32, FLOAT64, LISTS, Sequences, gradients, half_way
 
 EVERY_DTYPE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -35,8 +33,8 @@ EVERY_DTYPE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def emulate(monkeypatch: pytest.MonkeyPatch, function: Callable[..., torch.Tensor] = varlen_attn) -> None:
     """Puts an emulation in the place of PyTorch's variable-length attention, in every dtype that it computes in."""
     knows_groups = function is not varlen_attn_of_2_11
-    monkeypatch.setattr(rdo.cuda_attention, "variable_length_attention", lambda: (function, knows_groups))
-    monkeypatch.setattr(rdo.cuda_attention, "HALF", EVERY_DTYPE)
+    monkeypatch.setattr(rdo.sequences.kernels.varlen, "variable_length_attention", lambda: (function, knows_groups))
+    monkeypatch.setattr(rdo.sequences.kernels.varlen, "HALF", EVERY_DTYPE)
 
 
 def read(model: PreTrainedModel, sequences: Sequences, kernel: str) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -108,7 +106,7 @@ def test_varlen_computes_in_half_precision_under_autocast(monkeypatch: pytest.Mo
 
     model, sequences = policy("llama-grouped"), LISTS["six responses"]
     exact = gradients(model, read(model, sequences, "flat")[1])
-    monkeypatch.setattr(rdo.cuda_attention, "variable_length_attention", lambda: (noting, True))
+    monkeypatch.setattr(rdo.sequences.kernels.varlen, "variable_length_attention", lambda: (noting, True))
     assert why_not_forest(model, "varlen", torch.bfloat16) is None
     errors = {}
     for kernel in ("flat", "varlen"):
@@ -175,79 +173,6 @@ def test_subtrees_say_who_sees_whom(seed: int):
     assert (found == visible(forest)).all()
 
 
-@pytest.mark.parametrize("window", [None, 1, 3, 7])
-@pytest.mark.parametrize("seed", range(5))
-def test_the_block_mask_is_what_is_seen(monkeypatch: pytest.MonkeyPatch, seed: int, window: int | None):
-    monkeypatch.setattr(rdo.cuda_attention, "BLOCK", 4)
-    forest = Forest(tree(seed, count=12))
-    plan = FlexPlan(forest, "cpu")
-    seen = np.zeros((plan.rows, plan.rows), dtype=int)
-    seen[: len(forest), : len(forest)] = visible(forest, window)
-    counts = seen.reshape(plan.rows // 4, 4, plan.rows // 4, 4).sum((1, 3))
-    assert (seen_by_blocks(forest.segments, plan.rows, window) == counts).all()
-    mask = plan.mask(window)
-    assert plan.mask(window) is mask
-    assert plan.mask(1000) is plan.mask(None)
-    # Partial blocks and full ones apart, row by row and column by column: the backward pass goes by columns.
-    assert (mask.to_dense()[0, 0].numpy() == (counts > 0)).all()
-    assert mask.full_kv_num_blocks[0, 0].tolist() == (counts == 16).sum(1).tolist()
-    assert mask.full_q_num_blocks[0, 0].tolist() == (counts == 16).sum(0).tolist()
-    for row, number in enumerate(mask.kv_num_blocks[0, 0].tolist()):
-        partial = np.flatnonzero((counts[row] > 0) & (counts[row] < 16)).tolist()
-        assert mask.kv_indices[0, 0, row, :number].tolist() == partial
-    rows = torch.arange(plan.rows)
-    within = mask.mask_mod(0, 0, rows[:, None], rows[None])
-    assert (within.numpy() == seen).all()
-
-
-@pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_flex_agrees_with_rectangles(monkeypatch: pytest.MonkeyPatch, window: int | None, dtype: torch.dtype):
-    monkeypatch.setattr(rdo.cuda_attention, "flex_attention", lambda: flex.flex_attention)
-    forest = Forest(tree(5, count=40, longest=40))
-    assert 256 < len(forest) % 128 + 256 < 384, "rows must be padded here"
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(1, 4, len(forest), 16, generator=generator)
-    key, value = (torch.randn(1, 2, len(forest), 16, generator=generator) for _ in range(2))
-    with torch.no_grad():
-        wanted = RectanglePlan(forest).attend(query, key, value, 0.3, window)
-        found = FlexPlan(forest, "cpu").attend(query.to(dtype), key.to(dtype), value.to(dtype), 0.3, window)
-    assert found.dtype == dtype
-    assert relative_error([found], [wanted]) < (1e-5 if dtype == torch.float32 else 1e-2)
-
-
-@pytest.mark.parametrize("model", ["llama-grouped", "mistral-window", "gpt2-by-layer", "gemma3"])
-def test_flex_agrees_with_the_flat_layout(monkeypatch: pytest.MonkeyPatch, model: str):
-    monkeypatch.setattr(rdo.cuda_attention, "flex_attention", lambda: flex.flex_attention)
-    with torch.no_grad():
-        wanted, found = (read(policy(model), LISTS["tree"], kernel) for kernel in ("flat", "flex"))
-    assert relative_error(found[0], wanted[0]) < FLOAT32
-    assert relative_error([found[1]], [wanted[1]]) < FLOAT32
-
-
-@pytest.mark.parametrize(("heads", "width"), [((4, 2), 16), ((3, 3), 256)])
-@pytest.mark.parametrize("window", [None, 5])
-def test_flex_is_compiled_once_for_all_lengths(
-    monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int], width: int, window: int | None
-):
-    """Also where the first length has as many blocks as there are heads, or as many rows as heads are wide."""
-    counter = CompileCounterWithBackend("eager")
-    torch._dynamo.reset()
-    compiled = torch.compile(flex.flex_attention, backend=counter, dynamic=True, fullgraph=True)
-    monkeypatch.setattr(rdo.cuda_attention, "flex_attention", lambda: compiled)
-    with torch.no_grad():
-        for number, count in enumerate((2, 40, 90, 60)):
-            forest = Forest(tree(number, count=count))
-            query, key, value = (
-                torch.randn(1, many, len(forest), width, dtype=torch.bfloat16) for many in (*heads, heads[1])
-            )
-            # Under autocast or not, with a scale of its own for every layer.
-            with torch.autocast("cpu", torch.bfloat16, enabled=number % 2 == 1):
-                FlexPlan(forest, "cpu").attend(query, key, value, 0.1 + number, window)
-    torch._dynamo.reset()
-    assert counter.frame_count == 1
-
-
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 FULL, BRAIN, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float16, torch.float64
 RULE: list[tuple[torch.device, torch.dtype, int, dict[str, Any], str]] = [
@@ -256,17 +181,15 @@ RULE: list[tuple[torch.device, torch.dtype, int, dict[str, Any], str]] = [
     (CUDA, BRAIN, 64, {}, "varlen"),
     (CUDA, HALF, 128, {}, "varlen"),
     (CUDA, BRAIN, 256, {"capability": (9, 0)}, "varlen"),
-    (CUDA, BRAIN, 256, {"capability": (8, 9)}, "flex"),
+    (CUDA, BRAIN, 256, {"capability": (8, 9)}, "rectangles"),
     (CUDA, BRAIN, 192, {"capability": (8, 9)}, "varlen"),
-    (CUDA, BRAIN, 256, {"capability": (12, 0)}, "flex"),
-    (CUDA, BRAIN, 260, {}, "flex"),
-    (CUDA, BRAIN, 100, {}, "flex"),
-    (CUDA, HALF, 64, {"capability": (7, 5)}, "flex"),
-    (CUDA, HALF, 64, {"capability": (7, 5), "triton": False}, "rectangles"),
-    (CUDA, BRAIN, 64, {"flash": False}, "flex"),
-    (CUDA, BRAIN, 64, {"flash": False, "triton": False}, "rectangles"),
-    (CUDA, BRAIN, 64, {"cudnn": True}, "flex"),
-    (CUDA, BRAIN, 64, {"varlen": False}, "flex"),
+    (CUDA, BRAIN, 256, {"capability": (12, 0)}, "rectangles"),
+    (CUDA, BRAIN, 260, {}, "rectangles"),
+    (CUDA, BRAIN, 100, {}, "rectangles"),
+    (CUDA, HALF, 64, {"capability": (7, 5)}, "rectangles"),
+    (CUDA, BRAIN, 64, {"flash": False}, "rectangles"),
+    (CUDA, BRAIN, 64, {"cudnn": True}, "rectangles"),
+    (CUDA, BRAIN, 64, {"varlen": False}, "rectangles"),
     (CUDA, BRAIN, 12, {}, "rectangles"),
     (CUDA, FULL, 64, {}, "rectangles"),
     (CUDA, DOUBLE, 64, {}, "rectangles"),
@@ -277,7 +200,6 @@ def pretend(
     monkeypatch: pytest.MonkeyPatch,
     capability: tuple[int, int] = (8, 0),
     flash: bool = True,
-    triton: bool = True,
     cudnn: bool = False,
     varlen: bool = True,
 ) -> None:
@@ -290,8 +212,7 @@ def pretend(
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: flash)
-    finding = SimpleNamespace(find_spec=lambda name: triton or None)
-    monkeypatch.setattr(rdo.cuda_attention, "importlib", SimpleNamespace(import_module=imported, util=finding))
+    monkeypatch.setattr(rdo.sequences.kernels.varlen, "importlib", SimpleNamespace(import_module=imported))
 
 
 @pytest.mark.parametrize(("device", "dtype", "width", "machine", "chosen"), RULE)
@@ -301,11 +222,6 @@ def test_the_kernel_is_chosen_by_one_rule(monkeypatch, device, dtype, width, mac
     assert choose_kernel("rectangles", device, dtype, width) == "rectangles"
     if chosen != "rectangles":
         assert choose_kernel(chosen, device, dtype, width) == chosen
-
-
-def test_flex_can_be_demanded_in_full_precision(monkeypatch: pytest.MonkeyPatch):
-    pretend(monkeypatch)
-    assert choose_kernel("flex", CUDA, FULL, 64) == "flex"
 
 
 @pytest.mark.parametrize(
@@ -319,10 +235,6 @@ def test_flex_can_be_demanded_in_full_precision(monkeypatch: pytest.MonkeyPatch)
         ("varlen", CUDA, HALF, 64, {"flash": False}, "flash attention"),
         ("varlen", CUDA, HALF, 64, {"cudnn": True}, "cuDNN"),
         ("varlen", CUDA, HALF, 64, {"varlen": False}, r"PyTorch 2\.11"),
-        ("flex", CPU, FULL, 64, {}, "needs a GPU"),
-        ("flex", CUDA, DOUBLE, 64, {}, "float64"),
-        ("flex", CUDA, BRAIN, 8, {}, "16 or more, and the model's is 8"),
-        ("flex", CUDA, BRAIN, 64, {"triton": False}, "Triton"),
     ],
 )
 def test_a_kernel_that_is_demanded_in_vain_is_refused_by_name(monkeypatch, kernel, device, dtype, width, machine, said):
@@ -331,12 +243,11 @@ def test_a_kernel_that_is_demanded_in_vain_is_refused_by_name(monkeypatch, kerne
         choose_kernel(kernel, device, dtype, width)
 
 
-@pytest.mark.parametrize("kernel", ["varlen", "flex"])
-def test_on_a_cpu_the_gpu_kernels_are_refused(kernel: str):
+def test_on_a_cpu_the_gpu_kernel_is_refused():
     model = policy()
-    with pytest.raises(UserError, match=rf"engine\.attention={kernel} needs a"):
-        set_layout(model, "auto", kernel)
-    assert set_layout(model, "flat", kernel) == "flat"
+    with pytest.raises(UserError, match=r"engine\.attention=varlen needs a"):
+        set_layout(model, "auto", "varlen")
+    assert set_layout(model, "flat", "varlen") == "flat"
 
 
 @pytest.mark.parametrize(

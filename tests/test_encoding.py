@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rdo.data.encoding import TruncationReport, encode
+from rdo.data import encoding
+from rdo.data.encoding import MappedTokens, TruncationReport, encode, encode_into, order_fingerprint
 from rdo.data.records import Record
+from rdo.data.table import Records, write_records
 from rdo.errors import UserError
 
 PAD, BOS, EOS, UNKNOWN, IM_START, IM_END = range(6)
@@ -204,3 +211,58 @@ def test_cutting_keeps_its_promises(query, responses, max_length, bos):
 
 
 WITHOUT_BOS = byte_tokenizer(bos=False)
+
+
+# In a file
+
+
+@pytest.fixture
+def records(tmp_path, monkeypatch) -> Records:
+    monkeypatch.setattr("rdo.data.encoding.RECORDS_PER_WORKER", 10)
+    monkeypatch.setattr("rdo.data.encoding.RECORDS_PER_CALL", 5)
+    made = [Record(f"id {n}", f"Which bread {n}? " + "x " * (n % 60), (" Rye.", "Oats" * (n % 9))) for n in range(40)]
+    write_records(iter(made), tmp_path / "records.arrow", 0)
+    return Records.in_file(tmp_path / "records.arrow").only(np.array([5, 3, *range(8, 40), 1]))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_file_holds_what_memory_would_whatever_the_number_of_processes(records, tmp_path, workers):
+    encode_into(tmp_path, records, TOKENIZER, "hh", 100, False, workers)
+    wanted, report = encode(records, TOKENIZER, "hh", 100)
+    found = MappedTokens(tmp_path)
+    assert [found[n] for n in range(len(found))] == wanted
+    assert found[3:5] == wanted[3:5]
+    assert found.report() == report
+    assert 0 < report.truncated < len(wanted)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_in_a_worker_is_the_users_one_line(records, tmp_path, workers):
+    with pytest.raises(UserError, match=r"dataset\.max_length=2 is too small"):
+        encode_into(tmp_path, records, TOKENIZER, "hh", 2, False, workers)
+
+
+def test_a_killed_worker_ends_the_work_and_what_was_finished_is_kept(records, tmp_path, monkeypatch):
+    parent, real = os.getpid(), encoding.encode_batch
+
+    def dying(batch, *arguments, **options):
+        if os.getpid() != parent and records[-1].id in [record.id for record in batch]:
+            time.sleep(1)  # until the other half is finished
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(batch, *arguments, **options)
+
+    monkeypatch.setattr(encoding, "encode_batch", dying)
+    with pytest.raises(RuntimeError, match="abruptly died"):
+        encode_into(tmp_path, records, TOKENIZER, "hh", 100, False, 2)
+    kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("tokens*.arrow")}
+    assert kept
+    monkeypatch.setattr(encoding, "encode_batch", real)
+    encode_into(tmp_path, records, TOKENIZER, "hh", 100, False, 2)
+    assert all(file.stat().st_mtime_ns == time for file, time in kept.items())
+    assert list(MappedTokens(tmp_path)) == encode(records, TOKENIZER, "hh", 100)[0]
+
+
+def test_the_order_of_records_is_part_of_what_tokens_are_found_by(records):
+    turned = records.only(np.arange(len(records))[::-1])
+    assert turned.fingerprint() == records.fingerprint()
+    assert order_fingerprint(turned) != order_fingerprint(records)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import tree, words
-from rdo.forest import Flat, Forest, common_prefix_length, count_unique, make_layout
+from rdo.sequences.layout import Flat, Forest, common_prefix_length, count_unique, make_layout
 
 Sequences = list[tuple[int, ...]]
 

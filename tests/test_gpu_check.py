@@ -13,8 +13,8 @@ import pytest
 import torch
 from launch import gpu_check
 
-from rdo.attention import KERNELS
 from rdo.schema import ModelConfig
+from rdo.sequences.attention import KERNELS
 
 ROOT = Path(__file__).parents[1]
 # A machine with a GPU that is lent for minutes may have no more than PyTorch and transformers.
@@ -48,7 +48,7 @@ def test_a_cpu_runs_what_it_can_of_it_with_next_to_nothing_installed(tmp_path: P
     found = written(tmp_path)
     assert found["left_out"] == {}
     names = {row["name"] for row in found["checks"]}
-    for kernel in KERNELS.keys() - {"flex"}:
+    for kernel in KERNELS:
         wanted = [f"{model} float32 {kernel}" for model in gpu_check.MODELS] + [f"recomputing float32 {kernel}"]
         assert {f"{name}: gradients" for name in wanted} <= names
     assert {f"task {task} float32: losses" for task in gpu_check.TASKS} <= names
@@ -124,6 +124,6 @@ def test_the_benchmark_measures_what_fits_into_the_time(tmp_path: Path, monkeypa
 
 def test_only_what_is_asked_for_is_run(tmp_path: Path):
     checks = lines(30.0, "varlen", tmp_path)
-    for name in ("llama flex", "llama varlen"):
+    for name in ("llama spans", "llama varlen"):
         checks.run(name, lambda: iter([("numbers", 0.0, 0.0)]))
     assert [row["name"] for row in checks.found["checks"]] == ["llama varlen: numbers"]

@@ -53,7 +53,7 @@ def test_status_tells_done_running_stopped_and_failed(tmp_path, monkeypatch, cap
         capsys.readouterr()
         status.main()
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[2].startswith("running align/running step 2; another process")
+    assert lines[2].startswith("running align/running step 2")
     assert lines[3] == "stopped align/stopped step 2; goes on from there when it is asked for"
     assert lines[4].startswith("done eval/policy-")
     assert lines[4].endswith("metric 0.5")

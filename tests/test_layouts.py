@@ -13,12 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MiniMaxConfig, PreTrainedModel
 
-import rdo.rectangles
+import rdo.sequences.kernels.gathered
 from helpers import COMMON, GROUPED, configuration, policy, relative_error, scorer, tree, words
 from rdo.errors import UserError
-from rdo.forest import Forest, make_layout
-from rdo.models import hidden_states, read_log_probabilities, read_scalars, set_layout
-from rdo.readout import Scalar, Span, span_log_probabilities
+from rdo.sequences.forward import hidden_states, read_log_probabilities, read_scalars
+from rdo.sequences.layout import Forest, make_layout
+from rdo.sequences.preparation import set_layout
+from rdo.sequences.readout import Scalar, Span, span_log_probabilities
 
 FLOAT32, FLOAT64 = 1e-5, 1e-12
 DECODERS = ["llama", "llama-grouped", "mistral-window", "qwen2", "gpt2", "gpt2-by-layer", "gpt-neox", "gemma", "gemma3"]
@@ -128,9 +129,9 @@ def test_layouts_agree_on_random_trees(seed: int):
 @pytest.mark.parametrize("call_cost", [0, 10**9])
 @pytest.mark.parametrize("model", ["llama-grouped", "mistral-window"])
 def test_how_segments_are_grouped_changes_nothing(monkeypatch: pytest.MonkeyPatch, model: str, call_cost: int):
-    monkeypatch.setattr(rdo.rectangles, "CALL_COST", call_cost)
+    monkeypatch.setattr(rdo.sequences.kernels.gathered, "CALL_COST", call_cost)
     segments = Forest(LISTS["thirty pairs"]).segments
-    groups = rdo.rectangles.group_segments(segments)
+    groups = rdo.sequences.kernels.gathered.group_segments(segments)
     # Equal sizes always go together; at the most there is one call for the root and one for everything else.
     sizes = {(segment.shared > 0, len(segment.path), segment.stop - segment.start) for segment in segments}
     assert len(groups) == (len(sizes) if call_cost == 0 else 2)

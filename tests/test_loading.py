@@ -11,13 +11,11 @@ import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
 from rdo.artifacts import Provenance, is_finished
-from rdo.data import containers
+from rdo.data import files
 from rdo.data.loading import INVALID, PARQUET_BRANCH, Splits, load_splits
 from rdo.data.records import SPLITS, content_id, fingerprint_records, query_key
-from rdo.data.templates import TEMPLATES
 from rdo.errors import DataError, UserError
 from rdo.schema import DatasetConfig, ToyConfig
 
@@ -171,7 +169,7 @@ def test_ids_are_unique_and_do_not_depend_on_the_order_of_other_rows(tmp_path):
 
 def test_an_id_given_twice_is_an_error_or_an_invalid_row(tmp_path):
     rows = [own("a", id="x"), own("b", id="y"), own("c", id="x")]
-    with pytest.raises(DataError, match=r"line 3, field 'id': 'x' is taken by .*rows\.jsonl, line 1; make ids unique"):
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 3, field 'id': 'x' is taken by a row before; make"):
         load_file(tmp_path, rows)
     skipping = {"on_invalid": "skip", "max_invalid_share": 0.5, "test_share": 0.0, "validation_share": 0.0}
     loaded = load_file(tmp_path, rows, **skipping)
@@ -226,40 +224,26 @@ def test_the_content_of_a_file_counts_and_not_its_time(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["append", "replace", "remove"])
-@pytest.mark.parametrize("row_is_torn", [False, True])
-def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch, change, row_is_torn):
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch, change):
     path = tmp_path / "rows.jsonl"
     text = "".join(json.dumps(row(f"query {number}")) + "\n" for number in range(20))
     path.write_text(text)
 
-    def reading(file: Path):
-        yield from containers.rows(file)
+    def reading(file):
+        yield from files.rows(file)
         if change == "append":
-            with file.open("a") as stream:
+            with path.open("a") as stream:
                 stream.write(text)
         elif change == "replace":
             (tmp_path / "new").write_text(text)
-            os.replace(tmp_path / "new", file)
+            os.replace(tmp_path / "new", path)
         else:
-            file.unlink()
-        if row_is_torn:
-            yield "the end", DataError("is not JSON")
+            path.unlink()
 
     monkeypatch.setattr("rdo.data.loading.rows", reading)
-    with pytest.raises(DataError, match=r"rows\.jsonl: changed while it was read; run again"):
+    with pytest.raises(UserError, match=r"rows\.jsonl: changed while it was read; run again"):
         load(tmp_path, source="file", path=str(path))
-    assert list((tmp_path / "runs" / "data").iterdir()) == []
-
-
-def test_a_folder_in_which_reading_failed_goes_again_but_for_a_list_of_invalid_rows(tmp_path):
-    good = [row(f"query {number}") for number in range(9)]
-    with pytest.raises(DataError, match="line 10"):
-        load_file(tmp_path, [*good, {"prompt": 3}])
-    made = tmp_path / "runs" / "data"
-    assert list(made.iterdir()) == []
-    with pytest.raises(DataError, match="line 10"):
-        load_file(tmp_path, [*good, {"prompt": 3}], on_invalid="skip")
-    assert [path.name for path in made.glob("*/*")] == [INVALID]
+    assert not list((tmp_path / "runs" / "data").rglob("*.arrow"))
 
 
 def test_several_files_make_one_set_and_rows_are_named_by_their_file(tmp_path):
@@ -353,9 +337,7 @@ def test_hub_rows_are_named_in_errors(hub, from_hub):
 
 def test_hub_splits_that_repeat_an_id_are_an_error(hub, from_hub):
     hub(train=[own("a", id="1"), own("b", id="2")], test=[own("c", id="2")])
-    with pytest.raises(
-        DataError, match=r"split test, row 1, field 'id': '2' is taken by owner/set, split train, row 2"
-    ):
+    with pytest.raises(DataError, match=r"owner/set, split test, row 1, field 'id': '2' is taken by a row before"):
         from_hub(validation_share=0.0)
 
 
@@ -417,23 +399,3 @@ def test_toy_world_brings_its_own_splits(tmp_path):
     assert loaded.counts["records_test"] == 18
     assert [len(loaded.splits[split]) for split in SPLITS] == [20, 20, 20, 18]
     assert set(queries(loaded, "test")).isdisjoint(queries(loaded, "train"))
-
-
-@pytest.mark.parametrize("name", ["file", "hh", "tldr", "hh_plus"])
-def test_configurations_fit_the_schema(name):
-    merged = OmegaConf.merge(OmegaConf.structured(DatasetConfig), OmegaConf.load(CONFIGURATIONS / f"{name}.yaml"))
-    config = OmegaConf.to_object(merged)
-    assert config.name == name
-    assert config.template in TEMPLATES
-    assert (config.source == "hub") == (config.hub_name is not None)
-
-
-def test_real_tldr_file_is_split_by_post(tmp_path):
-    path = REAL / "tldr_openai_comparisons_b13_b18_edit.jsonl.gz"
-    if not path.exists():
-        pytest.skip(f"the real data file {path.name} is not at hand (looked in ../shared/data)")
-    loaded = load(tmp_path, source="file", path=str(path))
-    sizes = {split: len(records) for split, records in loaded.splits.items()}
-    assert sum(sizes.values()) == loaded.counts["rows_read"] == 1776
-    assert 0.05 < sizes["test"] / 1776 < 0.16
-    assert set(queries(loaded, "test")).isdisjoint(queries(loaded, "train") + queries(loaded, "validation"))

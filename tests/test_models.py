@@ -20,20 +20,14 @@ from transformers import (
 
 from helpers import COMMON, SIZES, TEXTS, configuration, policy, randomise, scorer, tokenizer
 from rdo.errors import UserError
-from rdo.forest import make_layout
-from rdo.models import (
-    check_vocabulary,
-    head_names,
-    hidden_states,
-    read_log_probabilities,
-    read_scalars,
-    set_layout,
-    without_dropout,
-)
-from rdo.pretrained import load_policy, load_scorer, load_tokenizer, new_policy, new_scorer, save_model, torch_dtype
-from rdo.readout import Scalar, Span
+from rdo.pretrained import load_policy, load_scorer, load_tokenizer, new_policy, new_scorer, save_model
 from rdo.schema import ModelConfig
+from rdo.sequences.forward import hidden_states, read_log_probabilities, read_scalars
+from rdo.sequences.layout import make_layout
+from rdo.sequences.preparation import set_layout
+from rdo.sequences.readout import Scalar, Span
 from rdo.stages.eval import evaluate_policy
+from rdo.traits import check_vocabulary, head_names, without_dropout
 from tiny import tiny_run
 
 TOKENIZER = tokenizer()
@@ -83,13 +77,16 @@ def test_a_policy_comes_back_as_it_was(tmp_path: Path, name: str):
     assert (path / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["llama-grouped", "gpt2", "bert", "deberta"])
-def test_a_scorer_comes_back_as_it_was_and_transformers_reads_the_same_score(tmp_path: Path, name: str):
-    model = scorer(name)
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [*((name, "pointwise") for name in ("llama-grouped", "gpt2", "bert", "deberta")), ("llama", "residual")],
+)
+def test_a_scorer_comes_back_as_it_was_and_transformers_reads_the_same_score(tmp_path: Path, name: str, form: str):
+    model = scorer(name, form)
     wanted = scores(model, "auto")
     path = saved(model, tmp_path / "scorer")
     loaded = load_scorer(path, CONFIG)
-    assert loaded.config.rdo_form == "pointwise"
+    assert (loaded.config.rdo_form, loaded.config.num_labels) == (form, 2 if form == "residual" else 1)
     for key, parameter in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], parameter)
     # Weights lie in the mapped file wherever its header ends, and BLAS rounds by alignment: copied, all is bit-equal.
@@ -103,12 +100,6 @@ def test_a_scorer_comes_back_as_it_was_and_transformers_reads_the_same_score(tmp
         # Padding on the right, with id 0: transformers finds the last token that is not padding by its id.
         theirs = plain(input_ids=flat.ids, attention_mask=flat.mask).logits[:, 0]  # type: ignore[union-attr]
     torch.testing.assert_close(theirs, wanted, rtol=1e-5, atol=1e-5)
-
-
-def test_a_form_is_saved_with_its_scorer(tmp_path: Path):
-    loaded = load_scorer(saved(scorer("llama", "residual"), tmp_path / "scorer"), CONFIG)
-    assert loaded.config.rdo_form == "residual"
-    assert loaded.config.num_labels == 2
 
 
 @pytest.mark.parametrize(("form", "outputs"), [("pointwise", 1), ("paper", 1), ("antisymmetric", 1), ("residual", 2)])
@@ -144,18 +135,14 @@ def test_a_tokenizer_without_padding_is_enough(tmp_path: Path):
     assert evaluation["rewards"]["reward"]["count"] == 8
 
 
-def test_an_id_beyond_the_embeddings_is_refused(tmp_path: Path):
-    """What train_base and new_scorer would otherwise end with: an index out of range in the middle of training."""
+def test_ids_without_an_embedding_are_refused():
+    """Which would otherwise end in an index out of range in the middle of training."""
     for model, read in ((policy(), hidden_states), (scorer("bert"), partial(read_scalars, values=ENDS))):
         with pytest.raises(UserError, match=r"the token id 300, but .* has 300 embeddings only"):
             read(model, make_layout("flat", [(*SEQUENCES[0][:-1], 300), *SEQUENCES[1:]]))
-
-
-def test_ids_without_an_embedding_are_refused(folder: Path):
-    model = policy()
-    check_vocabulary(model, load_tokenizer(folder, CONFIG), folder)
+    check_vocabulary(policy(), TOKENIZER, "here")
     with pytest.raises(UserError, match="301 ids, the model only 300"):
-        check_vocabulary(model, tokenizer(301), folder)
+        check_vocabulary(policy(), tokenizer(301), "here")
 
 
 @pytest.mark.parametrize(
@@ -199,15 +186,20 @@ def test_the_seed_fixes_a_new_policy():
     assert one.config.eos_token_id == TOKENIZER.eos_token_id
 
 
-def test_the_dtype_is_the_configs(folder: Path):
-    assert load_policy(folder, ModelConfig(dtype="bfloat16")).dtype == torch.bfloat16
-    assert load_policy(folder, ModelConfig(dtype="float64")).dtype == torch.float64
-    with pytest.raises(UserError, match=r"model\.dtype=float8"):
-        torch_dtype("float8")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_dtype_is_the_configs(folder: Path, dtype: torch.dtype):
+    assert load_policy(folder, ModelConfig(dtype=str(dtype).removeprefix("torch."))).dtype == dtype
 
 
-def test_the_head_is_found():
-    assert head_names(scorer("llama")) == {"score.weight"}
-    assert head_names(scorer("bert")) == {"classifier.weight", "classifier.bias"}
-    roberta = AutoModelForSequenceClassification.from_config(RobertaConfig(**COMMON, **SIZES))
-    assert head_names(roberta) == {"classifier.out_proj.weight", "classifier.out_proj.bias"}
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        ("llama", {"score.weight"}),
+        ("bert", {"classifier.weight", "classifier.bias"}),
+        ("roberta", {"classifier.out_proj.weight", "classifier.out_proj.bias"}),
+    ],
+)
+def test_the_head_is_found(name: str, names: set[str]):
+    roberta = RobertaConfig(**COMMON, **SIZES)
+    model = AutoModelForSequenceClassification.from_config(roberta) if name == "roberta" else scorer(name)
+    assert head_names(model) == names

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import tree
-from rdo.forest import Flat, Forest, LayoutName, count_unique
-from rdo.packing import cost, pack
+from rdo.sequences.layout import Flat, Forest, LayoutName, count_unique
+from rdo.sequences.packing import cost, pack
 
 items = st.lists(st.builds(tree, st.integers(0, 1000), st.integers(1, 5), st.integers(1, 12)), max_size=12)
 layouts = st.sampled_from(["forest", "flat"])

@@ -9,10 +9,11 @@ import torch
 from torch.nn.functional import linear
 
 from helpers import policy, relative_error, tree
-from rdo import processor
-from rdo.forest import make_layout
-from rdo.models import read_log_probabilities, set_layout
-from rdo.readout import Span
+from rdo.sequences import processor
+from rdo.sequences.forward import read_log_probabilities
+from rdo.sequences.layout import make_layout
+from rdo.sequences.preparation import set_layout
+from rdo.sequences.readout import Span
 
 HERE = platform.machine() == "x86_64" and torch.backends.mkldnn.is_available()
 SEQUENCES = [ids for ids in tree(1, count=8) if len(ids) > 1]

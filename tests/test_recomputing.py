@@ -13,11 +13,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from helpers import policy, relative_error, scorer, tokenizer, tree
 from rdo.adapters import choose_trained
 from rdo.errors import UserError
-from rdo.forest import make_layout
-from rdo.models import read_log_probabilities, read_scalars, recompute_activations, set_layout, without_dropout
 from rdo.pretrained import load_policy, new_scorer, save_model
-from rdo.readout import Scalar, Span
 from rdo.schema import LoraConfig, ModelConfig
+from rdo.sequences.forward import read_log_probabilities, read_scalars
+from rdo.sequences.layout import make_layout
+from rdo.sequences.preparation import set_layout
+from rdo.sequences.readout import Scalar, Span
+from rdo.traits import recompute_activations, without_dropout
 
 SEQUENCES = [ids for ids in tree(4, count=6, longest=24) if len(ids) > 1]
 CONFIG = ModelConfig(lora=LoraConfig(rank=8))

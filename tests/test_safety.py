@@ -1,4 +1,4 @@
-"""Nothing leaks and nothing acts: credentials stay where they are, texts of the data are texts, and no port is open."""
+"""Nothing leaks and nothing acts: secrets stay in the environment, texts of the data are texts, no port is open."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ from typing import Any
 
 import pytest
 
-from rdo import configuration
-from rdo.checks import CONF, compose_config
-from rdo.errors import UserError
-from rdo.main import check_command_line
-from rdo.printable import credential_in, printable, scrubbed, single_line
+from rdo.errors import UserError, printable, single_line
 from rdo.report.tables import describe_policy
 from rdo.stages.sft import base_policy
 from rdo.tracking import Tracker
@@ -25,115 +21,11 @@ from tiny import TINY, tiny_run
 from tracked import wandb_records
 
 # Put together here, so that no scanner takes them for real ones.
-DIGITS = "0123456789abcdef" * 3
 TOKENS = {
     "hugging face": "hf_" + "aB3" * 11 + "x",
-    "wandb": DIGITS[:40],
-    "wandb, new": "wandb_v1_" + "aB3" * 20,
-    "openai": "sk-" + "aB3" * 16,
-    "openai project": "sk-proj-" + "aB3-_" * 8,
-    "amazon": "AKIA" + "ABCDEFGH" * 2,
+    "wandb": "0123456789abcdef" * 2 + "01234567",
     "github": "ghp_" + "aB3" * 12,
-    "github, fine": "github_pat_" + "aB3" * 12,
-    "gitlab": "glpat-" + "aB3" * 7,
-    "google": "AIza" + "aB3-_" * 7,
-    "user and password": "https://someone:" + "pass" + "word@example.org/data.jsonl",
-    "user alone": "https://" + "abc123@example.org/data.jsonl",
-    "signed address": "https://example.org/data?X-Amz-" + "Signature=abc123",
-    "private key": "-----BEGIN RSA " + "PRIVATE KEY-----",
 }
-HARMLESS = [
-    "hf_transformers/small", "hf-internal-testing/tiny-random-gpt2", "openai/summarize_from_feedback", "task-sk-1",
-    "sk-learn/models-for-everyone", "/data/disk-0123456789/pairs.jsonl", "https://example.org/data?split=test",
-    f"/cache/models--a--b/snapshots/{DIGITS[:40]}", "me@example.org", "model.tokenizer", f"revision {DIGITS[:40]}",
-    DIGITS[:32], f"{DIGITS[:40]}{DIGITS[:24]}", "AKIAlike", "ghp_short",
-]  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Credentials
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", TOKENS)
-@pytest.mark.parametrize("form", ["model.path={}", "+anything={}", "dataset.path=data/{}", "'{}'", "--config-dir={}"])
-def test_a_credential_on_the_command_line_is_refused_and_not_repeated(tmp_path, monkeypatch, capsys, name, form):
-    if name == "wandb" and form.startswith("dataset.path"):
-        pytest.skip("as a part of a path it is a commit")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        check_command_line(["stage=sft", form.format(TOKENS[name])])
-    assert ended.value.code == 1
-    shown = capsys.readouterr()
-    (line,) = shown.err.splitlines()
-    assert "holds what looks like an access token or a password" in line
-    assert TOKENS[name][8:] not in shown.err + shown.out
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", TOKENS)
-def test_a_credential_in_any_text_is_found_and_taken_out(name):
-    text = f"401 for {TOKENS[name]} (Request ID: 1)"
-    assert credential_in(text)
-    assert TOKENS[name] not in scrubbed(text)
-    assert credential_in(scrubbed(text)) is None
-    assert scrubbed(text).startswith("401 for ")
-
-
-@pytest.mark.parametrize("text", HARMLESS)
-def test_what_is_no_credential_is_left_alone(text):
-    assert credential_in(text) is None
-    assert scrubbed(text) == text
-
-
-@pytest.mark.parametrize("setting", ["+hf_token=abc", "tracker.api_key=abc", "++wandb.password=abc", "+HF_TOKEN=abc"])
-def test_a_setting_that_is_named_like_a_key_is_refused(capsys, setting):
-    with pytest.raises(SystemExit):
-        check_command_line([setting])
-    line = capsys.readouterr().err
-    assert "put it into the environment" in line
-    assert "abc" not in line
-
-
-def test_a_credential_in_a_file_of_conf_is_refused_and_not_repeated(tmp_path, monkeypatch):
-    shutil.copytree(CONF, tmp_path / "conf")
-    monkeypatch.setattr(configuration, "CONF", tmp_path / "conf")
-    files = {
-        "model/hub.yaml": f"name: hub\npath: {TOKENS['hugging face']}\ntokenizer: path\n",
-        "tracker/wandb.yaml": f"name: wandb\ngroup: {TOKENS['wandb']}\n",
-    }
-    for file, text in files.items():
-        (tmp_path / "conf" / file).write_text(text)
-        group = file.split("/")[0]
-        with pytest.raises(UserError, match=r"^(model\.path|tracker\.group) holds what looks") as caught:
-            compose_config([f"{group}={Path(file).stem}"])
-        assert not any(token in str(caught.value) for token in TOKENS.values())
-        shutil.copy(CONF / file, tmp_path / "conf" / file)
-
-
-def test_a_commit_is_no_key_where_a_revision_is_asked_for():
-    given = [f"model.revision={DIGITS[:40]}", "model.path=someone/model"]
-    assert compose_config(given).model.revision == DIGITS[:40]
-    check_command_line(["--cfg", "job", *given])
-
-
-def test_values_of_secret_variables_are_never_shown(monkeypatch):
-    monkeypatch.setenv("MY_SERVICE_TOKEN", "a plain word that says nothing")
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false and long")
-    assert str(UserError("url: a plain word that says nothing!")) == "url: [removed]!"
-    assert scrubbed("false and long") == "false and long"
-    with pytest.raises(UserError, match=r"^report\.title holds the value of a secret environment variable"):
-        compose_config(["report.title='a plain word that says nothing'"])
-    with pytest.raises(UserError, match=r"^model\.path holds the value"):
-        compose_config(["model.path=${oc.env:MY_SERVICE_TOKEN}"])
-
-
-def test_what_a_library_says_is_scrubbed_in_every_error():
-    quoted = f"401 Client Error for url: https://me:pw@huggingface.co/x?token={TOKENS['hugging face']}"
-    error = UserError(f"no model can be loaded from x:\n{quoted}")
-    assert str(error) == (
-        "no model can be loaded from x: 401 Client Error for url: https://[removed]@huggingface.co/x?[removed]"
-    )
 
 
 def test_no_file_of_a_run_holds_a_secret_of_the_environment(tmp_path, monkeypatch, capsys):
@@ -310,7 +202,7 @@ def hidden(text: str) -> set[str]:
         ("plain, Grüße, 漢字, 👍", "plain, Grüße, 漢字, 👍"),
         ("a\tb\nc", "a\tb\nc"),
         ("\x1b[2J", "\\x1b[2J"),
-        ("\x00\x07\x7f\x9b\r", "\\x00\\x07\\x7f\\x9b\\x0d"),
+        ("\x00\x07\x7f\x9b\r", "\\x00\\x07\\x7f\\x9b\\r"),
         ("\u202eevil\u2069\u200b\ufeff", "\\u202eevil\\u2069\\u200b\\ufeff"),
         ("\U000e0041\ud800", "\\U000e0041\\ud800"),
     ],
@@ -318,7 +210,7 @@ def hidden(text: str) -> set[str]:
 def test_what_would_act_or_cannot_be_seen_is_shown_as_an_escape(text, shown):
     assert printable(text) == shown
     assert hidden(printable(text)) == set()
-    assert printable("a\tb\nc", keep="") == "a\\x09b\\x0ac"
+    assert printable("a\tb\nc", keep="") == "a\\tb\\nc"
 
 
 def test_an_error_is_one_line_whatever_it_quotes():

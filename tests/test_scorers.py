@@ -13,10 +13,11 @@ from helpers import TEXTS, relative_error, scorer, tokenizer
 from rdo.data.encoding import encode
 from rdo.data.records import Preference, Record
 from rdo.errors import UserError
-from rdo.forest import LayoutName, make_layout
-from rdo.models import read_scalars, set_layout
-from rdo.readout import Scalar
 from rdo.scorers import FORMS, ComparisonTemplate, Reading, add_difference, add_reward, check_form, merge, read_under
+from rdo.sequences.forward import read_scalars
+from rdo.sequences.layout import LayoutName, make_layout
+from rdo.sequences.preparation import set_layout
+from rdo.sequences.readout import Scalar
 from rdo.tasks import learns_from
 
 TOLERANCE = 1e-5

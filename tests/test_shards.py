@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import rdo.stages.score
+from rdo.errors import UserError
 from rdo.shards import Shards
 from rdo.stages.score import read_scores, scores
 from tiny import tiny_run
@@ -25,7 +26,7 @@ def numbers(folder: Path, made: list[range], names: str = "abcdefghij", size: in
         made.append(part)
         return [(names[n], n / 3) for n in part if names[n].islower()]
 
-    shards = Shards(folder, NUMBERS, len(names), size, 0.0)
+    shards = Shards(folder, NUMBERS, len(names), size)
     shards.make("numbers", lambda part: names[part.start : part.stop], rows)
     return shards
 
@@ -48,21 +49,33 @@ def test_a_shard_may_have_no_row(tmp_path):
 
 
 def test_a_damaged_shard_is_made_again(tmp_path, capsys):
+    """Whatever bit is flipped of its rows, and whatever else makes it unreadable; other bits have no meaning."""
+    names = "".join(chr(97 + n % 26) for n in range(4000))
     made: list[range] = []
-    shards = numbers(tmp_path, made)
-    path = shards.file(range(4, 8))
-    data = path.read_bytes()
-    draw = random.Random(0)
+    shards = numbers(tmp_path, made, names, size=2000)
+    path, rows = shards.file(range(2000, 4000)), list(shards.tables())
+    data, draw = path.read_bytes(), random.Random(0)
     broken = [data[:-1], b"", data[:100], os.urandom(300)]
-    for place in draw.sample(range(len(data)), 50):
+    for place in draw.sample(range(len(data)), 200):
         broken.append(data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1 :])
+    found = 0
     for content in broken:
         made.clear()
         path.write_bytes(content)
-        numbers(tmp_path, made)
-        assert made == [range(4, 8)]
-        assert path.read_bytes() == data
-        assert f"{path} is damaged (" in capsys.readouterr().err
+        assert list(numbers(tmp_path, made, names, size=2000).tables()) == rows
+        assert made in ([], [range(2000, 4000)])
+        found += f"{path} is damaged (" in capsys.readouterr().err
+    assert found > 180
+
+
+def test_damaged_scores_are_refused(tmp_path):
+    made = scores(tiny_run(tmp_path, "sft.max_steps=1", "rm.max_steps=1"), "reward", "train", False, None)
+    path = made.folder / "scores.parquet"
+    data = path.read_bytes()
+    read_scores(made)
+    path.write_bytes(data[:300] + bytes([data[300] ^ 1]) + data[301:])
+    with pytest.raises(UserError, match=rf"scores\.parquet cannot be read \(.*; delete {made.folder}, and run again"):
+        read_scores(made)
 
 
 def test_a_shard_of_other_inputs_or_of_another_range_is_not_taken(tmp_path):

@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-import rdo.spans
+import rdo.sequences.kernels.contiguous
 from helpers import policy, relative_error, tree, words
-from rdo.forest import Forest
-from rdo.models import read_log_probabilities, set_layout
-from rdo.readout import Span
-from rdo.rectangles import RectanglePlan
-from rdo.spans import SpanPlan, contiguous_rectangles
+from rdo.sequences.forward import read_log_probabilities
+from rdo.sequences.kernels.contiguous import SpanPlan, contiguous_rectangles
+from rdo.sequences.kernels.gathered import RectanglePlan
+from rdo.sequences.layout import Forest
+from rdo.sequences.preparation import set_layout
+from rdo.sequences.readout import Span
 from test_layouts import FLOAT32, FLOAT64, LISTS, check
 
 CPU = torch.device("cpu")
@@ -25,8 +26,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def every_forest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forests of short segments, too, which padding would run otherwise, and halves of segments that are not long."""
-    monkeypatch.setattr(rdo.spans, "SHORT", 0)
-    monkeypatch.setattr(rdo.spans, "LONG", 5)
+    monkeypatch.setattr(rdo.sequences.kernels.contiguous, "SHORT", 0)
+    monkeypatch.setattr(rdo.sequences.kernels.contiguous, "LONG", 5)
 
 
 @pytest.mark.parametrize("sequences", [*LISTS.values(), *(tree(seed, count=12) for seed in range(40))])
@@ -116,7 +117,7 @@ def test_short_segments_and_windows_are_padded(monkeypatch: pytest.MonkeyPatch):
     coin = random.Random(0)
     query = words(coin, 70)
     long, short = [query + words(coin, 70) for _ in range(2)], [query[:10] + words(coin, 9) for _ in range(6)]
-    monkeypatch.setattr(rdo.spans, "SHORT", 64)
+    monkeypatch.setattr(rdo.sequences.kernels.contiguous, "SHORT", 64)
     for name, sequences, padded in (("llama", long, False), ("llama", short, True), ("mistral-window", long, True)):
         model = policy(name)
         assert set_layout(model, "forest") == "forest"

@@ -18,15 +18,16 @@ from engines import one_step
 from made_tasks import SETTINGS, TASKS, alignment_task, encoded, make_task
 from rdo.alignment import AlignmentRecord, AlignmentTask, Pair
 from rdo.data.encoding import EncodedRecord
-from rdo.forest import make_layout
-from rdo.models import read_log_probabilities, set_layout
 from rdo.objectives import losses
 from rdo.objectives.choice import choose_loss
 from rdo.plan import learning_rate_factor, make_plan
 from rdo.pretrained import load_tokenizer
-from rdo.readout import Span
 from rdo.run import Run, model_path
 from rdo.schema import EngineConfig, TrackerConfig, TrainingConfig
+from rdo.sequences.forward import read_log_probabilities
+from rdo.sequences.layout import make_layout
+from rdo.sequences.preparation import set_layout
+from rdo.sequences.readout import Span
 from rdo.stages.align import aligned_policy
 from rdo.stages.reference import reference
 from rdo.stages.scorer import scorer
@@ -265,7 +266,7 @@ def test_no_stage_holds_the_texts_or_token_ids_of_all_records(
     reference(run, mismatched=True)
     texts, ids = Fleeting(records), Fleeting(run.encoded(split, tokenizer))
     monkeypatch.setattr("rdo.data.table.ROWS_PER_BATCH", 4)
-    lazy = type(records)(texts, records.columns, records.rows, records.renamed)
+    lazy = type(records)(texts, records.numbers, records.rows)
     monkeypatch.setattr(Run, "records", lambda self, split: lazy)
     monkeypatch.setattr(Run, "encoded", lambda self, split, tokenizer: ids)
     if name == "sft":

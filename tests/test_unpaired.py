@@ -14,9 +14,9 @@ from engines import one_step
 from made_tasks import encoded
 from rdo.alignment import AlignmentRecord, AlignmentTask, Pair, Sample
 from rdo.data.encoding import EncodedRecord
-from rdo.models import set_layout
 from rdo.objectives.choice import LossChoice, choose_loss
-from rdo.readout import Span
+from rdo.sequences.preparation import set_layout
+from rdo.sequences.readout import Span
 from rdo.tasks import ById
 from test_training import assert_same_gradient, llama
 

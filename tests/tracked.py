@@ -1,9 +1,7 @@
-"""Tiny runs of every stage that were tracked by wandb, offline, and what their files hold."""
+"""Tiny runs of every stage that were tracked by wandb, and what they logged; and what a .wandb file holds."""
 
-import atexit
 import json
 import os
-import shutil
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -14,111 +12,99 @@ from typing import Any
 from unittest import mock
 
 import wandb
+from wandb.proto.wandb_internal_pb2 import Record
 
 from rdo.stages.align import aligned_policy
 from rdo.stages.eval import evaluate_policy, evaluate_scorers
 from tiny import tiny_run
 
-BLOCK = 32768  # of a .wandb file: LevelDB's log, whose pieces never cross a block
-HEADER = 7
-WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 SHORT = ("tracker=wandb", "rm.max_steps=3", "diffmodel.max_steps=3", "align.batch_size=8", "align.max_steps=3")
 
 
 @dataclass
 class Logged:
-    """What the files of one wandb run hold, in the order in which they were begun."""
+    """In the place of wandb's run: what it was given."""
 
+    asked: dict[str, Any]
     steps: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    facts: dict[str, str] = field(default_factory=dict)
-    made: list[tuple[str, str]] = field(default_factory=list)  # artifacts: type and name
-    used: list[tuple[str, str]] = field(default_factory=list)
-    references: dict[str, list[str]] = field(default_factory=dict)  # of artifacts, by name: where their files lie
     exit_codes: list[int] = field(default_factory=list)
-    preempted: bool = False
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.steps.append(values)
+
+    def finish(self, exit_code: int = 0) -> None:
+        self.exit_codes.append(exit_code)
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        assert (name, step_metric) == ("*", "global_step")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.asked["dir"])
+
+    @property
+    def history(self) -> set[str]:
+        return {name for step in self.steps for name in step}
 
 
 @cache
-def tracked_runs() -> Path:
-    """A run folder with every stage of tiny runs: DPO with a difference model, KTO, RRHF, and evaluations."""
+def tracked_runs() -> list[Logged]:
+    """The runs of a folder with every stage: DPO with a difference model, KTO, RRHF, and evaluations."""
+    found: list[Logged] = []
+
+    def init(**asked: Any) -> Logged:
+        found.append(Logged(asked))
+        return found[-1]
+
     run_dir = Path(tempfile.mkdtemp()) / "world-model"
-    atexit.register(shutil.rmtree, run_dir.parent, ignore_errors=True)
-    with mock.patch.dict(os.environ, {"WANDB_MODE": "offline"}):
+    with mock.patch.dict(os.environ, {"WANDB_MODE": "offline"}), mock.patch.object(wandb, "init", init):
         difference = tiny_run(run_dir, *SHORT, "loss=dpo", "rc=diff", "rc.negative=abs", "rc.alpha=0.25")
         evaluate_policy(difference, "policy")
         evaluate_scorers(difference, "diff")
         aligned_policy(tiny_run(run_dir, *SHORT, "loss=kto", "rc=none"))
         ranked = ["loss=rrhf", "loss.ranking=scores", "loss.sft_weight=1", "rc=none", "align.min_responses=6"]
         aligned_policy(tiny_run(run_dir, *SHORT, *ranked))
-    return run_dir
-
-
-def the_run(stage: str, label: str) -> Logged:
-    """What the one tracked run of this stage and label has logged."""
-    (folder,) = (tracked_runs() / stage).glob(f"{label}-*")
-    return read_run(folder)
-
-
-def read_run(folder: Path) -> Logged:
-    """What the wandb files of a stage's folder hold together."""
-    wandb.teardown()  # waits until what this process has logged is written
-    found = Logged()
-    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.parent.name):
-        read_file(file, found)
+        evaluate_policy(difference, "policy")  # which is there
     return found
 
 
-def read_file(file: Path, found: Logged) -> None:
-    """Adds what a .wandb file holds."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    for data in wandb_records(file.read_bytes()):
-        record = Record()
-        record.ParseFromString(data)
-        kind = record.WhichOneof("record_type")
-        if kind == "history":
-            found.steps.append({key(item): json.loads(item.value_json) for item in record.history.item})
-        elif kind == "summary":
-            found.summary |= {key(item): json.loads(item.value_json) for item in record.summary.update}
-        elif kind == "run":
-            names = ("run_id", "project", "run_group", "display_name", "job_type")
-            found.facts |= {name: getattr(record.run, name) for name in names}
-            found.config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
-        elif kind == "config":
-            found.config |= {item.key: json.loads(item.value_json) for item in record.config.update}
-        elif kind == "artifact" and record.artifact.type != "run_table":
-            artifact = record.artifact
-            (found.used if artifact.use_after_commit else found.made).append((artifact.type, artifact.name))
-            found.references[artifact.name] = [entry.ref for entry in artifact.manifest.contents]
-        elif kind == "exit":
-            found.exit_codes.append(record.exit.exit_code)
-        elif kind == "preempting":
-            found.preempted = True
+def the_run(stage: str, label: str) -> Logged:
+    """What the one tracked run of this stage and label was given."""
+    (run,) = (run for run in tracked_runs() if f"/{stage}/{label}-" in run.asked["dir"])
+    return run
 
 
-def key(item: Any) -> str:
-    """The name of a logged value."""
-    return item.key or "/".join(item.nested_key)
+def records_in(folder: Path) -> list[Record]:
+    """The records of the files of all wandb runs in a stage's folder, in the order of their beginning."""
+    wandb.teardown()  # waits until what this process has logged is written
+    records = []
+    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        for data in wandb_records(file.read_bytes()):
+            records.append(Record())
+            records[-1].ParseFromString(data)
+    return records
+
+
+def steps_in(folder: Path) -> list[dict[str, Any]]:
+    """The steps among these records."""
+    histories = [record.history for record in records_in(folder) if record.WhichOneof("record_type") == "history"]
+    return [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in each.item} for each in histories]
 
 
 def wandb_records(data: bytes) -> Iterator[bytes]:
-    """The records of LevelDB's log: pieces with a header of checksum, length and kind, after wandb's own header."""
-    position, record = HEADER, b""
-    assert data[:4] == b":W&B"
-    while position + HEADER <= len(data):
-        left = BLOCK - position % BLOCK
-        if left < HEADER:
-            position += left
+    """The records of LevelDB's log: pieces with a header of checksum, length and kind, after wandb's own header; none
+    crosses a block of 32768 bytes. A kill may cut the last one short."""
+    position, record = 7, b""
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
             continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + HEADER])
-        if position + HEADER + length > len(data):  # a kill cut it short
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        if position + 7 + length > len(data):
             return
-        record += data[position + HEADER : position + HEADER + length]
-        position += HEADER + length
-        if kind in (WHOLE, LAST):
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or its last piece
             yield record
             record = b""
-        else:
-            assert kind in (FIRST, MIDDLE)

@@ -19,11 +19,11 @@ from launch.bench.suite import measure_all
 from launch.bench.theirs import imported
 from launch.bench.works import RIVALS, WORKS, make_bench
 
-from rdo import processor
 from rdo.checks import compose_config
 from rdo.errors import UserError
 from rdo.files import write_json
 from rdo.main import prepare_process
+from rdo.sequences import processor
 
 # A Llama of 46M parameters with random weights. Its vocabulary is small, so that the head's share of the work is more
 # like a large model's. Memory before speed: at 2048 tokens a step of DPO is 4 % faster, and takes half as much again.

@@ -33,9 +33,10 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from rdo.files import write_json
-from rdo.forest import Forest, TokenIds, count_unique
-from rdo.models import computing_in, is_decoder_scorer
-from rdo.readout import in_full_precision
+from rdo.sequences.forward import is_decoder_scorer
+from rdo.sequences.layout import Forest, TokenIds, count_unique
+from rdo.sequences.preparation import computing_in
+from rdo.sequences.readout import in_full_precision
 
 # Two sides compute the same if their numbers differ by less, relatively: float32 rounds sums of thousands by 1e-6.
 SAME = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}

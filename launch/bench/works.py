@@ -22,22 +22,24 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rdo import models, scorers
+from rdo import scorers
 from rdo.alignment import AlignmentRecord, AlignmentTask, Pair
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
-from rdo.engine import precision_of
+from rdo.engine.surface import precision_of
 from rdo.engine.torch_engine import TorchEngine
-from rdo.forest import Flat, LayoutName, TokenIds
-from rdo.log_probabilities import read_under
-from rdo.models import head_parameters, set_layout
 from rdo.objectives.choice import choose_loss
 from rdo.objectives.losses import best_response, rrhf_pairs
 from rdo.pretrained import load_policy, load_scorer, new_policy, new_scorer, save_model
 from rdo.schema import EngineConfig, EvalConfig, ModelConfig
 from rdo.scorers import ComparisonTemplate, Reading, add_difference
+from rdo.sequences import forward
+from rdo.sequences.forward import read_under
+from rdo.sequences.layout import Flat, LayoutName, TokenIds
+from rdo.sequences.preparation import set_layout
 from rdo.step import deal_step, training_step
 from rdo.tasks import ById, ScorerTask
+from rdo.traits import head_parameters
 
 RIVALS = ("trl", "trl_best", "padded", "unpadded")
 # Of `pairs`, how many records a work takes (those that cost more take fewer), responses a record, who else can do it.
@@ -177,7 +179,7 @@ def one_by_one() -> Iterator[None]:
         states = [model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0] for ids in rows]
         return pad_sequence(states, batch_first=True).flatten(0, 1)
 
-    with patch.object(models, "hidden_states", alone):
+    with patch.object(forward, "hidden_states", alone):
         yield
 
 
@@ -219,7 +221,9 @@ def alignment_task(
     known = [[0.0] * len(record.responses) for record in records]
     if loss.needs_reference:
         bench.reference.set_attn_implementation(bench.attention["flat"])
-        read = [(record, (*record.responses, *others)) for record, others in zip(records, mismatched, strict=True)]
+        read = [
+            (record.prompt, (*record.responses, *others)) for record, others in zip(records, mismatched, strict=True)
+        ]
         known = read_under(tqdm(disable=True), bench.reference, "flat", read, bench.engine.tokens_per_micro_batch)
     items = []
     for record, others, values in zip(records, mismatched, known, strict=True):
@@ -238,8 +242,8 @@ def reading_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Work:
     one order (score15 of six) or both (score30)."""
     items: list[Any]
     if name == "reference":
-        model, read, items = bench.reference, read_under, [(record, record.responses) for record in records]
-        sequences = [(*record.prompt, *ids) for record, responses in items for ids in responses]
+        model, read, items = bench.reference, read_under, [(record.prompt, record.responses) for record in records]
+        sequences = [(*prompt, *ids) for prompt, responses in items for ids in responses]
         reads = sum(len(ids) for _, responses in items for ids in responses)
     else:
         model, read, items = bench.reward, scorers.read_under, [Reading() for _ in records]

@@ -48,7 +48,7 @@ class RdoSlurmLauncher(SlurmLauncher):
         try:
             outcomes = Jobs(self.submit(job_overrides, initial_job_idx), names(job_overrides), initial_job_idx).wait()
         except Exception as error:
-            fail(error, Path(str(self.config.run_dir)))
+            fail(error)
         counted = "max_failure_rate" in self.config.hydra.sweeper
         for number, (overrides, outcome) in enumerate(zip(job_overrides, outcomes, strict=True)):
             if isinstance(outcome, UserError):

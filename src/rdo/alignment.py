@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rdo.data.encoding import EncodedRecord
-from rdo.devices import tensor_on
-from rdo.forest import LayoutName, make_layout
-from rdo.models import read_log_probabilities
 from rdo.objectives import losses
 from rdo.objectives.choice import LossChoice
-from rdo.readout import Span
+from rdo.sequences.devices import tensor_on
+from rdo.sequences.forward import read_log_probabilities
+from rdo.sequences.layout import LayoutName, make_layout
+from rdo.sequences.readout import Span
 from rdo.step import Counts, Measures, Preparation
 from rdo.tasks import ById
 

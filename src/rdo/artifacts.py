@@ -2,8 +2,8 @@
 
 The key hashes the stage's settings and the keys of its inputs. So what is done is found again and skipped, a changed
 setting upstream leads to new folders downstream, points of a sweep never overwrite each other and share what they
-have in common, and a stale result cannot be taken for a fresh one. The manifest, written last, lists the folder's
-files, so that one that is missing, cut short or edited is found before anything is made of it.
+have in common, and a stale result cannot be taken for a fresh one. The manifest is written last: a folder that has one
+is finished.
 """
 
 from __future__ import annotations
@@ -25,23 +25,17 @@ from pathlib import Path
 from typing import Any
 
 from rdo import interrupts
-from rdo.adapter_files import adapter_base, is_adapter
 from rdo.distributed import from_first, meet, world
 from rdo.errors import UserError
-from rdo.files import held, patiently, read_json, remove_leftovers, write_errors, write_json
-from rdo.lineage import MANIFEST
-from rdo.progress import progress_bar
-from rdo.schema import EngineConfig
-from rdo.tracking.publish import publish
+from rdo.files import held, read_json, remove_leftovers, write_json
 
+MANIFEST = "manifest.json"
 # Raised whenever a stage's output changes its meaning, so that older folders are not mistaken for it.
 ARTIFACT_VERSION = 2
 # What a stage that was interrupted goes on from; removed when it is finished.
 PARTIAL = ("checkpoints", "shards")
 # Not results either: wandb goes on writing there.
 UNLISTED = (*PARTIAL, "wandb")
-# Files up to this size are listed with a hash of their content, larger ones with their size alone.
-HASHED_BYTES = 64 * 2**20
 
 
 class MissingInput(UserError):
@@ -56,17 +50,8 @@ class Artifact:
     key: str
 
     def manifest(self) -> dict[str, Any]:
-        """What `produce` wrote of it. Raises UserError where that is damaged."""
+        """What `produce` wrote of it."""
         return read_manifest(self.folder)
-
-    def file(self, name: str) -> Path:
-        """One of its files, to be read. Raises UserError where its content is not what was written."""
-        listed = self.manifest()["files"].get(name)
-        path = self.folder / name
-        check_size(self.folder, name, listed)
-        if "blake2b" in listed and file_hash(path) != listed["blake2b"]:
-            raise damaged(self.folder, f"{path} has been changed since it was made")
-        return path
 
 
 @dataclass(frozen=True)
@@ -77,7 +62,6 @@ class Provenance:
     command: str
     config: dict[str, Any]
     build_inputs: bool = True
-    disk_full_minutes: float = EngineConfig.disk_full_minutes
 
 
 def produce(
@@ -97,8 +81,8 @@ def produce(
 
     `make` may find a part-way state of its own in the folder and go on from it; what it returns goes into the
     manifest, which is written last and alone marks the folder as finished. `requested` is false for the inputs of
-    the stage that was asked for. Raises MissingInput where an input is missing and build_inputs is off, UserError
-    where a finished folder is damaged, and Stopped when the process is asked to stop.
+    the stage that was asked for. Raises MissingInput where an input is missing and build_inputs is off, and Stopped
+    when the process is asked to stop.
     """
     described = {"version": ARTIFACT_VERSION, "stage": stage, "settings": settings}
     key = fingerprint([described, {name: artifact.key for name, artifact in sorted(inputs.items())}])
@@ -110,14 +94,12 @@ def produce(
             print(f"[{stage}] done already: {folder}", flush=True)
         if first:
             remove_partial(folder)
-            publish(folder, provenance.run_dir, provenance.config)
         return artifact
     if not requested and not provenance.build_inputs:
         command = provenance.command.replace(" build_inputs=false", "")
         raise MissingInput(f"the input {stage} ({label}) is not there; make it: {command}")
-    with write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with held(folder, provenance.command) if first else nullcontext():
+    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder) if first else nullcontext():
         if from_first(lambda: found(folder)):
             return artifact
         if first:
@@ -139,8 +121,6 @@ def produce(
                 finish(folder, manifest, started, provenance)
             meet()
         interrupts.check(f"{folder} is finished, and the same command goes on")
-        if first:
-            publish(folder, provenance.run_dir, provenance.config)
     return artifact
 
 
@@ -155,7 +135,7 @@ def finish(folder: Path, manifest: dict[str, Any], started: float, provenance: P
         "code_revision": code_revision(),
         "versions": library_versions(),
     }
-    patiently(lambda: write_json(folder / MANIFEST, manifest), provenance.disk_full_minutes)
+    write_json(folder / MANIFEST, manifest)
     remove_partial(folder)
 
 
@@ -165,124 +145,59 @@ def remove_partial(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def listed_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size, and hash where it is small, of every file that is a result, by its path in the folder."""
-    listed: dict[str, dict[str, Any]] = {}
+def listed_files(folder: Path) -> dict[str, int]:
+    """Bytes of every file that is a result, by its path in the folder."""
+    listed: dict[str, int] = {}
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        if not path.is_file() or parts[0] in (*UNLISTED, MANIFEST) or any(part.startswith(".") for part in parts):
-            continue
-        size = path.stat().st_size
-        listed["/".join(parts)] = {"bytes": size, **({"blake2b": file_hash(path)} if size <= HASHED_BYTES else {})}
+        if path.is_file() and parts[0] not in UNLISTED and not any(part.startswith(".") for part in parts):
+            listed["/".join(parts)] = path.stat().st_size
     return listed
-
-
-def file_hash(path: Path) -> str:
-    """Hash of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def shown(folder: Path, provenance: Provenance) -> str:
     """A folder as manifests name it: from the run folder on where it lies in there, so that the whole may move."""
-    inside = folder.is_relative_to(provenance.run_dir)
-    if inside:
+    if folder.is_relative_to(provenance.run_dir):
         return str(folder.relative_to(provenance.run_dir))
     return str(folder.absolute() if folder.is_dir() else folder)
 
 
+def found(folder: Path) -> bool:
+    """Whether a folder of `produce` is finished. Raises UserError where its manifest is none of this version."""
+    return (folder / MANIFEST).exists() and bool(read_manifest(folder))
+
+
 def is_finished(folder: Path) -> bool:
-    """Whether a stage of ours ran to its end there; any folder may be asked about, such as a model's that the user
-    brings. Raises UserError where a file that the manifest lists is not what it was."""
+    """Whether a stage of ours ran to its end there; any folder may be asked about."""
     try:
-        manifest = read_manifest(folder)
+        return found(folder)
     except UserError:
         return False
-    for name, listed in manifest["files"].items():
-        check_size(folder, name, listed)
-    return True
-
-
-def found(folder: Path) -> bool:
-    """Whether a folder of `produce` is finished. Raises UserError where it was, and no longer is what it was."""
-    if not (folder / MANIFEST).exists():
-        return False
-    read_manifest(folder)
-    return is_finished(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a finished folder. Raises UserError where it cannot be read, or another version wrote it."""
     path = folder / MANIFEST
     try:
-        manifest = read_json(path)
-    except (OSError, ValueError) as error:
-        raise damaged(folder, f"{path} cannot be read ({type(error).__name__})") from error
-    if not isinstance(manifest, dict) or "version" not in manifest:
-        raise damaged(folder, f"{path} is no manifest")
-    if manifest["version"] != ARTIFACT_VERSION:
-        raise damaged(folder, f"{path} was made by another version of rdo")
-    if not isinstance(manifest.get("files"), dict):
-        raise damaged(folder, f"{path} lists no files")
+        manifest: dict[str, Any] = read_json(path)
+        same = manifest["version"] == ARTIFACT_VERSION
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}); delete {folder}, and run again") from error
+    if not same:
+        raise UserError(f"{path} was made by another version of rdo; delete {folder}, and run again")
     return manifest
-
-
-def check_size(folder: Path, name: str, listed: dict[str, Any] | None) -> None:
-    """Raises UserError unless the file is there, and as large as the manifest has it."""
-    path = folder / name
-    if listed is None:
-        raise damaged(folder, f"{path} is not in the manifest")
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise damaged(folder, f"{path} is missing") from error
-    if size != listed["bytes"]:
-        raise damaged(folder, f"{path} has {size} bytes, and had {listed['bytes']} when it was made")
-
-
-def damaged(folder: Path, reason: str) -> UserError:
-    """What to say of a finished folder that is not what it was."""
-    return UserError(f"{reason}; delete {folder}: the same command makes it again")
-
-
-def given(path: str, revision: str | None = None, setting: str = "model.path") -> Artifact:
-    """A model that the user brings, as an artifact: its key hashes its files, or its hub name and revision.
-
-    Raises UserError, naming the setting, where the path reads like a folder and there is none.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        if path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise UserError(f"{setting}={path}: there is no such folder")
-        return Artifact(folder, fingerprint(["hub", path, revision]))
-    # A finished folder of ours has its model in a subfolder, which alone counts.
-    own = folder / "model" if (folder / "model").is_dir() else folder
-    files = sorted(f for f in own.iterdir() if f.is_file() and f.name[0] != ".")
-    facts = tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    key = from_first(lambda: content_hash(facts))
-    if is_adapter(own):  # its base counts, too
-        key = fingerprint([key, given(adapter_base(own), setting=setting).key])
-    return Artifact(folder, key)
-
-
-@cache
-def content_hash(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Hash of names and contents; each file comes with size and time of change, so that it is read again only then."""
-    digest = hashlib.blake2b(digest_size=16)
-    with progress_bar(sum(size for _, size, _ in files), "hashing model files", unit="B") as bar:
-        for file, size, _ in files:
-            digest.update(f"{file.name} {size}\n".encode())
-            with file.open("rb") as handle:
-                for block in iter(lambda: handle.read(1 << 24), b""):
-                    digest.update(block)
-                    bar.update(len(block))
-    return digest.hexdigest()
 
 
 def fingerprint(data: Any) -> str:
     """Hash of plain data, independent of the order of mappings."""
     text = json.dumps(data, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def stable_seed(*parts: object) -> int:
+    """A seed from any parts, the same in every process."""
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "big")
 
 
 @cache

@@ -1,42 +1,35 @@
-"""The processes of one run: who they are, and how they wait for each other, agree, and fail together.
+"""The processes of one run: who they are, how they find each other, wait for each other, and agree.
 
 All processes run the same code in the same order. What only one may do (reading raw data, writing results, printing)
-the first does, and the others wait. They wait by looking into a small key-value store, not in a collective, so that a
-wait may last for hours, and ends when the process is asked to stop or another process fails.
+the first does, and the others wait. One that fails ends by itself and says why; the launcher (torchrun, or srun with
+SLURM_KILL_BAD_EXIT=1) ends the others.
 """
 
 from __future__ import annotations
 
 import atexit
-import json
 import os
-import signal
+import re
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed
-from torch.distributed import HashStore, PrefixStore, Store, TCPStore
+import torch.distributed as dist
 
-from rdo import interrupts
-from rdo.errors import UserError
+from rdo.errors import UserError, described
 
-# How often a waiting process looks, at first and in the long run, and the thread that watches for failures.
-SHORTEST, LONGEST, WATCH = 0.002, 0.1, 0.5
-# How long one that has failed stays, so that the others hear of it before they lose the connection.
-FAREWELL = 3 * WATCH
-# And how long one that is done waits for the others.
-PATIENCE = 60.0
-RENDEZVOUS = timedelta(minutes=10)
-COLLECTIVE = timedelta(hours=2)
-FAILED, STOP, LEAVING = "failed", "stop", "leaving"
+# Until the processes have found each other, and until one must have come to where the others wait: the first may wait
+# for the folder that another run is training in.
+RENDEZVOUS, COLLECTIVE = timedelta(minutes=10), timedelta(days=7)
+# What gloo and NCCL say in a process whose peer has ended.
+PEER_ENDED = re.compile(
+    r"Connection (closed|reset) by peer|Connection was likely closed|Broken pipe|[Rr]emote process exited|"
+    r"NCCL communicator was aborted"
+)
 
 
 @dataclass(frozen=True)
@@ -53,24 +46,12 @@ class World:
         return self.rank == 0
 
 
-@dataclass
-class State:
-    """What `start` has set up. `turn` numbers the waits, which every process has in the same order."""
-
-    world: World = field(default_factory=World)
-    store: Store = field(default_factory=HashStore)
-    started: bool = False
-    turn: int = 0
-    watching: threading.Thread | None = None
-
-
-_state = State()
-_leaving = threading.Event()
+_world = World()
 
 
 def world() -> World:
-    """The processes that `start` has found; one alone until then."""
-    return _state.world
+    """The processes that `start` has brought together; one alone until then."""
+    return _world
 
 
 def found_world(environment: Mapping[str, str]) -> World:
@@ -81,11 +62,8 @@ def found_world(environment: Mapping[str, str]) -> World:
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return World(int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", 0)))
     if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in environment:
-        return World(
-            int(environment["SLURM_PROCID"]),
-            int(environment["SLURM_STEP_NUM_TASKS"]),
-            int(environment.get("SLURM_LOCALID", 0)),
-        )
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+        return World(*(int(environment[name]) for name in names))
     return World()
 
 
@@ -110,114 +88,73 @@ def meeting_point(environment: Mapping[str, str]) -> tuple[str, int]:
 def start(device: str) -> World:
     """Brings the processes of this run together, once; one process alone needs nothing. device: `cpu` or `cuda`.
 
-    On the first process nothing changes; the others print nothing from here on. Raises UserError where the processes
-    do not find each other.
+    On the first process nothing changes; the others print nothing to standard output from here on. Raises UserError
+    where the processes do not find each other, or outnumber the GPUs.
     """
+    global _world
     found = found_world(os.environ)
-    if _state.started or found.size == 1:
-        return _state.world
+    if _world.size > 1 or found.size == 1:
+        return _world
+    backend = "gloo"
+    if device == "cuda":
+        count = torch.cuda.device_count()
+        if found.local_rank >= count:
+            raise UserError(f"process {found.local_rank} of this machine finds {count} GPUs: start one process a GPU")
+        torch.cuda.set_device(found.local_rank)
+        backend = "cpu:gloo,cuda:nccl"
     host, port = meeting_point(os.environ)
-    # torchrun holds the store itself.
-    hosts = found.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
     try:
-        # Each thread has a connection of its own: one that waits would keep the other from looking.
-        own, watched = (
-            TCPStore(host, port, found.size, hosts and not n, RENDEZVOUS, wait_for_workers=False) for n in range(2)
-        )
-        initialize(device, found, own)
+        store, _, _ = next(dist.rendezvous("env://", found.rank, found.size, timeout=RENDEZVOUS))
+        dist.init_process_group(backend, store=store, rank=found.rank, world_size=found.size, timeout=COLLECTIVE)
     except RuntimeError as error:
         what = f"the {found.size} processes of this run do not find each other at {host}:{port}"
         raise UserError(f"{what} ({error}); MASTER_PORT=NUMBER names another port") from error
-    prefix = f"rdo{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}"
-    _state.world, _state.started, _state.store = found, True, PrefixStore(prefix, own)
-    _state.watching = threading.Thread(target=watch, args=(PrefixStore(prefix, watched),), daemon=True)
-    _state.watching.start()
+    atexit.register(dist.destroy_process_group)  # else a process may be aborted when it exits
+    _world = found
     if not found.first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
     return found
 
 
-def initialize(device: str, found: World, store: Store) -> None:
-    """Makes torch's process group, which `leave` ends; without that a process may be aborted when it exits."""
-    backend = "gloo"
-    if device == "cuda":
-        if found.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"process {found.local_rank} of this machine finds {torch.cuda.device_count()} GPUs: start one process "
-                "a GPU"
-            )
-        torch.cuda.set_device(found.local_rank)
-        backend = "cpu:gloo,cuda:nccl"
-    torch.distributed.init_process_group(
-        backend, store=store, rank=found.rank, world_size=found.size, timeout=COLLECTIVE
-    )
-    atexit.register(leave)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Waiting and agreeing
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def meet() -> None:
-    """Waits until every process is here. Raises Stopped when this one is asked to stop, unless that is postponed."""
-    if _state.world.size == 1:
-        return
-    key = next_key()
-    _state.store.add(key, 1)
-    wait_until(lambda: _state.store.add(key, 0) >= _state.world.size)
+    """Waits until every process is here."""
+    if _world.size > 1:
+        dist.all_reduce(torch.zeros(1))  # on the CPU, where waiting costs nothing
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """What `make` returns on the first process, as JSON has it, on every process. A UserError is everyone's."""
-    if _state.world.size == 1:
+    """What `make` returns on the first process, on every process. An error is everyone's: a UserError on the others."""
+    if _world.size == 1:
         return make()
-    key = next_key()
-    if _state.world.first:
+    told: list[Any] = [None]
+    if _world.first:
         try:
-            said = {"value": make()}
-        except UserError as error:
-            _state.store.set(key, json.dumps({"error": str(error)}))
+            told = [(make(), None)]
+        except Exception as error:
+            dist.broadcast_object_list([(None, described(error))])
             raise
-        _state.store.set(key, json.dumps(said))
-    else:
-        wait_until(lambda: _state.store.check([key]))
-    told = json.loads(_state.store.get(key))
-    if "error" in told:
-        raise UserError(told["error"])
-    return told["value"]
-
-
-def next_key() -> str:
-    """A name for the next thing that all processes do together."""
-    _state.turn += 1
-    return f"turn-{_state.turn}"
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Waits for something in the store. Raises Stopped as `meet`."""
-    pause = SHORTEST
-    while not condition():
-        if not interrupts.is_postponed():
-            interrupts.check()
-        time.sleep(pause)
-        pause = min(LONGEST, 1.5 * pause)
+    dist.broadcast_object_list(told)
+    value, error_text = told[0]
+    if error_text is not None:
+        raise UserError(error_text)
+    return value
 
 
 def total(values: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor on the CPU over all processes."""
-    if _state.world.size > 1:
+    if _world.size > 1:
         values = values.clone()
-        torch.distributed.all_reduce(values)
+        dist.all_reduce(values)
     return values
 
 
 def gathered(values: list[Any]) -> list[Any]:
     """The lists of all processes, one after the other."""
-    if _state.world.size == 1:
+    if _world.size == 1:
         return values
-    lists: list[list[Any]] = [[] for _ in range(_state.world.size)]
-    torch.distributed.all_gather_object(lists, values)
+    lists: list[list[Any]] = [[] for _ in range(_world.size)]
+    dist.all_gather_object(lists, values)
     return [value for part in lists for value in part]
 
 
@@ -225,68 +162,10 @@ def dealt(count: int, size: int, work: Callable[[range], list[Any]]) -> list[Any
     """What `work` makes of `count` things, on every process and in order. It is given parts of `size`, whatever the
     number of processes that they are dealt to."""
     parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
-    own = [(n, work(part)) for n, part in enumerate(parts) if n % _state.world.size == _state.world.rank]
+    own = [(n, work(part)) for n, part in enumerate(parts) if n % _world.size == _world.rank]
     return [value for _, made in sorted(gathered(own), key=lambda entry: entry[0]) for value in made]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Failing and stopping together
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def watch(store: Store) -> None:
-    """Runs beside the work: ends this process when another has failed, and passes on that one is asked to stop."""
-    passed_on = False
-    while not _leaving.wait(WATCH):
-        try:
-            if store.check([FAILED]):
-                break
-            if interrupts.requested() and not passed_on:
-                store.set(STOP, "1")
-                passed_on = True
-            elif not interrupts.requested() and store.check([STOP]):
-                os.kill(os.getpid(), signal.SIGTERM)
-        except RuntimeError:
-            if not _leaving.is_set():
-                os.write(2, f"error: process {_state.world.rank} has lost the others, which ended unasked\n".encode())
-            break
-    if not _leaving.is_set():  # the one that has failed is leaving, and says why
-        os._exit(1)
-
-
-def fail() -> bool:
-    """Tells the other processes, which end, that this one has failed. Whether it is the first, and is to say why."""
-    _leaving.set()
-    if not _state.started:
-        if not found_world(os.environ).first:
-            # What fails so early mostly fails everywhere alike: once the first has said so, the others are ended.
-            time.sleep(2 * FAREWELL)
-        return True
-    rank = str(_state.world.rank)
-    try:
-        first = _state.store.compare_set(FAILED, "", rank) == rank.encode()
-    except RuntimeError:  # nobody is left to tell
-        return True
-    return first
-
-
-def farewell() -> None:
-    """Stays until the others have heard that this process failed, before they lose the connection."""
-    if _state.world.size > 1:
-        time.sleep(FAREWELL)
-
-
-def leave() -> None:
-    """Waits for the others at the end of the work, for a process that exits early may take the others with it."""
-    if not _leaving.is_set():
-        _leaving.set()
-        with suppress(RuntimeError):
-            _state.store.add(LEAVING, 1)
-            end = time.monotonic() + PATIENCE
-            while _state.store.add(LEAVING, 0) < _state.world.size and time.monotonic() < end:
-                time.sleep(LONGEST)
-    # Python's end would find the thread within the store's C++, and ending a thread in there aborts the process.
-    if _state.watching is not None:
-        _state.watching.join(PATIENCE)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def peer_ended(error: BaseException) -> bool:
+    """Whether an error says no more than that another process has ended, which itself says why."""
+    return _world.size > 1 and isinstance(error, RuntimeError) and bool(PEER_ENDED.search(str(error)))

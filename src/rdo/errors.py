@@ -1,30 +1,18 @@
-"""The one error a user is meant to read: its message says what is wrong, where, and what to do about it."""
+"""Errors that a user is meant to read, each shown as one line: what is wrong, where, and what to do about it."""
 
 from __future__ import annotations
 
-import errno
 import re
-import select
-import sys
+import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
-from pickle import UnpicklingError
 
-from rdo.printable import single_line
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-DISK_FULL_TEXTS = re.compile(r"No space left on device|Disk quota exceeded|os error (28|122)\b|StreamWriter failed")
-MEMORY_TEXTS = re.compile(r"(?i)can('t|not) allocate memory|not enough memory|out of memory|ALLOC_FAILED")
-# What gloo and NCCL say in a process whose peer has ended.
-PEER_TEXTS = re.compile(r"Connection (closed|reset) by peer|remote process exited|NCCL communicator was aborted")
-DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+# Control, format (bidirectional overrides, zero-width characters, tags), surrogates, line and paragraph separators.
+HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+NO_MEMORY = re.compile(r"(?i)can('t|not) allocate memory|not enough memory|out of memory|ALLOC_FAILED")
 
 
 class UserError(Exception):
-    """Something the user can mend: a setting, a file, a row. `train.py` prints the message alone and exits with 1.
-
-    Whatever a message quotes, it is shown as one printable line without credentials.
-    """
+    """Something the user can mend: a setting, a file, a row. `train.py` prints the message alone and exits with 1."""
 
     def __str__(self) -> str:
         return single_line(super().__str__())
@@ -42,62 +30,22 @@ class NotFiniteError(UserError):
         self.what, self.record_ids, self.way_out = what, record_ids, way_out
 
 
-def explained(error: BaseException, run_dir: Path | None = None) -> UserError | None:
-    """What the machine ran out of or refused, in a user's words; None where the error is a mistake of ours."""
+def described(error: BaseException) -> str:
+    """Any error as one line: a user's own message alone, another's with its type, and a hint where memory ran out."""
     if isinstance(error, UserError):
-        return error
-    system = isinstance(error, RuntimeError | OSError)
-    if isinstance(error, MemoryError) or (system and MEMORY_TEXTS.search(str(error))):
-        return UserError(
-            "out of memory: lower engine.tokens_per_micro_batch (training, scoring) or eval.batch_size (generation), "
-            "or take a smaller model; nothing finished is lost, and the same command goes on from there"
-        )
-    if system and PEER_TEXTS.search(str(error)):
-        return UserError(
-            "another process of this run ended: its own error says why, if it could say anything (a process that the "
-            "system kills for want of memory cannot); the same command goes on from the last checkpoint"
-        )
-    if isinstance(error, UnpicklingError):
-        return UserError(
-            f"{run_dir or 'run_dir'}: a checkpoint there holds something else than numbers, which could run code, and "
-            "was not loaded; remove it (checkpoints/ in the stage's folder), and run again"
-        )
-    if isinstance(error, BrokenPipeError) and standard_output_closed():
-        return UserError("standard output was closed by its reader; write it to a file instead: ... > log.txt")
-    number = error.errno if isinstance(error, OSError) else None
-    place = str(error.filename) if isinstance(error, OSError) and error.filename is not None else None
-    if number in DISK_FULL or DISK_FULL_TEXTS.search(str(error)):
-        return UserError(
-            f"{place or run_dir or 'run_dir'}: the disk is full, or its quota used up; make room: nothing finished is "
-            "lost, and the same command goes on from there"
-        )
-    if number in (errno.EMFILE, errno.ENFILE):
-        return UserError(f"{place or 'run_dir'}: too many open files; raise the limit (ulimit -n 4096) and run again")
-    if number is None or place is None:
-        return explained(error.__cause__, run_dir) if error.__cause__ is not None else None
-    if number in DENIED:
-        return UserError(f"{place}: permission denied; correct its permissions, or choose another path")
-    if number == errno.ENOENT:
-        return missing_file(Path(place), run_dir)
-    if number in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EIO):
-        reason = (getattr(error, "strerror", None) or type(error).__name__).lower()
-        return UserError(f"{place}: {reason}; correct the path, or choose another one")
-    return None
+        return str(error)
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, MemoryError) or NO_MEMORY.search(text):
+        text += "; lower engine.tokens_per_micro_batch (training, scoring) or eval.batch_size (generation)"
+    return single_line(text)
 
 
-def standard_output_closed() -> bool:
-    """Whether standard output is a pipe whose reader has gone; a connection to another process may break as well."""
-    try:
-        poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)  # errors are reported unasked
-    except (OSError, ValueError, AttributeError):
-        return False
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+def single_line(text: object) -> str:
+    """The text on one line, printable."""
+    return printable(" ".join(line.strip() for line in str(text).splitlines() if line.strip()), keep="")
 
 
-def missing_file(file: Path, run_dir: Path | None) -> UserError | None:
-    """A finished result that has lost a file; None for any other file that is not there."""
-    if run_dir is None or not file.is_relative_to(run_dir) or len(file.relative_to(run_dir).parts) < 3:
-        return None
-    folder = run_dir.joinpath(*file.relative_to(run_dir).parts[:2])
-    return UserError(f"{file}: there is no such file; its folder is incomplete: remove {folder} and run again")
+def printable(text: object, keep: str = "\n\t") -> str:
+    r"""The text with every character that a terminal would act upon, or that cannot be seen, as an escape (\x1b,
+    \u202e); `keep` are the control characters that stay."""
+    return "".join(c if c in keep or unicodedata.category(c) not in HIDDEN else ascii(c)[1:-1] for c in str(text))

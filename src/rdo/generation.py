@@ -12,10 +12,11 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rdo.devices import to_device
-from rdo.models import check_positions, set_layout
-from rdo.plan import stable_seed
+from rdo.artifacts import stable_seed
 from rdo.schema import EvalConfig
+from rdo.sequences.devices import to_device
+from rdo.sequences.forward import check_positions
+from rdo.sequences.preparation import set_layout
 from rdo.shards import Shards
 
 TABLE = pa.schema({"text": pa.string(), "ids": pa.list_(pa.int64()), "stopped": pa.bool_()})
@@ -37,7 +38,6 @@ def generate(
     config: EvalConfig,
     seed: int,
     folder: Path,
-    disk_full_minutes: float,
     title: str,
 ) -> list[Generation]:
     """One response a prompt, in order. Each batch seeds its own random numbers, so the same config repeats exactly.
@@ -54,7 +54,7 @@ def generate(
         bar.update(len(part))
         return [(one.text, one.ids, one.stopped) for one in made]
 
-    shards = Shards(folder, TABLE, len(prompts), config.batch_size, disk_full_minutes)
+    shards = Shards(folder, TABLE, len(prompts), config.batch_size)
     with torch.no_grad(), no_generation_defaults(model):
         shards.make(title, lambda part: prompts[part.start : part.stop], rows)
     found = (row for table in shards.tables() for row in table.to_pylist())

@@ -24,17 +24,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from rdo import distributed, interrupts, processor
+from rdo import distributed, interrupts
 from rdo.artifacts import Artifact, MissingInput, Provenance
 from rdo.checks import compose_config, plain, sweep_points, typed, without_effect
-from rdo.errors import DISK_FULL, UserError, explained, standard_output_closed
+from rdo.errors import UserError, described, printable
 from rdo.files import read_json
 from rdo.metric import stage_metric
 from rdo.objectives.choice import choose_loss
-from rdo.printable import credential_in, printable, scrubbed
 from rdo.report.tables import describe_policy, describe_scorer
 from rdo.run import Cache, Run
 from rdo.schema import Config, EngineConfig
+from rdo.sequences import processor
 from rdo.stages.align import aligned_policy, needed_scores
 from rdo.stages.eval import EVALUATION, evaluate_policy, evaluate_scorers
 from rdo.stages.score import scores
@@ -47,8 +47,8 @@ CACHE = Cache()
 FAILED: list[tuple[list[str], str]] = []
 # Our own option, and hydra's variable for the same: whole tracebacks.
 DEBUG, FULL_ERROR = "--debug", "HYDRA_FULL_ERROR"
-# Settings that are named like what a service's key is given as; none of ours is.
-SECRET_SETTING = re.compile(r"(?i)(^|[._])(token|api_?key|access_?key|secret\w*|password|passwd|credentials?)$")
+# How many seconds the other processes leave the first to show an error that may be everyone's.
+FIRST_SAYS_SO = 5.0
 
 
 def score(run: Run) -> Artifact:
@@ -88,25 +88,25 @@ def run_stage(composed: DictConfig) -> float | None:
     """
     hydra = HydraConfig.get()
     overrides = list(hydra.overrides.task)
-    run_dir = None
     try:
         config = typed(composed)
-        run_dir = Path(config.run_dir)
         # A row whose loss or coefficients are replaced is not that row any more.
         if not any(text.startswith(("loss=", "rc=")) for text in overrides):
             config = replace(config, row=hydra.runtime.choices["row"])
-        return run_config(config, overrides)
+        value = run_config(config, overrides)
+        distributed.meet()  # one that ends early may take the others with it
+        return value
     except MissingInput as error:
         failure: Exception = with_command(error, overrides)
     except Exception as error:
-        interrupts.check()  # a library may make another error of a stop
+        interrupts.check(described(error))  # a library may make another error of a stop
         failure = error
     # On a cluster a point is a job of its own; one of several processes would leave the others in the middle of it.
     together = hydra.mode == RunMode.MULTIRUN and "BasicLauncher" in hydra.launcher._target_
     if not together or distributed.world().size > 1:
-        fail(failure, run_dir)
-    show(failure, run_dir)
-    FAILED.append((overrides, str(failure)))
+        fail(failure)
+    show(failure)
+    FAILED.append((overrides, described(failure)))
     if "BasicSweeper" not in hydra.sweeper._target_:
         raise failure  # which optuna counts
     return None
@@ -118,9 +118,7 @@ def run_config(config: Config, overrides: list[str]) -> float | None:
     for note in without_effect(config):
         print(f"note: {note}", flush=True)
     command = shlex.join(["python", "train.py", *overrides])
-    provenance = Provenance(
-        Path(config.run_dir), command, plain(config), config.build_inputs, config.engine.disk_full_minutes
-    )
+    provenance = Provenance(Path(config.run_dir), command, plain(config), config.build_inputs)
     run = Run(config, provenance, config.stage.name, CACHE)
     check_processes(config)
     distributed.start(run.device().type)
@@ -177,28 +175,24 @@ def prepare_process(config: EngineConfig) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def show(error: Exception, run_dir: Path | None = None) -> None:
-    """Shows an error as one line, a mistake of ours (with --debug: any) with its traceback."""
-    debug, known = os.environ.get(FULL_ERROR) == "1", explained(error, run_dir)
-    if debug or known is None:
-        lines = "".join(traceback.format_exception(error, chain=debug))
-        print(printable(scrubbed(lines)), file=sys.stderr)
-    report = "a mistake in rdo: please report it with the lines above (--debug shows all of its causes)"
-    message = known or UserError(f"{type(error).__name__}: {error}; {report}")
+def show(error: Exception) -> None:
+    """Shows an error as one line, with --debug its traceback before it."""
+    if os.environ.get(FULL_ERROR) == "1":
+        print(printable("".join(traceback.format_exception(error))), file=sys.stderr)
     rank = distributed.found_world(os.environ).rank
-    process = f"process {rank}: " if rank else ""
-    print(f"error: {process}{message}", file=sys.stderr, flush=True)
+    print(f"error: {f'process {rank}: ' if rank else ''}{described(error)}", file=sys.stderr, flush=True)
 
 
-def fail(error: Exception, run_dir: Path | None = None) -> NoReturn:
+def fail(error: Exception) -> NoReturn:
     """Shows an error, and exits with 1."""
-    if isinstance(error, BrokenPipeError) and standard_output_closed():
-        # Or Python would complain once more when it closes standard output.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    if not distributed.fail():  # another process has failed before, and says why
-        os._exit(1)
-    show(error, run_dir)
-    distributed.farewell()
+    rank = distributed.found_world(os.environ).rank
+    if distributed.peer_ended(error):
+        print(f"process {rank}: another process of this run has ended", file=sys.stderr, flush=True)
+        sys.exit(1)
+    if rank:
+        # What fails here mostly fails everywhere alike: once the first has said so, the launcher ends the others.
+        time.sleep(FIRST_SAYS_SO)
+    show(error)
     sys.exit(1)
 
 
@@ -231,21 +225,9 @@ def check_command_line(arguments: list[str]) -> list[str]:
         os.environ[FULL_ERROR] = "1"
     arguments = [argument for argument in arguments if argument != DEBUG]
     try:
-        check_credentials(arguments)
         return check_arguments(arguments)
     except Exception as error:
         fail(error)
-
-
-def check_credentials(arguments: Sequence[str]) -> None:
-    """Raises UserError, without repeating it, for a credential: the command line goes into logs and manifests."""
-    for argument in arguments:
-        key, _, value = argument.lstrip("+~-").partition("=")
-        problem = credential_in(argument)
-        if problem is None and value and SECRET_SETTING.search(key):
-            problem = "would be written into logs and manifests: put it into the environment (HF_TOKEN, WANDB_API_KEY)"
-        if problem:
-            raise UserError(f"{'the command line' if credential_in(key) else key} {problem}")
 
 
 def check_arguments(arguments: list[str]) -> list[str]:
@@ -281,10 +263,5 @@ def check_run_dir(run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=run_dir) as file:
             file.write(b"0")
-            file.flush()
-    except FileExistsError:
-        raise UserError(f"run_dir={run_dir}: is a file, not a folder; choose another run_dir") from None
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        way_out = "make room: nothing finished is lost" if error.errno in DISK_FULL else "mend that"
-        raise UserError(f"run_dir={run_dir}: cannot be written to ({reason}); {way_out}, or choose another") from error
+        raise UserError(f"run_dir={run_dir}: cannot be written to ({error}); choose another") from error

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 
 import torch
 
+from rdo.artifacts import stable_seed
 from rdo.errors import UserError
 from rdo.schema import TrainingConfig
 
@@ -35,12 +35,6 @@ class Plan:
         generator = torch.Generator().manual_seed(stable_seed(self.seed, "order", epoch))
         order = torch.randperm(self.records, generator=generator).tolist()
         return epoch, order[within * self.batch_size : (within + 1) * self.batch_size]
-
-
-def stable_seed(*parts: object) -> int:
-    """A seed from any parts, the same in every process."""
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=7).digest()
-    return int.from_bytes(digest, "big")
 
 
 def make_plan(config: TrainingConfig, records: int, seed: int) -> Plan:

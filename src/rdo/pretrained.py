@@ -1,15 +1,18 @@
-"""Models in Hugging Face format: made from scratch, loaded (whole, or an adapter with its base), and saved."""
+"""Models in Hugging Face format: made from scratch, loaded (whole, or an adapter merged into its base), and saved."""
 
 from __future__ import annotations
 
 import copy
+import json
 import os
+import pickle
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -18,14 +21,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 
-from rdo.adapter_files import Adapter, adapter_base, dtype_of, find_adapter, is_adapter, outputs_of
-from rdo.adapters import attach, description, has_adapter, merge_adapter, save_adapter
+from rdo.adapters import NOTES, adapter_base, is_adapter, merge_saved, read_notes, save_adapter
 from rdo.errors import UserError
 from rdo.files import replace_folder
-from rdo.model_files import check_folder, has_tokenizer, unloadable
-from rdo.models import beside_backbone, check_logits, head_names, head_parameters, without_dropout
 from rdo.schema import ModelConfig
+from rdo.traits import beside_backbone, check_logits, head_names, head_parameters, without_dropout
 
 # Settings by which some decoders change logits after the head; we read the head itself, so they would be lost.
 LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
@@ -49,7 +51,7 @@ def new_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
     )
-    return without_dropout(AutoModelForCausalLM.from_config(llama, dtype=torch_dtype(config.dtype)))
+    return without_dropout(AutoModelForCausalLM.from_config(llama, dtype=getattr(torch, config.dtype)))
 
 
 def load_policy(path: str | Path, config: ModelConfig) -> PreTrainedModel:
@@ -66,11 +68,9 @@ def load_policy(path: str | Path, config: ModelConfig) -> PreTrainedModel:
 def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub name (an adapter without one has its base's); UserError where there is
     none that can end a sequence."""
-    check_folder(path, "tokenizer")
     at = revision(path, config)
-    if os.path.isdir(path) and is_adapter(Path(path)) and not has_tokenizer(Path(path)):
+    if is_adapter(Path(path)) and not any(Path(path).glob("tokenizer*")):
         path, at = adapter_base(Path(path)), "main"
-        check_folder(path, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code, revision=at)
     except Exception as error:  # a damaged file may end in anything
@@ -112,17 +112,17 @@ def load_scorer(path: str | Path, config: ModelConfig) -> PreTrainedModel:
 def from_pretrained(
     factory: Any, path: str | Path, config: ModelConfig, new_head: bool = False, **others: Any
 ) -> PreTrainedModel:
-    """Loads a whole model, or an adapter with its base. All weights must be there (new_head: but for those of the head
-    and what pools for it).
+    """Loads a whole model, or an adapter merged into its base. All weights must be there (new_head: but for those of
+    the head and what pools for it).
 
-    No code from the hub runs unless the user says so, and none from a pickle ever does.
+    No code from the hub runs unless the user says so, and none from a pickle ever does. Raises UserError, naming the
+    path, for whatever cannot be loaded.
     """
-    check_folder(path)
-    adapter = find_adapter(path, revision(path, config))
-    if adapter is None:
-        model, missing = load_whole(factory, path, config, revision(path, config), **others)
-    else:
-        model, missing = load_adapted(factory, adapter, config, new_head, **others)
+    how = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code, **others}
+    try:
+        model, missing = load_whole(factory, path, revision(path, config), **how)
+    except Exception as error:  # a damaged file may end in anything
+        raise unloadable(path, "model", error) from error
     lacking = sorted(name for name in missing if not (new_head and beside_backbone(model, name)))
     if lacking:
         hint = "; a language model is no scorer yet: train one on it (rm.backbone or diffmodel.backbone)"
@@ -131,42 +131,36 @@ def from_pretrained(
     return model
 
 
-def load_whole(
-    factory: Any, path: str | Path, config: ModelConfig, at: str, **others: Any
-) -> tuple[PreTrainedModel, set[str]]:
-    """A model from its own files at a revision, and the names of the weights that they lack."""
-    try:
-        model, loading = factory.from_pretrained(
-            path,
-            dtype=torch_dtype(config.dtype),
-            trust_remote_code=config.trust_remote_code,
-            revision=at,
-            weights_only=True,
-            output_loading_info=True,
-            **others,
-        )
-    except Exception as error:  # a damaged file may end in anything
-        raise unloadable(path, "model", error) from error
-    return model, set(loading["missing_keys"])
+def load_whole(factory: Any, path: str | Path, at: str, **how: Any) -> tuple[PreTrainedModel, set[str]]:
+    """A model at a revision, or an adapter merged into its base, and the names of the weights that the files lack."""
+    if not os.path.isdir(path) and (str(path).startswith((".", "/", "~")) or str(path).count("/") > 1):
+        raise FileNotFoundError(f"there is no folder {path}")  # the hub would be asked for it
+    description = find_adapter_config_file(str(path), revision=at)
+    if description is None:
+        options = {"revision": at, "weights_only": True, "output_loading_info": True}
+        model, loading = factory.from_pretrained(path, **options, **how)
+        return model, set(loading["missing_keys"])
+    if not os.path.isdir(path):
+        path = snapshot_download(str(path), revision=at, allow_patterns=["adapter_*", NOTES])
+    folder, form = Path(path), read_notes(Path(path)).get("form")
+    if "config" not in how and factory is AutoModelForSequenceClassification:
+        how = {"num_labels": 2 if form == "residual" else 1, **how}
+    at = json.loads(Path(description).read_bytes()).get("revision") or "main"  # the base's
+    model, lacking = merge_saved(*load_whole(factory, adapter_base(folder), at, **how), folder)
+    model.name_or_path = str(path)
+    if form is not None:
+        model.config.rdo_form = form
+    return model, lacking
 
 
-def load_adapted(
-    factory: Any, adapter: Adapter, config: ModelConfig, new_head: bool, **others: Any
-) -> tuple[PreTrainedModel, set[str]]:
-    """A base with its adapter, and the names of the weights that both lack."""
-    try:
-        if factory is AutoModelForSequenceClassification and (outputs := outputs_of(adapter)):
-            others = {"num_labels": outputs, **others}
-        check_folder(adapter.base)
-        model, missing = load_whole(factory, adapter.base, config, adapter.revision or "main", **others)
-        brought = attach(model, adapter, ignore_others=new_head)
-    except UserError as error:
-        raise UserError(f"{adapter.folder} is an adapter of {adapter.base}: {error}") from error
-    except Exception as error:  # see load_whole
-        raise unloadable(adapter.folder, "model", error) from error
-    if adapter.form is not None:
-        model.config.rdo_form = adapter.form
-    return model, missing - brought
+def unloadable(path: str | Path, what: str, error: Exception) -> UserError:
+    """What a library's error on loading a model or tokenizer says, in one line with the path."""
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, pickle.UnpicklingError):  # whose own message tells how to run it all the same
+        text = "a pickle of it is damaged or would run code, so it is not loaded; take the model as safetensors"
+    elif "trust_remote_code" in str(error):
+        text = "it brings code of its own; model.trust_remote_code=true runs it"
+    return UserError(f"no {what} can be loaded from {path}: {type(error).__name__}: {text}")
 
 
 def revision(path: str | Path, config: ModelConfig) -> str:
@@ -175,30 +169,35 @@ def revision(path: str | Path, config: ModelConfig) -> str:
 
 
 def save_model(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     state: Mapping[str, torch.Tensor] | None = None,
     merge: bool = False,
 ) -> None:
-    """Writes model and tokenizer in Hugging Face format (safetensors), all or nothing; an adapter in peft's, or merged
-    into its base.
+    """Writes model and tokenizer in Hugging Face format (safetensors), all or nothing; what `choose_trained` returned
+    of an adapted model, as an adapter in peft's. merge: merged into its base, and saved whole; as is an adapter whose
+    base was merged from another, and lies nowhere.
 
     state: the weights, by the names of `state_dict`, where the model itself has them not (of an adapter those that are
     trained); they are saved in their own dtype.
     """
     with replace_folder(folder) as temporary:
-        if has_adapter(model) and not merge:
-            save_adapter(model, temporary, folder, state)
+        if isinstance(model, PreTrainedModel):
+            save_whole(model if state is None else with_weights(model, state), temporary)
+        elif merge or is_adapter(Path(model.get_base_model().name_or_path)):
+            with tempfile.TemporaryDirectory(dir=temporary) as part:
+                save_adapter(model, state, Path(part), Path(part))
+                whole = merged(model, Path(part))
+            save_whole(whole, temporary)
         else:
-            if has_adapter(model):
-                with tempfile.TemporaryDirectory(dir=temporary) as part:
-                    save_adapter(model, Path(part), folder, state)
-                    whole = merged(model, Path(part))
-            else:
-                whole = model if state is None else with_weights(model, state)
-            whole.save_pretrained(temporary, max_shard_size=LARGEST_FILE)
+            save_adapter(model, state, temporary, folder)
         tokenizer.save_pretrained(temporary)
+
+
+def save_whole(model: PreTrainedModel, folder: Path) -> None:
+    """All weights of a model, large ones in several files."""
+    model.save_pretrained(folder, max_shard_size=LARGEST_FILE)
 
 
 def with_weights(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
@@ -214,25 +213,9 @@ def with_weights(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> P
     return twin
 
 
-def merged(model: PreTrainedModel, adapter_folder: Path) -> PreTrainedModel:
-    """The base of the model's adapter, from its files, with the saved adapter merged in."""
-    described = description(model)
-    adapter = Adapter(adapter_folder, described.base_model_name_or_path, described.revision, None)
-    whole = type(model).from_pretrained(
-        adapter.base,
-        config=copy.deepcopy(model.config),
-        dtype=dtype_of(adapter),
-        revision=adapter.revision or "main",
-        weights_only=True,
-    )
-    attach(whole, adapter)
-    merge_adapter(whole)
-    return whole
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of model.dtype."""
-    known = {"float32", "bfloat16", "float16", "float64"}
-    if name not in known:
-        raise UserError(f"model.dtype={name}: must be one of {', '.join(sorted(known))}")
-    return getattr(torch, name)
+def merged(adapted: Any, adapter: Path) -> PreTrainedModel:
+    """What a peft.PeftModel started from, from its files, with its saved adapter merged in. (Under ZeRO-3 the weights
+    themselves are divided.)"""
+    model, described = adapted.get_base_model(), adapted.peft_config["default"]
+    how = {"config": copy.deepcopy(model.config), "dtype": model.dtype}
+    return merge_saved(*load_whole(type(model), model.name_or_path, described.revision or "main", **how), adapter)[0]

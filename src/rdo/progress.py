@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from contextlib import suppress
-from typing import Any
 
 from tqdm import tqdm
 
@@ -17,47 +15,26 @@ tqdm.set_lock(threading.RLock())
 
 def progress_bar(total: int | None, title: str, initial: int = 0, unit: str = "it") -> tqdm:
     """A bar for work of known length, in steps of `unit`."""
-    terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
         desc=f"{title:<28.28}",
         initial=initial,
         unit=unit,
         unit_scale=unit != "it",
-        mininterval=0.1 if terminal else 10.0,
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
         dynamic_ncols=True,
         delay=1.0,
-        file=None if terminal else Forgiving(),
         disable=not world().first,
     )
 
 
-class Forgiving:
-    """Standard error whose log may lie on a full disk: that must not end the work whose progress it shows."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
-
-    def write(self, text: str) -> None:
-        with suppress(OSError):
-            sys.stderr.write(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            sys.stderr.flush()
-
-
 def say(text: str) -> None:
-    """One line on standard output, between progress bars; a log that cannot be written ends nothing."""
-    with suppress(OSError):
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+    """One line on standard output, between progress bars."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
 
 
 def warn(text: str) -> None:
     """The same on standard error, for what went wrong and was mended; of several processes one says it."""
-    if not world().first:
-        return
-    with suppress(OSError):
+    if world().first:
         tqdm.write(f"warning: {text}", file=sys.stderr)
-        sys.stderr.flush()

@@ -50,7 +50,7 @@ class DatasetConfig:
     name: Name = "toy"
     source: Literal["toy", "file", "hub"] = "toy"  # toy | file | hub
     path: Text | list[Text] | None = None  # source=file: a file, a glob such as 'data/*.parquet', or a list of either
-    format: Text = "auto"  # auto, or one of data.formats.READERS
+    format: Text = "auto"  # auto, or one of data.formats.FORMATS
     on_invalid: Literal["error", "skip"] = (
         "error"  # error | skip: leave rows out that cannot be used, count and list them in invalid.jsonl
     )
@@ -194,7 +194,7 @@ class EngineConfig:
         "float32"  # of a training step: float32 | bfloat16 | float16 | auto: the best that the device has
     )
     layout: Literal["auto", "forest", "flat"] = "auto"  # auto | forest | flat
-    attention: Kernel = "auto"  # of a forest: auto | rectangles | spans | varlen | flex (the last two on a GPU)
+    attention: Kernel = "auto"  # of a forest: auto | rectangles | spans | varlen (the last on a GPU)
     gradient_checkpointing: bool = False  # less memory for about a third more time: layers run again going backward
     tokens_per_micro_batch: Count = 16384
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto | cpu | cuda
@@ -203,7 +203,6 @@ class EngineConfig:
     checkpoint_every_minutes: Positive = 10.0
     keep_checkpoints: Count = 2
     records_per_shard: Count = 1024  # of scores and references: at most so many are done again after an interruption
-    disk_full_minutes: NotNegative = 60.0  # how long what is finished waits for room on a full disk
 
 
 @dataclass(config=SECTION)

@@ -25,10 +25,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rdo import interrupts
 from rdo.data.encoding import EncodedRecord, begin_id
 from rdo.errors import UserError
-from rdo.forest import LayoutName, TokenIds, make_layout
-from rdo.models import is_decoder_scorer, read_scalars
-from rdo.packing import pack
-from rdo.readout import Scalar
+from rdo.sequences.forward import is_decoder_scorer, read_scalars
+from rdo.sequences.layout import LayoutName, TokenIds, make_layout
+from rdo.sequences.packing import pack
+from rdo.sequences.readout import Scalar
 
 DIFFERENCE_FORMS = ("paper", "antisymmetric", "residual")
 FORMS = ("pointwise", *DIFFERENCE_FORMS)

@@ -1,8 +1,8 @@
 """Long computations in parts: what is finished of one is kept, and an interrupted run goes on from there.
 
 A part is a range of records or prompts, of a size that depends on no budget; so the results are the same, interrupted
-or not, and whatever the number of processes that the parts are dealt to. Each part is a sealed Parquet file that names
-its range and what it was made of.
+or not, and whatever the number of processes that the parts are dealt to. Each part is a Parquet file, with checksums of
+its pages, that names its range and what it was made of.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rdo import interrupts
 from rdo.artifacts import fingerprint
 from rdo.distributed import from_first, meet, world
 from rdo.errors import NotFiniteError
-from rdo.files import Damaged, patiently, read_sealed, replace_file, replace_sealed
+from rdo.files import replace_file
 from rdo.progress import progress_bar, say, warn
 
 FOLDER = "shards"  # one of artifacts.PARTIAL
@@ -30,12 +30,11 @@ INPUTS = b"rdo_inputs"
 class Shards:
     """The parts of one artifact's computation: rows of a table, made range by range."""
 
-    def __init__(self, folder: Path, schema: pa.Schema, count: int, size: int, disk_full_minutes: float):
+    def __init__(self, folder: Path, schema: pa.Schema, count: int, size: int):
         """folder: the artifact's. count: records or prompts in all, `size` of them a part."""
         self.folder = folder / FOLDER
         self.schema = schema
         self.parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
-        self.disk_full_minutes = disk_full_minutes
 
     def make(
         self, title: str, inputs: Callable[[range], Any], rows: Callable[[range, tqdm], list[tuple[Any, ...]]]
@@ -44,9 +43,9 @@ class Shards:
 
         inputs: plain data that says what a part is made of; a part that was made of something else is not taken.
         rows: makes a part's rows, and moves the bar on. Raises Stopped, and keeps the finished parts, when the process
-        is asked to stop; UserError where the disk has been full for engine.disk_full_minutes.
+        is asked to stop; NotFiniteError as `check_finite`.
         """
-        all_missing = from_first(lambda: self.missing(inputs))
+        all_missing = from_first(lambda: [n for n, part in enumerate(self.parts) if not self.is_made(part, inputs)])
         done = len(self.parts) - len(all_missing)
         if done:
             say(f"going on: {done} of {len(self.parts)} shards are in {self.folder}")
@@ -58,46 +57,36 @@ class Shards:
                 try:
                     interrupts.check()
                     made = rows(part, bar)
-                except interrupts.Stopped as stop:
+                except interrupts.Stopped:
                     kept = f"{done} of {len(self.parts)} shards are kept in {self.folder}"
-                    raise interrupts.Stopped(stop.number, f"{kept}; the same command goes on from there") from None
+                    raise interrupts.stop(f"{kept}; the same command goes on from there") from None
                 self.write(part, inputs(part), made)
                 done += 1
         meet()
 
-    def missing(self, inputs: Callable[[range], Any]) -> list[int]:
-        """Numbers of the parts that are not there."""
-        return [n for n, part in enumerate(self.parts) if not self.finished(part, inputs(part))]
-
-    def finished(self, part: range, inputs: Any) -> bool:
-        """Whether a part is there, whole, and made of these inputs; one that is not is said and made again."""
+    def is_made(self, part: range, inputs: Callable[[range], Any]) -> bool:
+        """Whether a part is there, whole, and made of these inputs; one that is damaged is said."""
         if not self.file(part).exists():
             return False
         try:
-            found = self.read(part).schema.metadata
-        except Damaged as reason:
-            warn(f"{self.file(part)} is damaged ({reason}); it is made again")
+            found = self.read(part).schema.metadata or {}
+        except (OSError, pa.ArrowException) as error:
+            warn(f"{self.file(part)} is damaged ({error}); it is made again")
             return False
-        return (found or {}).get(INPUTS) == fingerprint(inputs).encode()
+        return found.get(INPUTS) == fingerprint(inputs(part)).encode()
 
     def write(self, part: range, inputs: Any, rows: list[tuple[Any, ...]]) -> None:
-        """Keeps a finished part, waiting for room where the disk is full. Raises NotFiniteError as `check_finite`."""
+        """Keeps a finished part. Raises NotFiniteError as `check_finite`."""
         check_finite(rows)
         columns = list(zip(*rows, strict=True)) or [()] * len(self.schema)
         arrays = [pa.array(values, field.type) for values, field in zip(columns, self.schema, strict=True)]
         table = pa.Table.from_arrays(arrays, schema=self.schema.with_metadata({INPUTS: fingerprint(inputs)}))
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
-
-        def save() -> None:
-            with replace_sealed(self.file(part)) as file:
-                file.write(sink.getvalue())
-
-        patiently(save, self.disk_full_minutes)
+        with replace_file(self.file(part)) as temporary:
+            pq.write_table(table, temporary, write_page_checksum=True)
 
     def read(self, part: range) -> pa.Table:
-        """The rows of a finished part. Raises Damaged where a bit of them is not as written."""
-        return pq.read_table(pa.BufferReader(read_sealed(self.file(part))))
+        """The rows of a finished part. Raises OSError or pyarrow's own where they are not as written."""
+        return pq.ParquetFile(self.file(part), page_checksum_verification=True).read()
 
     def tables(self) -> Iterator[pa.Table]:
         """The rows of every part, in order, when all are made."""
@@ -109,19 +98,15 @@ class Shards:
         process writes, for all."""
         if not world().first:
             return 0
-
-        def write() -> int:
-            count = 0
-            with (
-                replace_file(path) as temporary,
-                pq.ParquetWriter(temporary, self.schema, write_page_checksum=True) as writer,
-            ):
-                for table in self.tables():
-                    writer.write_table(table)
-                    count += len(table)
-            return count
-
-        return patiently(write, self.disk_full_minutes)
+        count = 0
+        with (
+            replace_file(path) as temporary,
+            pq.ParquetWriter(temporary, self.schema, write_page_checksum=True) as writer,
+        ):
+            for table in self.tables():
+                writer.write_table(table)
+                count += len(table)
+        return count
 
     def file(self, part: range) -> Path:
         """Where a part lies."""
@@ -132,6 +117,6 @@ def check_finite(rows: list[tuple[Any, ...]]) -> None:
     """Raises NotFiniteError, with the record ids of the first column, where a number of the last is NaN or infinite."""
     wrong = [row[0] for row in rows if isinstance(row[-1], float) and not math.isfinite(row[-1])]
     if wrong:
-        names = list(dict.fromkeys(wrong))[:20]
         what = f"{len(wrong)} of {len(rows)} values are no finite number"
+        names = list(dict.fromkeys(wrong))[:20]
         raise NotFiniteError(what, names, "look at the model that computed them, and at these records")

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rdo.artifacts import stable_seed
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
-from rdo.devices import tensor_on
-from rdo.forest import LayoutName, make_layout
-from rdo.models import read_log_probabilities, read_scalars
 from rdo.objectives import losses
-from rdo.plan import stable_seed
-from rdo.readout import Span
 from rdo.scorers import ComparisonTemplate, Reading, add_difference, add_reward, merge
+from rdo.sequences.devices import tensor_on
+from rdo.sequences.forward import read_log_probabilities, read_scalars
+from rdo.sequences.layout import LayoutName, make_layout
+from rdo.sequences.readout import Span
 from rdo.step import Counts, Measures, Preparation
 
 T = TypeVar("T")

@@ -19,16 +19,18 @@ from transformers import PreTrainedModel
 from rdo import interrupts
 from rdo.checkpoints import Checkpoints
 from rdo.distributed import world
-from rdo.engine import Engine, make_engine, precision_of
+from rdo.engine.surface import Engine, precision_of
+from rdo.engine.torch_engine import TorchEngine
 from rdo.errors import NotFiniteError, UserError
-from rdo.files import DiskFull, patiently
-from rdo.forest import LayoutName
-from rdo.models import check_positions, described_layout, head_parameters, recompute_activations, set_layout
 from rdo.plan import Plan, learning_rate_factor, make_plan
-from rdo.progress import progress_bar, warn
+from rdo.progress import progress_bar
 from rdo.schema import EngineConfig, ScorerConfig, TrainingConfig
+from rdo.sequences.forward import check_positions
+from rdo.sequences.layout import LayoutName
+from rdo.sequences.preparation import described_layout, set_layout
 from rdo.step import Dealt, Item, Task, Wishes, ahead, deal_step, training_step
 from rdo.tracking import Tracker
+from rdo.traits import head_parameters, recompute_activations
 
 
 def make_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.optim.AdamW:
@@ -69,11 +71,10 @@ def train(
         recompute_activations(model)
     plan = make_plan(config, len(task.record_ids), seed)
     check_positions(model, max(len(ids) for n in range(plan.records) for ids in task.item(n, 0).sequences))
-    engine = make_engine(model, make_optimizer(model, config), config, engine_config)
+    engine = make_engine(model, config, engine_config)
     checkpoints = Checkpoints(folder / "checkpoints", engine_config, tracker.synchronize)
     done = checkpoints.restore(engine)
-    if world().first:
-        patiently(lambda: tracker.resume(done), engine_config.disk_full_minutes)
+    tracker.resume(done)
     how = described_layout(model, layout) + described(engine_config)
     print(f"[{title}] {plan.records} records, {plan.steps} steps, layout {how}", flush=True)
     make_step = partial(dealt_step, task, plan, layout, engine_config.tokens_per_micro_batch)
@@ -84,8 +85,8 @@ def train(
             wishes = Wishes(interrupts.requested(), checkpoints.is_due(step + 1))
             try:
                 measured, wishes = training_step(task, engine, layout, dealt, wishes)
-            except interrupts.Stopped as stop:
-                raise interrupts.Stopped(stop.number, part(checkpoints, engine, step, plan)) from None
+            except interrupts.Stopped:
+                raise interrupts.stop(part(checkpoints, engine, step, plan)) from None
             measured["gradient_norm"] = update(engine, measured["loss"], dealt.items, step)
             seconds = time.perf_counter() - started
             rates = learning_rates(engine.param_groups)
@@ -94,14 +95,23 @@ def train(
             bar.set_postfix(loss=f"{measured['loss']:.4f}", refresh=False)
             if step + 1 < plan.steps:  # after the last, the model itself is saved
                 if wishes.stop:
-                    raise interrupts.Stopped(interrupts.request(), part(checkpoints, engine, step + 1, plan))
+                    raise interrupts.stop(part(checkpoints, engine, step + 1, plan))
                 if wishes.save:
-                    checkpoints.try_saving(step + 1, engine)
-        if world().first:
-            patiently(tracker.synchronize, engine_config.disk_full_minutes)
+                    checkpoints.save(step + 1, engine)
+        tracker.synchronize()
     state = engine.full_state()
     engine.close()
     return state
+
+
+def make_engine(model: PreTrainedModel, config: TrainingConfig, engine: EngineConfig) -> Engine:
+    """The engine of engine.name around a model that is on its device, with its optimizer."""
+    optimizer = make_optimizer(model, config)
+    if engine.name == "torch":
+        return TorchEngine(model, optimizer, config.max_gradient_norm, engine)
+    from rdo.engine.deepspeed_engine import ZeroEngine  # which takes seconds to import
+
+    return ZeroEngine(model, optimizer, config.max_gradient_norm, engine)
 
 
 def dealt_step(task: Task, plan: Plan, layout: LayoutName, budget: int, step: int) -> Dealt:
@@ -119,10 +129,7 @@ def described(config: EngineConfig) -> str:
 def part(checkpoints: Checkpoints, engine: Engine, step: int, plan: Plan) -> str:
     """Saves what a run that is asked to stop has done (a step that was broken off changed nothing); says what it is."""
     if step and checkpoints.newest != checkpoints.file(step, engine):
-        try:
-            checkpoints.save(step, engine)
-        except DiskFull as error:
-            warn(str(error))
+        checkpoints.save(step, engine)
     if checkpoints.newest is None:
         return f"after {step} of {plan.steps} steps, none of them saved; the same command starts again"
     return f"after {step} of {plan.steps} steps; {checkpoints.newest} is saved, and the same command goes on from there"

@@ -6,22 +6,22 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fsspec.core import OpenFile
 
 from rdo.artifacts import Artifact, Provenance, produce
-from rdo.data.containers import Identity, resolve, rows
-from rdo.data.formats import UnusableRow
+from rdo.data.columns import RowError
+from rdo.data.files import content_hash, name_of, resolve, rows, state
 from rdo.data.readers import Reading, read_records
-from rdo.data.records import SPLITS, Record, digest
-from rdo.data.table import MappedRecords, Records, id_key, repeated_ids, write_records
+from rdo.data.records import SPLITS, Record, content_id
+from rdo.data.table import Records, id_key, write_records
 from rdo.distributed import from_first
 from rdo.errors import DataError, UserError
-from rdo.files import HOLDER, LOCK, read_json, replace_file, write_json
+from rdo.files import replace_file
 from rdo.progress import progress_bar
 from rdo.schema import DatasetConfig
 
@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 
 # The hub's own conversion of data sets published as a script, which `datasets` has stopped running.
 PARQUET_BRANCH = "refs/convert/parquet"
-RECORDS, INVALID, REPEATED = "records.arrow", "invalid.jsonl", "repeated.json"
-# Raised whenever the same rows would be read as other records.
-READING_VERSION = 2
+RECORDS, INVALID = "records.arrow", "invalid.jsonl"
+# Raised whenever the same rows would be read as other records, or these written otherwise.
+READING_VERSION = 3
 
 Rows = Iterable[tuple[str, Any]]
 
@@ -93,9 +93,9 @@ def _load(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     """The splits of a file or a hub data set."""
     hub = _fetch(dataset) if dataset.source == "hub" else {}
     files = resolve(dataset.path) if dataset.source == "file" else []
-    identity = Identity(files)
+    states = [state(file) for file in files]
     settings = {
-        "files": from_first(identity.hashes),
+        "files": from_first(lambda: [[name_of(file), content_hash(file)] for file in files]),
         "hub": [dataset.hub_name, {split: getattr(held, "_fingerprint", None) for split, held in hub.items()}],
         "format": dataset.format,
         "on_invalid": [dataset.on_invalid, dataset.max_invalid_share],
@@ -104,63 +104,34 @@ def _load(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     }
 
     def make(folder: Path) -> dict[str, Any]:
-        with _cleared_on_failure(folder), identity.kept():
-            if dataset.source == "file":
-                return read_into(folder, [(None, (row for file in files for row in rows(file)))], dataset)
-            return read_into(folder, _hub_parts(dataset, hub), dataset)
+        of_files = (row for file, before in zip(files, states, strict=True) for row in _unchanged(file, before))
+        return read_into(folder, _hub_parts(dataset, hub) if hub else [(None, of_files)], dataset)
 
     # Whatever the stage, its data is read: there is no command to make it beforehand.
     always = replace(provenance, build_inputs=True)
     artifact = produce(always, "data", dataset.name, settings, {}, make, False, together=False)
     results = artifact.manifest()["results"]
-    mapped = MappedRecords(artifact.folder / RECORDS)
-    columns = mapped.columns()
-    repeated = read_json(artifact.folder / REPEATED)
-    renamed = {int(row): name for row, name in repeated["renamed"].items()}
-    for row, name in renamed.items():
-        columns.id_key[row] = id_key(name)
-        columns.digests[row] = digest(replace(mapped[row], id=name))
-    kept = np.ones(len(mapped), dtype=bool)
-    kept[repeated["dropped"]] = False
-    records = Records(mapped, columns, np.flatnonzero(kept), renamed)
     counts = Counter(results["counts"])
-    if dataset.source == "hub" and not dataset.hub_split and "validation" in hub and "test" not in hub:
+    if hub and not dataset.hub_split and "validation" in hub and "test" not in hub:
         counts["validation_used_as_test"] = 1
-    if any(name.startswith("invalid_") for name in counts):
-        logger.warning("%d invalid rows left out: %s", _invalid(counts), artifact.folder / INVALID)
-    splits = _separate(_assign(records, dataset), counts)
+    if invalid := sum(count for name, count in counts.items() if name.startswith("invalid_")):
+        logger.warning("%d invalid rows left out: %s", invalid, artifact.folder / INVALID)
+    splits = _separate(_assign(Records.in_file(artifact.folder / RECORDS), dataset), counts)
     return Splits(splits, dict(counts), artifact, results["format"], results["ignored"])
 
 
-@contextmanager
-def _cleared_on_failure(folder: Path) -> Iterator[None]:
-    """A folder in which reading failed goes again, all but a list of invalid rows: nothing else in it is of any use.
-
-    The caller holds the folder. That its lock goes with it is safe: who waits for it takes no lock without a name.
-    """
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            if not (folder / INVALID).stat().st_size:
-                (folder / INVALID).unlink()
-        for name in (RECORDS, REPEATED, LOCK, HOLDER):
-            (folder / name).unlink(missing_ok=True)
-        with suppress(OSError):
-            folder.rmdir()
-        raise
-
-
-def _invalid(counts: Mapping[str, int]) -> int:
-    return sum(count for name, count in counts.items() if name.startswith("invalid_"))
+def _unchanged(file: OpenFile, before: str) -> Rows:
+    """The rows of a file. Raises UserError where it has changed by their end."""
+    yield from rows(file)
+    if state(file) != before:
+        raise UserError(f"{name_of(file)}: changed while it was read; run again when nothing writes to it")
 
 
 def read_into(folder: Path, parts: Iterable[tuple[str | None, Rows]], dataset: DatasetConfig) -> dict[str, Any]:
-    """Reads rows into the folder's files; what was counted, and the format.
+    """Reads rows into the folder's records.arrow; what was counted, the format, and columns that were not read.
 
-    parts: rows, and the split that all of them belong to (None: the one that a row names itself, if it does).
-    Leaves records.arrow; repeated.json, which renames or drops rows whose id is taken; and invalid.jsonl where rows
-    were left out, also when there were too many of them.
+    parts: rows, and the split that all of them belong to (None: the one that a row names itself, if it does). Leaves
+    invalid.jsonl where rows were left out, also when there were too many of them.
     """
     with replace_file(folder / RECORDS) as file, (folder / INVALID).open("w") as invalid:
 
@@ -169,12 +140,10 @@ def read_into(folder: Path, parts: Iterable[tuple[str | None, Rows]], dataset: D
 
         reading = Reading(dataset.format, dataset.on_invalid, dataset.max_invalid_share, listed)
         try:
-            write_records(_records(parts, reading), file, dataset.split_seed)
-            write_json(folder / REPEATED, _settle_repeated(file, reading))
+            write_records(_identified(_records(parts, reading), reading), file, dataset.split_seed)
         except DataError as error:
             if not reading.invalid:
                 raise
-            invalid.flush()
             raise DataError(f"{error}; all of them are listed in {invalid.name}") from error
     if not reading.invalid:
         (folder / INVALID).unlink()
@@ -195,24 +164,21 @@ def _counted(part: Rows, bar: Any) -> Rows:
         bar.update(1)
 
 
-def _settle_repeated(file: Path, reading: Reading) -> dict[str, Any]:
-    """What becomes of rows whose id an earlier one has: the data's own ids must differ, those that we made get "-2"."""
-    mapped = MappedRecords(file)
-    columns = mapped.columns()
-    renamed: dict[int, str] = {}
-    dropped: list[int] = []
-    for first, later in repeated_ids(mapped, columns).items():
-        name, place = mapped[first].id, mapped[first].place
-        for copy, row in enumerate(later, start=2):
-            if not columns.own_id[row]:
-                renamed[row] = f"{name}-{copy}"
-                continue
-            here = mapped[row].place
-            problem = f"{here}, field 'id': {name!r:.60} is taken by {place}; make ids unique"
-            reading.refuse(here, UnusableRow(problem, "repeated_id"))
-            dropped.append(row)
-    reading.judge(len(mapped) - len(dropped))
-    return {"renamed": renamed, "dropped": dropped}
+def _identified(records: Iterable[Record], reading: Reading) -> Iterator[Record]:
+    """The records with ids of their own: those of the data must differ; one that we made and is taken gets "-2"."""
+    taken: Counter[int] = Counter()
+    usable = 0
+    for record in records:
+        name = record.id or content_id(record.query, record.responses)
+        key = id_key(name)
+        taken[key] += 1
+        if taken[key] > 1 and record.id:
+            problem = f"{name!r:.60} is taken by a row before; make ids unique"
+            reading.refuse(record.place, RowError("id", problem, "repeated_id", record.place))
+            continue
+        usable += 1
+        yield replace(record, id=name if taken[key] == 1 else f"{name}-{taken[key]}")
+    reading.judge(usable)
 
 
 def _hub_parts(dataset: DatasetConfig, found: Mapping[str, Any]) -> Iterator[tuple[str | None, Rows]]:
@@ -269,7 +235,7 @@ def _fetch(dataset: DatasetConfig) -> Mapping[str, Any]:
 
 def _assign(records: Records, dataset: DatasetConfig) -> dict[str, Records]:
     """The records by split: the source's own, and by chance for those of its train split or of none."""
-    code = records.columns.split[records.rows].astype(np.int64)
+    code = records.known("split").astype(np.int64)
     if (code < 0).any() and (code >= 0).any():
         without = records[int(np.flatnonzero(code < 0)[0])]
         raise UserError(f"{without.place}: no 'split' while other rows have one; give every row one, or none")
@@ -277,7 +243,7 @@ def _assign(records: Records, dataset: DatasetConfig) -> dict[str, Records]:
     train, validation, test = (SPLITS.index(split) for split in ("train", "validation", "test"))
     code[code < 0] = train
     # Test's share of the range stays test's even where it is not needed, so that both cases agree.
-    point = records.columns.chance[records.rows] - dataset.test_share
+    point = records.known("chance") - dataset.test_share
     open_to_choice = code == train
     if "test" not in official:
         code[open_to_choice & (point < 0)] = test

@@ -1,51 +1,27 @@
-"""Readers: rows of any format, from files or the hub, become records; a row that cannot be used says where and why.
+"""Rows become records; a row that cannot be used ends the run, or is counted and listed.
 
-Such a row ends the run (dataset.on_invalid=error), or is left out, counted and listed (skip), up to a share of the rows
-beyond which the file is not what it was taken for. Published sets hold such rows: the test set of HH helpful-base has 2
-pairs of identical responses, 4 empty replies and 2 pairs that answer different queries. Rows of another task that a
-published set holds by design (`BY_DESIGN`) are counted and left out in either case.
+dataset.on_invalid=error ends the run with the first such row, skip leaves them out, up to a share beyond which the file
+is not what it was taken for. Published sets hold such rows: the test set of HH helpful-base has 2 pairs of identical
+responses, 4 empty replies and 2 pairs that answer different queries. Rows of another task that a published set holds by
+design (`BY_DESIGN`) are counted and left out in either case.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import islice
 from typing import Any
 
-from rdo.data.containers import TextRow
-from rdo.data.formats import READERS, UnusableRow, find_format, needed, other_spelling
+from rdo.data.columns import RowError
+from rdo.data.files import TextRow
+from rdo.data.formats import FORMATS, columns_read, find_format, read_row, structured
 from rdo.data.records import Record
-from rdo.errors import DataError
+from rdo.errors import DataError, UserError
 
 BY_DESIGN = ("articles", "unranked", "separate_conversations")
-# A file whose first so many rows are all invalid is read as something that it is not.
-HOPELESS = 1000
 LEAVE_OUT = "; dataset.on_invalid=skip leaves such rows out and lists them"
-# So many rows are looked at for one that can be used, before leaving out the others is advised.
-SAMPLE = 100
-MOST_COLUMNS = 1000
-
-
-class Noticed(dict[str, Any]):
-    """A row that notes which of its columns are asked for."""
-
-    def __init__(self, row: dict[str, Any], read: set[str]):
-        super().__init__(row)
-        self.read = read
-
-    def __getitem__(self, name: str) -> Any:
-        self.read.add(name)
-        return super().__getitem__(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self.read.add(name)
-        return super().get(name, default)
 
 
 @dataclass
@@ -54,7 +30,7 @@ class Reading:
 
     counts: `rows_read`, `dropped_<reason>` for rows of BY_DESIGN and for preferences between identical responses, and
     `invalid_<reason>`. listed: called with place, reason and message of each invalid row. columns, read: the columns
-    that rows had a value in (of MOST_COLUMNS at most), and those of them that the format's reader looked at.
+    that rows had a value in, and those of them that the format looks at.
     """
 
     format: str = "auto"
@@ -71,19 +47,17 @@ class Reading:
         """Columns that nothing was read from."""
         return sorted(map(str, self.columns - self.read))
 
-    def refuse(self, place: str, error: DataError, others: Callable[[], bool] = lambda: True) -> None:
-        """Raises, lists or only counts, as the row's fault and the settings demand; `others` tells whether there are
-        rows without a fault: otherwise leaving them out is no advice."""
-        reason = error.reason if isinstance(error, UnusableRow) else "broken"
+    def refuse(self, place: str, error: DataError) -> None:
+        """Raises, lists or only counts, as the row's fault and the settings demand."""
+        reason = getattr(error, "reason", "broken")
+        self.first = self.first or str(error)
         if reason in BY_DESIGN:
             self.counts[f"dropped_{reason}"] += 1
-            self.first = self.first or str(error)
             return
         if self.on_invalid == "error":
-            raise DataError(f"{error}{LEAVE_OUT if others() else ''}") from error
+            raise DataError(f"{error}{LEAVE_OUT}") from error
         self.counts[f"invalid_{reason}"] += 1
         self.invalid += 1
-        self.first = self.first or str(error)
         self.listed(place, reason, str(error))
 
     def judge(self, usable: int) -> None:
@@ -102,99 +76,69 @@ def read_records(rows: Iterable[tuple[str, Any]], reading: Reading) -> Iterator[
     """Records of the rows, in their order, ids as the data gives them ("" where it gives none).
 
     rows: pairs of a place for messages ("FILE, line 12") and the row, a dict of columns, or the DataError that stands
-    in its place. The format, if `reading.format` is "auto", is told from the first row. Raises DataError, naming place
-    and field, for a row that cannot be used (see `Reading`), for too many of them, and when no row is left.
+    in its place. The format, if `reading.format` is "auto", is told from the first row; the first rows of other files
+    must be in it, too (UserError). Raises DataError, naming place and field, for a row that cannot be used (see
+    `Reading`), for too many of them, and when no row is left.
     """
-    if reading.format != "auto" and reading.format not in READERS:
-        raise DataError(f"dataset.format={reading.format} is not known; choose auto, {', '.join(READERS)}")
-    usable, rows, found_in = 0, iter(rows), ""
-    told = reading.format == "auto"
+    if reading.format not in ("auto", *FORMATS):
+        raise DataError(f"dataset.format={reading.format} is not known; choose auto, {', '.join(FORMATS)}")
+    told, usable, last = reading.format == "auto", 0, ""
     for place, row in rows:
         reading.counts["rows_read"] += 1
-        source = place.rpartition(", ")[0]
-        if told and source != found_in and reading.format != "auto":
-            _check_alike(row, place, found_in, reading.format)
+        file = place.rpartition(", ")[0]
         try:
-            found = list(_row_records(row, place, reading))
+            if told and file != last and isinstance(row, dict):
+                _tell(row, place, reading)
+            records = _row_records(row, place, reading)
         except DataError as error:
-            reading.refuse(place, error, partial(_any_usable, usable, rows, reading))
-            if reading.invalid == HOPELESS and not usable:
-                reading.judge(usable)
+            reading.refuse(place, error)
             continue
-        found_in = source
+        last = file
         usable += 1
-        yield from found
+        yield from records
     reading.judge(usable)
 
 
-def _check_alike(row: Any, place: str, before: str, format: str) -> None:
-    """Raises DataError where the first row of another file looks like another format than the files before."""
-    try:
-        own = find_format(row, place)
-    except (DataError, AttributeError):  # it is a broken row, or none of any format: which reading it will say
-        return
-    if READERS[own].read is not READERS[format].read:
-        raise DataError(
-            f"{place}: looks like format '{own}', and {before or 'what was read before'} is '{format}'; read them in "
-            "separate runs, or set dataset.format to the one that all are meant to be"
+def _tell(row: dict[str, Any], place: str, reading: Reading) -> None:
+    """Sets the format by the first row of a file. Raises UserError where the files before were in another one."""
+    found = find_format(row, place)
+    if reading.format == "auto":
+        reading.format = found
+    if found != reading.format and {found, reading.format} != {"rrhf", "records"}:
+        raise UserError(
+            f"{place}: looks like format '{found}', and the rows before are '{reading.format}'; read them in separate "
+            "runs, or set dataset.format to the one that all are meant to be"
         )
 
 
-def _any_usable(before: int, rows: Iterator[tuple[str, Any]], reading: Reading) -> bool:
-    """Whether any row can be used: one of those before, or one of the next few, which are read for that."""
-    if before:
-        return True
-    trial = Reading(reading.format)
-    try:
-        for place, row in islice(rows, SAMPLE):
-            with suppress(DataError):
-                list(_row_records(row, place, trial))
-                return True
-    except DataError:  # the file's
-        pass
-    return False
-
-
-def _row_records(row: Any, place: str, reading: Reading) -> Iterator[Record]:
+def _row_records(row: Any, place: str, reading: Reading) -> list[Record]:
     if isinstance(row, DataError):
         raise row
     if not isinstance(row, dict):
-        raise DataError(f"{place}: must be an object of columns, found {type(row).__name__}; write one object a row")
-    if reading.format == "auto":
-        reading.format = find_format(row, place)
-    reader = READERS[reading.format]
+        raise RowError("", f"must be an object of columns, found {type(row).__name__}", place=place)
     if isinstance(row, TextRow):
-        row = {name: _cell(name, text, reader.structured, place) for name, text in row.items()}
-    if len(reading.columns) < MOST_COLUMNS and not reading.columns.issuperset(row):
+        row = {n: _cell(text) if n in structured(row, reading.format) else text for n, text in row.items()}
+    if not reading.columns.issuperset(row):
         reading.columns.update(name for name, value in row.items() if value is not None)
-    row = Noticed(row, reading.read)
-    for name in reader.columns:
-        if row.get(name) is None:
-            needs = f"a row of format '{reading.format}' needs {needed(reader)}"
-            raise DataError(f"{place}, field '{name}': missing; {needs}{other_spelling(name, row)}")
-    for record in reader.read(row, place):
-        if len(record.responses) > 1 and len(set(record.responses)) == 1:
-            problem = "all responses are identical, so there is no preference; delete the row"
-            raise UnusableRow(f"{place}: {problem}", "identical_responses")
-        informative = tuple(p for p in record.preferences if p.tie or _differ(record, p.chosen, p.rejected))
-        reading.counts["dropped_identical_preferences"] += len(record.preferences) - len(informative)
-        yield replace(record, preferences=informative, place=place)
+        reading.read |= columns_read(row, reading.format)
+    return [_informative(record, place, reading) for record in read_row(row, reading.format, place)]
 
 
-def _differ(record: Record, chosen: int, rejected: int) -> bool:
-    return record.responses[chosen] != record.responses[rejected]
+def _informative(record: Record, place: str, reading: Reading) -> Record:
+    """The record without preferences between identical texts."""
+    texts = record.responses
+    if len(texts) > 1 and len(set(texts)) == 1:
+        problem = "all responses are identical, so there is no preference; delete the row"
+        raise RowError("", problem, "identical_responses", place)
+    kept = tuple(p for p in record.preferences if p.tie or texts[p.chosen] != texts[p.rejected])
+    reading.counts["dropped_identical_preferences"] += len(record.preferences) - len(kept)
+    return replace(record, preferences=kept, place=place)
 
 
-def _cell(name: str, text: str, structured: tuple[str, ...], place: str) -> Any:
-    """A cell of a text table: text as it is, anything else as JSON (or True and False), an empty one as missing."""
-    if name not in structured:
-        return text
+def _cell(text: str) -> Any:
+    """A cell of a table of text that holds no text: JSON (or True and False), an empty one is missing."""
     text = text.strip()
-    if not text:
-        return None
-    if re.fullmatch("(?i)true|false", text):
-        text = text.lower()
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}, field '{name}': the cell is not JSON ({error}); quote it as JSON would") from error
+        return json.loads(text.lower() if text.lower() in ("true", "false") else text) if text else None
+    except (ValueError, RecursionError):
+        return text

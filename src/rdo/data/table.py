@@ -1,64 +1,43 @@
 """Records in memory or in a memory-mapped file: one sequence, which holds numbers of its records and not their texts.
 
-A file is Arrow's stream format, one row a record, read through `datasets`. Beside the record stand the hashes that
-splits, orders and fingerprints are made of, so that none of them needs the texts again.
+A file is a data set of `datasets`, one row a record. Beside the record stand the hashes that splits, orders and
+fingerprints are made of, so that none of them needs the texts again.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import pyarrow as pa
 
-from rdo.data.records import SPLITS, Message, Preference, Record, content_id, digest, fingerprint_digests, query_key
+from rdo.data.records import SPLITS, Message, Preference, Record, digest, fingerprint_digests, query_key
 
 if TYPE_CHECKING:
     import datasets
 
 ROWS_PER_BATCH = 1000
-
-PREFERENCE = pa.struct({"chosen": pa.int32(), "rejected": pa.int32(), "tie": pa.bool_(), "strength": pa.float64()})
+# What is known of every record without its texts. split: number in SPLITS, or -1. chance: in [0, 1), from split seed
+# and query.
+NUMBERS = {
+    **{"split": pa.int8(), "response_count": pa.int32(), "chance": pa.float64()},
+    **dict.fromkeys(("id_key", "query_key", "digest_first", "digest_second"), pa.uint64()),
+}
+TEXT, PREFERENCE = (
+    pa.string(),
+    {"chosen": pa.int32(), "rejected": pa.int32(), "tie": pa.bool_(), "strength": pa.float64()},
+)
 SCHEMA = pa.schema(
     {
-        "id": pa.string(),
-        "query": pa.string(),
-        "responses": pa.list_(pa.string()),
-        "preferences": pa.list_(PREFERENCE),
-        "scores": pa.list_(pa.float64()),
-        "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
-        "desirable": pa.list_(pa.bool_()),
-        "place": pa.string(),
-        "split": pa.int8(),  # number in SPLITS; -1: ours to choose
-        "own_id": pa.bool_(),  # the data brought the id
-        "id_key": pa.uint64(),
-        "query_key": pa.uint64(),
-        "chance": pa.float64(),
-        "digest_first": pa.uint64(),
-        "digest_second": pa.uint64(),
+        **{"id": TEXT, "query": TEXT, "place": TEXT, "responses": pa.list_(TEXT), "scores": pa.list_(pa.float64())},
+        **{"messages": pa.list_(pa.struct({"role": TEXT, "content": TEXT})), "desirable": pa.list_(pa.bool_())},
+        **{"preferences": pa.list_(pa.struct(PREFERENCE)), **NUMBERS},
     }
 )
-NUMBERS = ("split", "own_id", "id_key", "query_key", "chance", "digest_first", "digest_second")
-
-
-@dataclass
-class Columns:
-    """What is known of every record without its texts; arrays of one length.
-
-    split: number in SPLITS, or -1. chance: in [0, 1), from split seed and query. digests: [n, 2] (records.digest).
-    """
-
-    split: np.ndarray
-    own_id: np.ndarray
-    id_key: np.ndarray
-    query_key: np.ndarray
-    chance: np.ndarray
-    digests: np.ndarray
-    responses: np.ndarray
 
 
 def id_key(identifier: str) -> int:
@@ -73,7 +52,7 @@ def chance(seed: int, key: str) -> float:
 
 
 def describe(record: Record, split_seed: int) -> dict[str, Any]:
-    """The numbers of a record that go into `Columns`."""
+    """The `NUMBERS` of a record."""
     key = query_key(record.query)
     first, second = digest(record)
     return {
@@ -83,15 +62,40 @@ def describe(record: Record, split_seed: int) -> dict[str, Any]:
         "chance": chance(split_seed, key),
         "digest_first": first,
         "digest_second": second,
+        "response_count": len(record.responses),
     }
 
 
 class Records(Sequence[Record]):
     """Some of the records of a source, in the source's order."""
 
-    def __init__(self, source: Sequence[Record], columns: Columns, rows: np.ndarray, renamed: dict[int, str]):
-        """rows: which of the source. renamed: row → its id, where the source's own is taken by an earlier row."""
-        self.source, self.columns, self.rows, self.renamed = source, columns, rows, renamed
+    def __init__(
+        self,
+        source: Sequence[Record] | datasets.Dataset,
+        numbers: Mapping[str, np.ndarray],
+        rows: np.ndarray | None = None,
+    ) -> None:
+        """numbers: `NUMBERS` of the whole source. rows: which of the source; None: all."""
+        self.source, self.numbers = source, numbers
+        self.rows = np.arange(len(source)) if rows is None else rows
+
+    @classmethod
+    def in_memory(cls, records: Iterable[Record], split_seed: int = 0) -> Records:
+        """Records that are in memory as they are."""
+        source = list(records)
+        described = [describe(record, split_seed) for record in source]
+        return cls(
+            source,
+            {name: np.array([d[name] for d in described], kind.to_pandas_dtype()) for name, kind in NUMBERS.items()},
+        )
+
+    @classmethod
+    def in_file(cls, file: Path) -> Records:
+        """All records of a file that `write_records` wrote, each made when it is asked for."""
+        import datasets  # takes a second to import, which the toy world need not wait for
+
+        source = datasets.Dataset.from_file(str(file))
+        return cls(source, {name: source.data.column(name).to_numpy() for name in NUMBERS})
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -103,105 +107,48 @@ class Records(Sequence[Record]):
     def __getitem__(self, place: int | slice) -> Record | list[Record]:
         if isinstance(place, slice):
             rows = self.rows[place].tolist()
-            found = (
-                self.source.fetch(rows) if isinstance(self.source, MappedRecords) else [self.source[n] for n in rows]
+            return (
+                [self.source[n] for n in rows] if isinstance(self.source, Sequence) else as_records(self.source[rows])
             )
-            return [self._renamed(row, record) for row, record in zip(rows, found, strict=True)]
-        row = int(self.rows[place])
-        return self._renamed(row, self.source[row])
+        found = self.source[int(self.rows[place])]
+        return found if isinstance(found, Record) else as_record(found)
 
     def __iter__(self) -> Iterator[Record]:
         for start in range(0, len(self), ROWS_PER_BATCH):
             yield from self[start : start + ROWS_PER_BATCH]
 
-    def _renamed(self, row: int, record: Record) -> Record:
-        return replace(record, id=self.renamed[row]) if row in self.renamed else record
-
     def only(self, kept: np.ndarray | slice) -> Records:
         """The records at these places (numbers, a mask or a slice)."""
-        return Records(self.source, self.columns, self.rows[kept], self.renamed)
+        return Records(self.source, self.numbers, self.rows[kept])
 
     def ids(self) -> list[str]:
         """The ids of all records."""
-        if not isinstance(self.source, MappedRecords):
+        if isinstance(self.source, Sequence):
             return [record.id for record in self]
-        found = self.source.ids(self.rows)
-        return [self.renamed.get(row, name) for row, name in zip(self.rows.tolist(), found, strict=True)]
+        return list(self.source.select_columns("id")[self.rows.tolist()]["id"])
+
+    def known(self, name: str) -> np.ndarray:
+        """One of `NUMBERS` of every record."""
+        return self.numbers[name][self.rows]
 
     def response_counts(self) -> np.ndarray:
         """How many responses each record has."""
-        return self.columns.responses[self.rows]
+        return self.known("response_count")
 
     def order_keys(self) -> np.ndarray:
         """One number a record, a hash of its id."""
-        return self.columns.id_key[self.rows]
+        return self.known("id_key")
 
     def query_keys(self) -> np.ndarray:
         """One number a record, a hash of its query."""
-        return self.columns.query_key[self.rows]
+        return self.known("query_key")
 
     def fingerprint(self) -> str:
         """Hash of everything a stage can see of the records; independent of their order."""
-        return fingerprint_digests(self.columns.digests[self.rows])
-
-    @classmethod
-    def in_memory(cls, records: Iterable[Record], split_seed: int = 0) -> Records:
-        """Records that are in memory as they are."""
-        source = list(records)
-        numbers = [describe(record, split_seed) for record in source]
-        arrays = {
-            name: np.array([entry[name] for entry in numbers], dtype=SCHEMA.field(name).type.to_pandas_dtype())
-            for name in NUMBERS
-            if name != "own_id"
-        }
-        arrays["own_id"] = np.ones(len(source), dtype=bool)
-        responses = np.array([len(record.responses) for record in source], dtype=np.int64)
-        return cls(source, _columns(arrays, responses), np.arange(len(source)), {})
+        return fingerprint_digests(np.stack([self.known("digest_first"), self.known("digest_second")], axis=1))
 
 
-def _columns(arrays: dict[str, np.ndarray], responses: np.ndarray) -> Columns:
-    digests = np.stack([arrays.pop("digest_first"), arrays.pop("digest_second")], axis=1)
-    return Columns(**arrays, digests=digests, responses=responses)
-
-
-class MappedRecords(Sequence[Record]):
-    """Every record of a file that `write_records` wrote, made when it is asked for."""
-
-    def __init__(self, file: Path):
-        import datasets  # takes a second to import, which the toy world need not wait for
-
-        self.rows: datasets.Dataset = datasets.Dataset.from_file(str(file))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @overload
-    def __getitem__(self, place: int) -> Record: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Record]: ...
-    def __getitem__(self, place: int | slice) -> Record | list[Record]:
-        if isinstance(place, slice):
-            return self.fetch(list(range(*place.indices(len(self)))))
-        return as_record(self.rows[place])
-
-    def fetch(self, rows: list[int]) -> list[Record]:
-        """The records of these rows."""
-        found = self.rows[rows]
-        return [as_record({name: found[name][n] for name in found}) for n in range(len(rows))]
-
-    def ids(self, rows: np.ndarray) -> list[str]:
-        """The ids in the file of these rows."""
-        return self.rows.data.column("id").take(pa.array(rows)).to_pylist()
-
-    def columns(self) -> Columns:
-        """The numbers of all rows."""
-        table = self.rows.data
-        arrays = {name: table.column(name).to_numpy().copy() for name in NUMBERS}
-        counts = [chunk.value_lengths().to_numpy() for chunk in table.column("responses").chunks]
-        return _columns(arrays, np.concatenate([np.zeros(0, dtype=np.int64), *counts]))
-
-
-def as_record(row: dict[str, Any]) -> Record:
+def as_record(row: Mapping[str, Any]) -> Record:
     """A row of the file as a record."""
     return Record(
         id=row["id"],
@@ -216,49 +163,18 @@ def as_record(row: dict[str, Any]) -> Record:
     )
 
 
-def as_row(record: Record, split_seed: int) -> dict[str, Any]:
-    """A record as a row of the file; one without an id gets a hash of its texts."""
-    own_id = bool(record.id)
-    if not own_id:
-        record = replace(record, id=content_id(record.query, record.responses))
-    return {
-        "id": record.id,
-        "query": record.query,
-        "responses": record.responses,
-        "preferences": [vars(preference) for preference in record.preferences],
-        "scores": record.scores,
-        "messages": [vars(message) for message in record.messages],
-        "desirable": record.desirable,
-        "place": record.place,
-        "own_id": own_id,
-        **describe(record, split_seed),
-    }
+def as_records(columns: Mapping[str, Sequence[Any]]) -> list[Record]:
+    """A batch of rows as records."""
+    return [as_record(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
 
-def write_records(records: Iterable[Record], file: Path, split_seed: int) -> int:
-    """Writes the records to a file, one batch in memory at a time; how many there were."""
-    count = 0
-    rows: list[dict[str, Any]] = []
+def write_records(records: Iterable[Record], file: Path, split_seed: int) -> None:
+    """Writes records with ids to a file, one batch in memory at a time."""
+    rows = ({**vars(record), **_plain(record), **describe(record, split_seed)} for record in records)
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-        for record in records:
-            rows.append(as_row(record, split_seed))
-            if len(rows) == ROWS_PER_BATCH:
-                writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
-                count, rows = count + len(rows), []
-        writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
-    return count + len(rows)
+        for batch in iter(lambda: list(islice(rows, ROWS_PER_BATCH)), []):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
 
 
-def repeated_ids(mapped: MappedRecords, columns: Columns) -> dict[int, list[int]]:
-    """Rows whose id an earlier row has: first row → the later ones, in order."""
-    order = np.argsort(columns.id_key, kind="stable")
-    sorted_keys = columns.id_key[order]
-    same = np.flatnonzero(sorted_keys[1:] == sorted_keys[:-1])
-    suspects = np.unique(np.concatenate([order[same], order[same + 1]])).astype(np.int64)
-    firsts: dict[str, int] = {}
-    repeated: dict[int, list[int]] = {}
-    for row, name in zip(suspects.tolist(), mapped.ids(suspects), strict=True):
-        first = firsts.setdefault(name, row)
-        if first != row:
-            repeated.setdefault(first, []).append(row)
-    return repeated
+def _plain(record: Record) -> dict[str, Any]:
+    return {name: [vars(entry) for entry in getattr(record, name)] for name in ("preferences", "messages")}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import json
 import logging
 import math
 import os
@@ -25,11 +24,11 @@ import torch.distributed
 from transformers import PreTrainedModel
 
 from rdo.adapters import has_adapter
-from rdo.distributed import from_first, gathered, meet, world
-from rdo.engine import precision_of
+from rdo.distributed import from_first, meet, world
+from rdo.engine.surface import precision_of
 from rdo.engine.torch_engine import foreign
 from rdo.errors import UserError
-from rdo.files import Damaged, DiskFull, check_seal, replace_sealed, synchronize, write_json
+from rdo.files import Damaged, check_zip, move_folder, read_json, replace_file, synchronize, write_json
 from rdo.schema import EngineConfig
 
 T = TypeVar("T")
@@ -83,7 +82,7 @@ class ZeroEngine:
         if stage_of(config.name) == 3:
             for weight in used_elsewhere(model):
                 deepspeed.zero.register_external_parameter(root, weight)
-        self.engine.checkpoint_engine = sealed_files(deepspeed)()
+        self.engine.checkpoint_engine = own_files()()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -107,8 +106,6 @@ class ZeroEngine:
         if world().first:
             shutil.rmtree(temporary, ignore_errors=True)
         meet()
-        files = self.engine.checkpoint_engine
-        files.failure = None
         self.engine.save_checkpoint(
             str(temporary),
             tag="state",
@@ -116,60 +113,42 @@ class ZeroEngine:
             save_latest=False,
             exclude_frozen_parameters=True,
         )
-        failures = gathered([files.failure] if files.failure else [])
-        if not failures and (failure := from_first(lambda: self.complete(temporary, path, step))):
-            failures = [failure]
-        if failures:
-            if world().first:
-                shutil.rmtree(temporary, ignore_errors=True)
-            meet()
-            raise DiskFull(failures[0])
-
-    def complete(self, temporary: Path, path: Path, step: int) -> str | None:
-        """Gives a checkpoint its name when every process has written its part; what is wrong where that cannot be."""
-        described = {"engine": self.name, "processes": world().size, "step": step, "precision": str(self.precision)}
-        described["files"] = sorted(file.name for file in (temporary / "state").iterdir())
-        try:
-            write_json(temporary / DESCRIPTION, described)
-            synchronize(temporary / "state")
+        meet()
+        if world().first:
+            files = sorted(file.name for file in (temporary / "state").iterdir())
+            write_json(temporary / DESCRIPTION, {**self.described(), "step": step, "files": files})
             synchronize(temporary)
-            shutil.rmtree(path, ignore_errors=True)
-            temporary.rename(path)
-            synchronize(path.parent)
-        except DiskFull as error:
+            move_folder(temporary, path)
+
+    def described(self) -> dict[str, Any]:
+        """What a checkpoint and the run that takes it up must have in common."""
+        return {"engine": self.name, "processes": world().size, "precision": str(self.precision)}
+
+    def damage_of(self, path: Path) -> str | None:
+        """What of a checkpoint is not as it was written, if anything."""
+        try:
+            for name in read_json(path / DESCRIPTION)["files"]:
+                check_zip(path / "state" / name)
+        except (Damaged, OSError, ValueError, LookupError, TypeError) as error:
             return str(error)
         return None
 
     def load(self, path: Path) -> int:
-        damage = from_first(lambda: self.examine(path))
-        if damage:
+        if damage := from_first(lambda: self.damage_of(path)):
             raise Damaged(damage)
-        try:
-            loaded, state = self.engine.load_checkpoint(str(path), tag="state", load_module_strict=False)
-        except (RuntimeError, KeyError, ValueError, AssertionError) as error:
-            raise foreign(path, str(error)) from error
-        if loaded is None:
-            raise Damaged("DeepSpeed finds no checkpoint in it")
-        torch.set_rng_state(state["random"].cpu())
-        return int(state["step"])
-
-    def examine(self, path: Path) -> str | None:
-        """What is damaged of a checkpoint, if anything. Raises UserError where it cannot be taken up by this run."""
-        try:
-            described = json.loads((path / DESCRIPTION).read_text())
-            for name in described["files"]:
-                check_seal(path / "state" / name)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return f"its {DESCRIPTION} cannot be read ({type(error).__name__})"
-        except Damaged as reason:
-            return str(reason)
-        for what, here in (("engine", self.name), ("processes", world().size), ("precision", str(self.precision))):
-            if described[what] != here:
+        there = read_json(path / DESCRIPTION)
+        for what, here in self.described().items():
+            if there[what] != here:
                 raise UserError(
-                    f"{path} was saved with {what} {described[what]}, and this run has {here}: start it with the same "
+                    f"{path} was saved with {what} {there[what]}, and this run has {here}: start it with the same "
                     f"as before, or delete {path.parent}, and the same command starts from step 0"
                 )
-        return None
+        try:
+            _, state = self.engine.load_checkpoint(str(path), tag="state", load_module_strict=False)
+        except (RuntimeError, KeyError, ValueError, AssertionError) as error:
+            raise foreign(path, str(error)) from error
+        torch.set_rng_state(state["random"].cpu())
+        return int(state["step"])
 
     def full_state(self) -> dict[str, torch.Tensor] | None:
         from deepspeed.runtime.zero import GatheredParameters
@@ -248,28 +227,14 @@ def used_elsewhere(model: PreTrainedModel) -> list[torch.nn.Parameter]:
 
 
 @cache
-def sealed_files(deepspeed: Any) -> type:
-    """DeepSpeed's way of writing checkpoint files, with seals."""
-    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+def own_files() -> type:
+    """DeepSpeed's way of writing and reading checkpoint files, but each whole or not at all, and running no code."""
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-    class SealedFiles(CheckpointEngine):
-        """A full disk is kept in `failure`, for all processes must go through the whole of DeepSpeed's saving."""
-
-        def __init__(self) -> None:
-            self.failure: str | None = None
-
-        def create(self, info: Any) -> None:
-            pass
-
-        def commit(self, info: Any) -> None:
-            pass
-
+    class OwnFiles(TorchCheckpointEngine):
         def save(self, state_dict: Any, path: str) -> None:
-            try:
-                with replace_sealed(Path(path)) as file:
-                    torch.save(state_dict, file)  # type: ignore[arg-type]
-            except UserError as error:
-                self.failure = str(error)
+            with replace_file(Path(path)) as temporary:
+                torch.save(state_dict, temporary)
 
         def load(self, path: str, map_location: Any = None) -> Any:
             classes = []
@@ -279,4 +244,4 @@ def sealed_files(deepspeed: Any) -> type:
             with torch.serialization.safe_globals(classes):
                 return torch.load(path, map_location=map_location, weights_only=True)
 
-    return SealedFiles
+    return OwnFiles

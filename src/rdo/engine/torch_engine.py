@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from rdo.adapters import load_trained_state, trained_state
-from rdo.engine import precision_of
+from rdo.engine.surface import precision_of
 from rdo.errors import UserError
-from rdo.files import check_seal, replace_sealed
+from rdo.files import Damaged, check_zip, replace_file
 from rdo.schema import EngineConfig
 
 T = TypeVar("T")
@@ -62,12 +62,15 @@ class TorchEngine:
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
         }
-        with replace_sealed(path) as file:
-            torch.save(state, file)  # type: ignore[arg-type]
+        with replace_file(path) as temporary:
+            torch.save(state, temporary)
 
     def load(self, path: Path) -> int:
-        check_seal(path)
-        state = torch.load(path, map_location=self.model.device, weights_only=True)
+        check_zip(path)
+        try:
+            state = torch.load(path, map_location=self.model.device, weights_only=True)
+        except RuntimeError as error:  # which takes the zip's directory more strictly
+            raise Damaged(str(error)) from error
         try:
             load_trained_state(self.model, state["model"])
             self.optimizer.load_state_dict(state["optimizer"])

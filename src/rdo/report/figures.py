@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rdo.printable import printable
+from rdo.errors import printable
 from rdo.report.results import Row, sweeps, training_curves
 from rdo.report.tables import Number
 

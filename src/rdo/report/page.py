@@ -11,9 +11,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from rdo.errors import printable
 from rdo.evaluation import GENERATIONS
 from rdo.files import read_json_lines
-from rdo.printable import printable
 from rdo.report import figures, tables
 from rdo.report.results import Row, at_equal_kl, difference, sweeps
 from rdo.report.tables import interval, number

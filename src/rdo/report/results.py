@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rdo.artifacts import read_manifest
+from rdo.artifacts import MANIFEST, read_manifest
 from rdo.errors import UserError
 from rdo.evaluation import EVALUATION, GENERATIONS
 from rdo.evaluation.statistics import mean_interval
 from rdo.files import read_json, read_json_lines
-from rdo.lineage import MANIFEST, SUBJECT, determinants
+from rdo.lineage import SUBJECT, determinants
 from rdo.report.tables import Number, as_number
 from rdo.tracking import METRICS
 

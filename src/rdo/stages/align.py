@@ -13,14 +13,13 @@ import torch
 
 from rdo.adapters import choose_trained, lora_settings
 from rdo.alignment import AlignmentRecord, AlignmentTask, Pair, Sample
-from rdo.artifacts import Artifact, produce
+from rdo.artifacts import Artifact, produce, stable_seed
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Record
 from rdo.errors import UserError
 from rdo.objectives import coefficients
 from rdo.objectives.choice import LossChoice, choose_loss
 from rdo.objectives.losses import best_response, rrhf_pairs
-from rdo.plan import stable_seed
 from rdo.run import Run, select
 from rdo.schema import RcConfig
 from rdo.stages.reference import Reference, partners, read_reference, reference
@@ -132,7 +131,7 @@ def train_policy(run: Run, loss: LossChoice, inputs: dict[str, Artifact], folder
     """Gathers pairs, coefficients and reference from the inputs, trains, and saves the policy."""
     config = run.config
     model, tokenizer = run.policy(inputs["base"], trained=True)
-    choose_trained(model, config.model, config.seed)
+    trained = choose_trained(model, config.model, config.seed)
     records, encoded = run.records("train"), run.encoded("train", tokenizer)
     chosen = select(records, config.align)
     read = {kind: read_scores(inputs[kind]) for kind in STAGE_OF if kind in inputs}
@@ -157,8 +156,9 @@ def train_policy(run: Run, loss: LossChoice, inputs: dict[str, Artifact], folder
 
     task = AlignmentTask(ById([labels[n].record_id for n in used], make), loss)
     with run.locating("train"), run.tracker(folder, folder.name) as tracker:
+        tracker.summarize({f"coefficients/{name}": value for name, value in (statistics or {}).items()})
         state = train(task, model, config.align, config.engine, config.seed, folder, tracker, label(loss, config.rc))
-    save_finished(model, tokenizer, folder, config, state)
+    save_finished(trained, tokenizer, folder, config, state)
     return {**finish(folder, model), "coefficients": statistics, "records": len(used), "samples": samples}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rdo.artifacts import Artifact, produce
+from rdo.artifacts import Artifact, produce, stable_seed
 from rdo.data import toy
 from rdo.data.encoding import EncodedRecord, encode
 from rdo.data.records import Record, query_key
@@ -25,19 +25,19 @@ from rdo.errors import UserError
 from rdo.evaluation import EVALUATION, GENERATIONS
 from rdo.evaluation.scorers import evaluate_scorer
 from rdo.evaluation.statistics import empty_estimate, mean_interval, win_tie_lose
-from rdo.files import patiently, read_json_lines, replace_file, write_json
+from rdo.files import read_json_lines, replace_file, write_json
 from rdo.generation import Generation, generate
-from rdo.models import set_layout
-from rdo.plan import stable_seed
 from rdo.progress import progress_bar
 from rdo.run import Run, select
 from rdo.schema import EvalConfig, TrainingConfig
 from rdo.scorers import ComparisonTemplate, Reading, add_difference, add_reward, check_form, read_under
+from rdo.sequences.preparation import set_layout
 from rdo.stages.align import aligned_policy
 from rdo.stages.reference import log_probabilities
 from rdo.stages.score import read_scores, scores
 from rdo.stages.scorer import check_labels, load_kind, scorer
 from rdo.stages.sft import base_policy
+from rdo.stages.shown import show_evaluation
 
 
 def evaluate_scorers(run: Run, kind: str) -> Artifact:
@@ -45,8 +45,10 @@ def evaluate_scorers(run: Run, kind: str) -> Artifact:
     scored = scores(run, kind, run.config.eval.split, both_orders=True, selection=None)
     model = scorer(run, kind)
     settings = {"data": run.data_settings(run.config.eval.split), "seed": run.config.seed}
+    made: list[Path] = []
 
     def make(folder: Path) -> dict[str, Any]:
+        made.append(folder)
         read = read_scores(scored)
         forward, backward, labels, oracle = [], [], [], []
         # By id, so that the coins which show a pair first or second do not depend on the order of the file.
@@ -65,11 +67,14 @@ def evaluate_scorers(run: Run, kind: str) -> Artifact:
         truth = oracle if run.config.dataset.source == "toy" else None
         evaluation = evaluate_scorer(forward, backward, labels, truth, seed=stable_seed(run.config.seed, "order"))
         if world().first:
-            patiently(lambda: write_json(folder / EVALUATION, evaluation), run.config.engine.disk_full_minutes)
+            write_json(folder / EVALUATION, evaluation)
         return {"metric": evaluation["label_accuracy"]["value"]}
 
     inputs = {"scores": scored, "scorer": model}
-    return produce(run.provenance, "eval", f"scorer-{kind}", settings, inputs, make, run.requested == "eval")
+    artifact = produce(run.provenance, "eval", f"scorer-{kind}", settings, inputs, make, run.requested == "eval")
+    if made:
+        show_evaluation(run, artifact)
+    return artifact
 
 
 def evaluate_policy(run: Run, subject: str) -> Artifact:
@@ -98,11 +103,17 @@ def evaluate_policy(run: Run, subject: str) -> Artifact:
         "seed": run.config.seed,
     }
 
+    made: list[Path] = []
+
     def make(folder: Path) -> dict[str, Any]:
+        made.append(folder)
         return write_evaluation(run, inputs, judges, folder)
 
     label = "base" if subject == "base" else policy.folder.name.rsplit("-", 1)[0]
-    return produce(run.provenance, "eval", label, settings, inputs, make, run.requested == "eval")
+    artifact = produce(run.provenance, "eval", label, settings, inputs, make, run.requested == "eval")
+    if made:
+        show_evaluation(run, artifact)
+    return artifact
 
 
 def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -114,9 +125,8 @@ def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: Sequence[str
     model, tokenizer = run.policy(inputs["policy"])
     encoded = run.encoded(config.eval.split, tokenizer)
     prompts = [encoded[n].prompt for n in places]
-    patience, title = config.engine.disk_full_minutes, f"generate {folder.name}"
-    responses = generate(model, tokenizer, prompts, config.eval, config.seed, folder, patience, title)
-    against = read_json_lines(inputs["against"].file(GENERATIONS)) if "against" in inputs else None
+    responses = generate(model, tokenizer, prompts, config.eval, config.seed, folder, f"generate {folder.name}")
+    against = read_json_lines(inputs["against"].folder / GENERATIONS) if "against" in inputs else None
     judged, compared = judge_responses(run, inputs, judges, chosen, responses, against)
     ratios = mean_interval(log_ratios(run, model, inputs.get("base"), prompts, responses))
     unbiased = config.eval.decoding == "sample" and config.eval.temperature == 1.0
@@ -134,8 +144,8 @@ def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: Sequence[str
         "mean_difference_to_base": {judge: mean_interval(values) for judge, values in compared.items()},
     }
     if world().first:
-        patiently(lambda: write_generations(folder / GENERATIONS, chosen, responses, judged), patience)
-        patiently(lambda: write_json(folder / EVALUATION, evaluation), patience)
+        write_generations(folder / GENERATIONS, chosen, responses, judged)
+        write_json(folder / EVALUATION, evaluation)
     return {"metric": next((estimate["value"] for estimate in mean_rewards.values()), None)}
 
 
@@ -257,10 +267,7 @@ def log_ratios(
     run: Run, model: PreTrainedModel, base: Artifact | None, prompts: list[tuple[int, ...]], responses: list[Generation]
 ) -> list[float]:
     """log pi(y) - log pi_base(y) of the policy's own responses, whose mean estimates KL(policy || base), in nats."""
-    items = [
-        (EncodedRecord("", prompt, (response.ids,)), [response.ids])
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
+    items = [(prompt, [response.ids]) for prompt, response in zip(prompts, responses, strict=True)]
     if base is None:
         return [0.0] * len(items)
     own = log_probabilities(run, model, items, "log-probabilities policy")

@@ -15,16 +15,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
-from rdo.artifacts import given
 from rdo.data.encoding import RECORDS_PER_CALL, EncodedRecord, encode_batch
 from rdo.data.loading import INVALID, Splits
 from rdo.data.records import SPLITS, Record
 from rdo.data.table import Records
 from rdo.data.templates import is_dialogue
+from rdo.errors import printable
 from rdo.files import replace_file, write_json
+from rdo.given import given
 from rdo.inspection import cut_at, histogram, label_statistics, summary
 from rdo.pretrained import load_tokenizer
-from rdo.printable import printable
 from rdo.progress import progress_bar
 from rdo.report.figures import COLOURS, style
 from rdo.run import Run, model_path

@@ -22,10 +22,10 @@ from rdo.data.records import Record
 from rdo.data.table import Records
 from rdo.distributed import dealt
 from rdo.errors import UserError
-from rdo.log_probabilities import Item, read_under
-from rdo.models import set_layout
 from rdo.progress import progress_bar
 from rdo.run import Run, select
+from rdo.sequences.forward import Prompted, read_under
+from rdo.sequences.preparation import set_layout
 from rdo.shards import Shards
 from rdo.stages.score import read_table
 from rdo.stages.sft import base_policy
@@ -91,14 +91,14 @@ def write_reference(run: Run, base: Artifact, mismatched: bool, folder: Path) ->
     other = partners(records, chosen) if mismatched else {}
 
     def rows(part: range, bar: tqdm) -> list[tuple[Any, ...]]:
-        items: list[Item] = []
+        items: list[Prompted] = []
         keys: list[tuple[Any, ...]] = []
         for place in chosen[part.start : part.stop]:
             own = encoded[place]
             entries = [(response, False, ids) for response, ids in enumerate(own.responses)]
             if mismatched:
                 entries += [(response, True, ids) for response, ids in enumerate(encoded[other[place]].responses)]
-            items.append((own, [ids for _, _, ids in entries]))
+            items.append((own.prompt, [ids for _, _, ids in entries]))
             keys += [(own.id, response, is_other) for response, is_other, _ in entries]
         values = read_under(bar, model, layout, items, engine.tokens_per_micro_batch)
         return [(*key, value) for key, value in zip(keys, (n for group in values for n in group), strict=True)]
@@ -107,13 +107,13 @@ def write_reference(run: Run, base: Artifact, mismatched: bool, folder: Path) ->
         places = chosen[part.start : part.stop]
         return records.only(np.array(places + [other[n] for n in places if mismatched], int)).ids()
 
-    shards = Shards(folder, TABLE, len(chosen), engine.records_per_shard, engine.disk_full_minutes)
+    shards = Shards(folder, TABLE, len(chosen), engine.records_per_shard)
     with run.locating("train"):
         shards.make("reference log-probabilities", inputs, rows)
     return {"records": len(chosen), "values": shards.join(folder / REFERENCE)}
 
 
-def log_probabilities(run: Run, model: PreTrainedModel, items: Sequence[Item], title: str) -> list[list[float]]:
+def log_probabilities(run: Run, model: PreTrainedModel, items: Sequence[Prompted], title: str) -> list[list[float]]:
     """Log-probability of each response given its record's prompt, without gradients, in the order given. Raises
     Stopped between two batches when the process is asked to stop."""
     engine = run.config.engine

@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from rdo.artifacts import Artifact, damaged, found, produce
+from rdo.artifacts import Artifact, found, produce
 from rdo.data.records import Record
 from rdo.errors import UserError
-from rdo.models import set_layout
 from rdo.run import Run, select
 from rdo.schema import TrainingConfig
 from rdo.scorers import ComparisonTemplate, Reading, add_difference, add_reward, check_form, read_under
+from rdo.sequences.preparation import set_layout
 from rdo.shards import Shards
 from rdo.stages.scorer import load_kind, scorer
 
@@ -197,7 +197,7 @@ def write_scores(
         return [(*key, number) for key, number in zip(keys, numbers, strict=True)]
 
     schema = REWARDS if form == "pointwise" else DIFFERENCES
-    shards = Shards(folder, schema, len(chosen), engine.records_per_shard, engine.disk_full_minutes)
+    shards = Shards(folder, schema, len(chosen), engine.records_per_shard)
     with run.locating(split):
         shards.make(f"score {form} {split}", lambda part: records.only(chosen[part.start : part.stop]).ids(), rows)
     return {"form": form, "records": len(chosen), "values": shards.join(folder / SCORES)}
@@ -205,11 +205,11 @@ def write_scores(
 
 def read_table(artifact: Artifact, name: str) -> dict[str, list[Any]]:
     """The columns of a Parquet file of ours. Raises UserError where it is not what was written."""
-    path = artifact.file(name)
+    path = artifact.folder / name
     try:
         return pq.read_table(path, page_checksum_verification=True).to_pydict()
     except (OSError, pa.ArrowException) as error:
-        raise damaged(artifact.folder, f"{path} cannot be read ({error})") from error
+        raise UserError(f"{path} cannot be read ({error}); delete {artifact.folder}, and run again") from error
 
 
 def read_scores(artifact: Artifact) -> Scores:

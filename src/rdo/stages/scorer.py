@@ -10,11 +10,11 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rdo.adapters import choose_trained, lora_settings
-from rdo.artifacts import Artifact, given, produce
+from rdo.artifacts import Artifact, produce
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
 from rdo.errors import UserError
-from rdo.models import check_vocabulary
+from rdo.given import given
 from rdo.pretrained import load_tokenizer, new_scorer
 from rdo.run import Run, model_path, select
 from rdo.schema import DifferenceConfig, ScorerConfig
@@ -23,6 +23,7 @@ from rdo.stages.sft import base_policy
 from rdo.stages.training import finish, save_finished
 from rdo.tasks import ById, ScorerTask, learns_from
 from rdo.training import train
+from rdo.traits import check_vocabulary
 
 # The two kinds of scorer, by the name that rc and eval.subject call them, and the stage that makes each.
 STAGE_OF: dict[str, str] = {"reward": "rm", "diff": "diffmodel"}
@@ -92,7 +93,7 @@ def train_scorer(run: Run, kind: str, base: Artifact, folder: Path) -> dict[str,
     model = new_scorer(model_path(base), form, config.model, config.seed)
     check_vocabulary(model, tokenizer, model_path(base))
     check_form(model)
-    choose_trained(model, config.model, config.seed)
+    trained = choose_trained(model, config.model, config.seed)
     records, encoded = run.records("train"), run.encoded("train", tokenizer)
     places = select(records, section)
     pairs = [
@@ -114,5 +115,5 @@ def train_scorer(run: Run, kind: str, base: Artifact, folder: Path) -> dict[str,
     task = ScorerTask(ById(keys, make), form, template, *betas, config.seed)
     with run.locating("train"), run.tracker(folder, stage) as tracker:
         state = train(task, run.on_device(model), section, config.engine, config.seed, folder, tracker, stage)
-    save_finished(model, tokenizer, folder, config, state)
+    save_finished(trained, tokenizer, folder, config, state)
     return finish(folder, model)

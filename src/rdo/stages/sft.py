@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 
 from rdo.adapters import choose_trained, lora_settings
-from rdo.artifacts import Artifact, given, produce
+from rdo.artifacts import Artifact, produce
 from rdo.data.records import Record
 from rdo.errors import UserError
-from rdo.models import check_vocabulary
+from rdo.given import given
 from rdo.objectives.losses import best_response
 from rdo.pretrained import load_policy, load_tokenizer, new_policy
 from rdo.run import Run, model_path, select
 from rdo.stages.training import finish, save_finished
 from rdo.tasks import ById, Demonstration, SftTask
 from rdo.training import train
+from rdo.traits import check_vocabulary
 from rdo.vocabulary import make_tokenizer
 
 
@@ -58,12 +59,12 @@ def train_base(run: Run, split: str, folder: Path) -> dict[str, Any]:
         model = load_policy(path, config.model)
         tokenizer = load_tokenizer(path, config.model)
         check_vocabulary(model, tokenizer, path)
-        choose_trained(model, config.model, config.seed)
+        trained = choose_trained(model, config.model, config.seed)
     else:
         if config.model.lora.rank is not None:
             print("[sft] a model from scratch is trained whole; model.lora adapts it in what follows", flush=True)
         tokenizer = make_tokenizer(config.model, training_texts(records))
-        model = new_policy(config.model, tokenizer, config.seed)
+        trained = model = new_policy(config.model, tokenizer, config.seed)
     encoded = run.encoded(split, tokenizer)
 
     def make(number: int) -> Demonstration:
@@ -72,7 +73,7 @@ def train_base(run: Run, split: str, folder: Path) -> dict[str, Any]:
     task = SftTask(ById(ids, make))
     with run.locating(split), run.tracker(folder, "sft") as tracker:
         state = train(task, run.on_device(model), config.sft, config.engine, config.seed, folder, tracker, "sft")
-    save_finished(model, tokenizer, folder, config, state)
+    save_finished(trained, tokenizer, folder, config, state)
     return finish(folder, model)
 
 

@@ -10,28 +10,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rdo import interrupts
 from rdo.distributed import meet, world
-from rdo.files import patiently, read_json_lines
+from rdo.files import read_json_lines
 from rdo.pretrained import save_model
 from rdo.schema import Config
 from rdo.tracking import METRICS
 
 
 def save_finished(
-    model: PreTrainedModel,
+    trained: Any,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     config: Config,
     state: dict[str, torch.Tensor] | None,
 ) -> None:
-    """Saves a trained model in its artifact's folder, waiting for room where the disk is full. The first process does.
+    """Saves a trained model in its artifact's folder; the first process does. A stop waits until the manifest is
+    written, too.
 
-    state: what `train` returned. Raises UserError when that has taken engine.disk_full_minutes. A stop waits until the
-    manifest is written, too.
+    trained: what `choose_trained` returned; state: what `train` did.
     """
     with interrupts.postponed():
         if world().first:
-            merge, patience = config.model.lora.merge, config.engine.disk_full_minutes
-            patiently(lambda: save_model(model, tokenizer, folder / "model", state, merge), patience)
+            save_model(trained, tokenizer, folder / "model", state, config.model.lora.merge)
         meet()
 
 

@@ -1,0 +1,163 @@
+"""The row formats: which of them a row is in, and its records, or what is wrong with it."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import AliasChoices, ValidationError
+
+from rdo.data import candidates, pairs, verdicts  # which register their formats
+from rdo.data.chat import ALIASES
+from rdo.data.columns import Row, RowError, row_error, shown
+from rdo.data.pairs import PROMPTS
+from rdo.data.records import Record
+from rdo.data.templates import ASSISTANT
+
+__all__ = ["FORMATS", "candidates", "columns_read", "find_format", "pairs", "read_row", "structured", "verdicts"]
+
+FORMATS = Row.layouts
+# Columns that may hold a query: beside texts `chosen` and `rejected` they mean that these do not hold it, too.
+QUERIES = ("context", "history", "post")
+# What a table makes of messages when they are written as text.
+WRITTEN_OUT = re.compile(r"\s*\[?\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
+
+
+def read_row(row: dict[str, Any], format: str, place: str) -> list[Record]:
+    """The records of a row, at least one. Raises RowError, which names place and field."""
+    layout = _layout(row, format)
+    try:
+        for names in needed(layout):
+            if all(row.get(name) is None for name in names):
+                field = next((name for name in names if name in row), names[0])
+                raise RowError(field, f"missing; a row of format '{format}' needs {in_words(format)}")
+        return layout.model_validate(row).records()
+    except ValidationError as error:
+        raise row_error(error).at(place) from error
+    except RowError as error:
+        raise error.at(place) from error
+
+
+def find_format(row: dict[str, Any], place: str) -> str:
+    """The format whose required columns are all there, the one with most of them; a column that is null is not.
+
+    Where two formats share their columns, the values decide. Raises RowError if no format fits, if several do, and for
+    rows that only look like those of one.
+    """
+    try:
+        return _find_format(row)
+    except RowError as error:
+        raise error.at(place) from error
+
+
+def _find_format(row: dict[str, Any]) -> str:
+    present = {name for name, value in row.items() if value is not None}
+    columns = f"columns [{', '.join(shown(name) for name in sorted(map(str, present))[:20])}]"
+    found, size = _fitting(present)
+    if _fitting({str(name).strip().lower() for name in present})[1] > size:
+        raise RowError("", f"{columns} are in other letters, or with spaces around; rename them")
+    if found == ["hh", "trl_implicit"] or (found == ["trl"] and "prompt" not in row):
+        found = [_format_of_pair(row)]
+    if not found:
+        known = "; ".join(f"{name}: {in_words(name)}" for name in FORMATS)
+        raise RowError("", f"{columns} fit no known format ({known}); rename them")
+    if len(found) > 1:
+        raise RowError("", f"{columns} fit {' and '.join(found)}; set dataset.format to the one that is meant")
+    for column in {"prompt", "completion", "chosen", "rejected", "conversations"} & present:
+        if isinstance(row[column], str) and WRITTEN_OUT.match(row[column]):
+            way_out = (
+                f"store the rows as JSON lines or Parquet, or set dataset.format={found[0]} if it is meant as text"
+            )
+            raise RowError(column, f"is messages written out as text; {way_out}")
+    return found[0]
+
+
+def in_words(format: str) -> str:
+    """The required columns of a format."""
+    return " | ".join(", ".join(" or ".join(names) for names in needed(layout)) for layout in FORMATS[format])
+
+
+def columns_read(row: dict[str, Any], format: str) -> set[str]:
+    """The columns of a row that the format looks at."""
+    layout = _layout(row, format)
+    return {name for name in row if name in fields(layout) or (layout.reads and layout.reads.fullmatch(str(name)))}
+
+
+def structured(row: dict[str, Any], format: str) -> set[str]:
+    """The columns of a row of text cells that are no text, but JSON."""
+    return {name for name, is_text in fields(_layout(row, format)).items() if not is_text}
+
+
+@cache
+def fields(layout: type[Row]) -> dict[str, bool]:
+    """Every column of a layout, and whether it may hold a text."""
+    return {
+        n: _may_be_text(f.annotation) for k, f in layout.model_fields.items() for n in _names(k, f.validation_alias)
+    }
+
+
+@cache
+def needed(layout: type[Row]) -> list[tuple[str, ...]]:
+    """The names of each required column, one of which must be there."""
+    required = [_names(key, f.validation_alias) for key, f in layout.model_fields.items() if f.is_required()]
+    return [*required, layout.either] if layout.either else required
+
+
+def _names(key: str, alias: object) -> tuple[str, ...]:
+    return tuple(map(str, alias.choices)) if isinstance(alias, AliasChoices) else (str(alias or key),)
+
+
+def _may_be_text(kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return any(isinstance(value, str) for value in get_args(kind))
+    inner = get_args(kind)[:1] if get_origin(kind) is Annotated else get_args(kind)
+    return kind is str or (get_origin(kind) is not list and any(map(_may_be_text, inner)))
+
+
+def _missing(layout: type[Row], present: set[str]) -> int:
+    return sum(present.isdisjoint(names) for names in needed(layout))
+
+
+def _layout(row: dict[str, Any], format: str) -> type[Row]:
+    """The layout of the format that the row is in, or the one of which least is missing."""
+    if len(FORMATS[format]) == 1:
+        return FORMATS[format][0]
+    present = {name for name, value in row.items() if value is not None}
+    return min(FORMATS[format], key=lambda layout: _missing(layout, present))
+
+
+def _fitting(present: set[str]) -> tuple[list[str], int]:
+    """The formats with most columns among those whose required columns are all there, and how many these are."""
+    fitting = ((name, x) for name, layouts in FORMATS.items() for x in layouts if not _missing(x, present))
+    sizes: dict[str, int] = {}
+    for name, layout in fitting:
+        sizes[name] = max(sizes.get(name, 0), len(needed(layout)))
+    largest = max(sizes.values(), default=0)
+    return [name for name, size in sizes.items() if size == largest], largest
+
+
+def _format_of_pair(row: dict[str, Any]) -> str:
+    """The format of a row of chosen and rejected without a prompt, at least not in a column of this name."""
+    both = (row["chosen"], row["rejected"])
+    texts = [value for value in both if isinstance(value, str)]
+    if any(ASSISTANT in value for value in texts):
+        return "hh"
+    if texts and "prompt" in row:  # the column is there, and only this row's is null
+        return "trl"
+    asked = next((name for name in PROMPTS if name in row), "prompt")
+    if row.get(asked) is not None and (asked == "conversations" or not all(map(_is_whole, both))):
+        return "trl"
+    others = [name for name in QUERIES if name in row]
+    if texts and others:
+        problem = "the query seems to stand here, not in the texts 'chosen' and 'rejected'; rename it to 'prompt'"
+        raise RowError(others[0], f"{problem}, or set dataset.format=trl_implicit to take it from how they begin")
+    return "trl_implicit"
+
+
+def _is_whole(value: object) -> bool:
+    """Whether a value is a list of messages that holds the query, too: one that does not begin with the reply."""
+    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
+        return False
+    role = value[0].get("role") or value[0].get("from")
+    return ALIASES.get(str(role), role) != "assistant"

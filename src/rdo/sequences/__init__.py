@@ -1,0 +1,1 @@
+"""Token sequences with shared prefixes, through a model: layouts, attention, read-outs."""

@@ -1,0 +1,121 @@
+"""A micro-batch through a model: hidden states, and what is read off policies and scorers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from rdo import interrupts
+from rdo.errors import UserError
+from rdo.sequences.attention import make_plan
+from rdo.sequences.devices import to_device
+from rdo.sequences.layout import Forest, Layout, LayoutName, TokenIds, make_layout
+from rdo.sequences.packing import pack
+from rdo.sequences.readout import Scalar, Span, combine, in_full_precision, scalar_values, span_log_probabilities
+
+# A prompt, and the responses that are read under it.
+Prompted = tuple[TokenIds, Sequence[TokenIds]]
+
+
+def hidden_states(model: PreTrainedModel, layout: Layout) -> torch.Tensor:
+    """Last hidden states of a micro-batch, [rows, width], in the order that `layout.index` speaks of."""
+    backbone = model.base_model
+    check_positions(model, max(map(len, layout.sequences)))
+    check_ids(model, layout)
+    device = model.device
+    if isinstance(layout, Forest):
+        output = backbone(
+            input_ids=to_device(layout.ids[None], device),
+            position_ids=to_device(layout.positions[None], device),
+            use_cache=False,
+            forest=make_plan(model.config._attn_implementation or "", layout, device),
+        )
+        return output.last_hidden_state[0]
+    ids, mask = to_device(layout.ids, device), to_device(layout.mask, device)
+    output = backbone(input_ids=ids, attention_mask=mask, use_cache=False)
+    return output.last_hidden_state.flatten(0, 1)
+
+
+def read_log_probabilities(
+    model: PreTrainedModel, layout: Layout, spans: Sequence[Span]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed log-probabilities [spans] and token counts [spans] under a causal language model."""
+    return span_log_probabilities(hidden_states(model, layout), model.get_output_embeddings(), layout, spans)
+
+
+def read_scalars(model: PreTrainedModel, layout: Layout, values: Sequence[Sequence[Scalar]]) -> torch.Tensor:
+    """Values [values] of a scorer; an encoder pools by its own rule and is read once a sequence."""
+    head = decoder_head(model)
+    if head is not None:
+        return scalar_values(hidden_states(model, layout), head, layout, values)
+    if isinstance(layout, Forest):
+        raise UserError(f"{type(model).__name__} cannot run in a forest; use engine.layout=flat")
+    check_positions(model, max(map(len, layout.sequences)))
+    check_ids(model, layout)
+    ids, mask = to_device(layout.ids, model.device), to_device(layout.mask, model.device)
+    outputs = model(input_ids=ids, attention_mask=mask).logits
+    rows = to_device(np.array([read.sequence for value in values for read in value]), model.device)
+    return combine(in_full_precision(outputs[rows]), values)
+
+
+def read_under(
+    bar: tqdm, model: PreTrainedModel, layout: LayoutName, items: Sequence[Prompted], budget: int
+) -> list[list[float]]:
+    """Log-probability of each response given its prompt, in the order given, under a bar that counts items.
+    Raises Stopped between two batches when the process is asked to stop."""
+    sequences = [[(*prompt, *ids) for ids in responses] for prompt, responses in items]
+    results: list[list[float]] = [[] for _ in items]
+    with torch.no_grad():
+        for batch in pack(sequences, layout, budget):
+            interrupts.check()
+            flat = [ids for n in batch for ids in sequences[n]]
+            starts = [len(items[n][0]) for n in batch for _ in sequences[n]]
+            spans = [Span(number, start) for number, start in enumerate(starts)]
+            numbers = read_log_probabilities(model, make_layout(layout, flat), spans)[0].tolist()
+            for n in batch:
+                results[n], numbers = numbers[: len(sequences[n])], numbers[len(sequences[n]) :]
+            bar.update(len(batch))
+    return results
+
+
+def decoder_head(model: PreTrainedModel) -> torch.nn.Linear | None:
+    """A scorer's head where it sits on a causal decoder, so that it may be read at any position; else None."""
+    head: Any = getattr(model, "score", None)
+    if hasattr(head, "modules_to_save"):  # peft's wrapper of what is trained whole beside an adapter
+        head = head.modules_to_save["default"]
+    return head if isinstance(head, torch.nn.Linear) else None
+
+
+def is_decoder_scorer(model: PreTrainedModel) -> bool:
+    """Whether a scorer's head sits on a causal decoder."""
+    return decoder_head(model) is not None
+
+
+def check_positions(model: PreTrainedModel, longest: int, remedy: str = "lower dataset.max_length") -> None:
+    """Raises UserError where a sequence has more tokens than the model has positions for."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"a sequence of {longest} tokens, but {type(model).__name__} takes {positions}; {remedy} (the difference "
+            "model reads the query and both responses, up to twice dataset.max_length)"
+        )
+
+
+def check_ids(model: PreTrainedModel, layout: Layout) -> None:
+    """Raises UserError for an id that the model has no embedding for, which would end in an index out of range."""
+    rows, largest = len(input_embeddings(model)), int(layout.ids.max())
+    if largest >= rows:
+        raise UserError(
+            f"the token id {largest}, but {model.name_or_path or type(model).__name__} has {rows} embeddings only: its "
+            "tokenizer belongs to another model"
+        )
+
+
+def input_embeddings(model: PreTrainedModel) -> torch.Tensor:
+    """The matrix [ids, width] that token ids are looked up in."""
+    return model.get_input_embeddings().get_parameter("weight")

@@ -1,0 +1,87 @@
+"""What wandb shows of a finished evaluation: numbers and tables, handed to the tracker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rdo import tracking
+from rdo.artifacts import Artifact
+from rdo.distributed import world
+from rdo.evaluation import EVALUATION, GENERATIONS
+from rdo.files import read_json, read_json_lines
+from rdo.lineage import swept
+from rdo.run import Run
+
+SAMPLES = 256  # rows of the table of samples
+Table = tuple[list[str], list[list[Any]]]
+
+
+def show_evaluation(run: Run, artifact: Artifact) -> None:
+    """Shows a finished evaluation in wandb, if tracker=wandb. `made` in its config holds what sweeps run over, where it
+    has an effect on it; the rest of the config is that of the job that came first."""
+    if run.config.tracker.name != "wandb" or not world().first:
+        return
+    manifest, evaluation = artifact.manifest(), read_json(artifact.folder / EVALUATION)
+    settings, _ = swept(run.provenance.run_dir, manifest)
+    made = {name.rpartition(".")[2]: value for name, value in settings.items()}
+    tables = scorer_shown(evaluation) if "label_accuracy" in evaluation else policy_shown(artifact, evaluation)
+    rows = [[name, *map(value.get, ("value", "low", "high", "count"))] for name, value in estimates(evaluation)]
+    tables["tables/evaluation"] = ["quantity", "value", "low", "high", "count"], rows
+    tracking.show(
+        run.config.tracker,
+        artifact.folder,
+        {**run.provenance.config, "made": made},
+        numbers(evaluation) | main_reward(manifest, evaluation),
+        tables,
+    )
+
+
+def estimates(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """All estimates with their intervals in nested results, by their paths: "rewards/oracle"."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and {"value", "low", "high", "count"} <= value.keys():
+            yield f"{prefix}{name}", value
+        elif isinstance(value, Mapping):
+            yield from estimates(value, f"{prefix}{name}/")
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Every estimate with the ends of its interval, where it has a value, and the plain numbers beside them."""
+    found = {name: value for name, value in values.items() if type(value) in (int, float)}
+    for name, value in estimates(values):
+        ends = {name: value["value"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
+        found |= {end: number for end, number in ends.items() if number is not None}
+    return found
+
+
+def main_reward(manifest: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """An aligned policy's mean reward by the first of eval.judges that gives rewards, under one name for every data
+    set. The base policy has none: it is no point of a sweep."""
+    judges = manifest["settings"]["judges"] if "base" in manifest["inputs"] else []
+    rewards = [evaluation["rewards"][judge] for judge in judges if judge in evaluation["rewards"]]
+    return numbers({"reward": rewards[0]}) if rewards else {}
+
+
+def policy_shown(artifact: Artifact, evaluation: Mapping[str, Any]) -> dict[str, Table]:
+    """Samples with their rewards, and wins against the base policy."""
+    lines = read_json_lines(artifact.folder / GENERATIONS)[:SAMPLES]
+    judges, names = list(evaluation["rewards"]), ["id", "query", "response", "stopped"]
+    samples = [[*map(line.get, names), *(line["rewards"][judge] for judge in judges)] for line in lines]
+    tables: dict[str, Table] = {"tables/samples": ([*names, *(f"reward/{judge}" for judge in judges)], samples)}
+    if compared := evaluation["against_base"]:
+        parts = ("win", "tie", "lose")
+        rows = [[judge, *(counts[part]["value"] for part in parts)] for judge, counts in compared.items()]
+        tables["tables/against_base"] = ["judge", *parts], rows
+    return tables
+
+
+def scorer_shown(evaluation: Mapping[str, Any]) -> dict[str, Table]:
+    """Accuracy in the four quarters of |R|."""
+    columns = ["quarter of |R|", "low", "high", "pairs", "label accuracy", "oracle accuracy"]
+    rows = [
+        [quarter, *map(part.get, ("low", "high", "count")), part["label_accuracy"]["value"], oracle and oracle["value"]]
+        for quarter, part in enumerate(evaluation["by_confidence"], start=1)
+        for oracle in [part["oracle_accuracy"]]
+    ]
+    return {"tables/by_confidence": (columns, rows)}

@@ -1,0 +1,88 @@
+"""What the rest must know of a model, or change in it: its head, its dropout, its vocabulary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rdo.errors import UserError
+from rdo.sequences.forward import input_embeddings
+from rdo.sequences.preparation import TRIAL
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """Turns dropout off for good, in training mode too: it would put noise into every log-ratio."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    for name, value in list(vars(model.config).items()):
+        if "drop" in name and isinstance(value, float):
+            setattr(model.config, name, 0.0)
+    return model.eval()
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Gradient checkpointing: layers keep their inputs alone, and run once more in the backward pass.
+
+    transformers does so in layers in training mode only, and these alone are put there; the model stays in evaluation
+    mode otherwise (`eval()` takes all of it back). Raises UserError where a model has no such layers.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers or not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"engine.gradient_checkpointing=true: {type(model).__name__} has no layers that can be run again; leave it "
+            "out, and lower engine.tokens_per_micro_batch"
+        )
+    # Before transformers 5.23 it had the second name, of which that warns.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    # What it adds for frozen embeddings, only reentrant checkpointing needs: inputs that require gradients.
+    model.disable_input_require_grads()
+    for layer in layers:
+        layer.training = True
+
+
+def head_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """Parameters of a scorer's head: those with their own learning rate."""
+    names = head_names(model)
+    return [parameter for name, parameter in model.named_parameters() if name in names]
+
+
+def head_names(model: PreTrainedModel) -> set[str]:
+    """Names of the scalar head's parameters: `score` on decoders, the last `classifier` layer on encoders."""
+    names = {name for name, _ in model.named_parameters()}
+    for head in ("score.", "classifier.out_proj.", "classifier."):
+        found = {name for name in names if name.startswith(head)}
+        if found:
+            return found
+    return set()
+
+
+def beside_backbone(model: PreTrainedModel, name: str) -> bool:
+    """Whether a weight is a head's, or one that pools for it: what a pre-trained backbone brings not."""
+    return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Raises UserError where the tokenizer knows ids that the model has no embedding for."""
+    rows = len(input_embeddings(model))
+    if len(tokenizer) > rows:
+        raise UserError(f"{path}: the tokenizer has {len(tokenizer)} ids, the model only {rows} embeddings")
+
+
+def check_logits(model: PreTrainedModel, path: str | Path) -> None:
+    """Raises UserError where the model's logits are not what its output embeddings make of its last hidden states."""
+    head = model.get_output_embeddings()
+    ids = torch.tensor([[token % len(input_embeddings(model)) for token in TRIAL[0]]], device=model.device)
+    with torch.no_grad():
+        wanted = model(input_ids=ids, use_cache=False).logits
+        hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+        ours = None if head is None or hidden is None else head(hidden)
+    if ours is None or not float((ours - wanted).float().norm()) <= 1e-4 * float(wanted.float().norm()):
+        raise UserError(f"model.path={path}: {type(model).__name__} changes its logits around the head: not supported")
