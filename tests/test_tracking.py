@@ -76,7 +76,7 @@ def test_only_the_first_process_writes(tmp_path, offline, monkeypatch, config):
         tracker.log(1, {"loss": 0.5})
         tracker.summarize({"mean": 1.0})
         tracker.synchronize()
-    tracking.show(config, tmp_path, {}, {"reward": 1.0}, {}, {})
+    tracking.show(config, tmp_path, {}, {"reward": 1.0}, {})
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 

@@ -26,7 +26,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[^/\\.][^/\\]{0,99}$")]
 Template = Literal["raw", "hh", "alpaca", "tldr", "chat"]
 DifferenceForm = Literal["paper", "antisymmetric", "residual"]
 Negative = Literal["clip", "abs", "flip", "floor", "error"]
-Kernel = Literal["auto", "rectangles", "spans", "varlen", "flex"]
+Kernel = Literal["auto", "rectangles", "spans", "varlen"]
 Stage = Literal["sft", "rm", "diffmodel", "score", "align", "eval", "report", "inspect"]
 Judge = Literal["oracle", "reward", "diff"]
 
