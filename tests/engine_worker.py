@@ -15,13 +15,13 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "src"), str(Path(__file__).paren
 
 from made_tasks import encoded, make_task
 from rdo import distributed
-from rdo.adapters import choose_trained, trained_state
-from rdo.engine import deepspeed_engine
 from rdo.files import read_json_lines
+from rdo.models.lora import choose_trained, trained_state
+from rdo.models.scorers import FORMS
 from rdo.schema import EngineConfig, LoraConfig, ModelConfig, ScorerConfig, TrackerConfig
-from rdo.scorers import FORMS
 from rdo.tracking import METRICS, Tracker
-from rdo.training import train
+from rdo.training.engine import deepspeed_engine
+from rdo.training.loop import train
 from test_training import model_of
 
 RECORDS, BATCH, EPOCHS = 10, 4, 2

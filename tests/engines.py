@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from rdo.checkpoints import Checkpoints
-from rdo.engine.torch_engine import TorchEngine
 from rdo.schema import EngineConfig
-from rdo.step import Task, deal_step, training_step
+from rdo.training.checkpoints import Checkpoints
+from rdo.training.engine.torch_engine import TorchEngine
+from rdo.training.step import Task, deal_step, training_step
 
 
 class PlainEngine:

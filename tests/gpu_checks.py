@@ -22,7 +22,7 @@ import emulated
 import rdo.sequences.kernels.varlen
 from helpers import policy, relative_error, scorer, tree, words
 from made_tasks import SETTINGS, encoded, make_task
-from rdo.engine.torch_engine import TorchEngine
+from rdo.models.traits import recompute_activations
 from rdo.schema import EngineConfig
 from rdo.sequences.attention import OBSTACLES, attention_name, choose_kernel
 from rdo.sequences.devices import to_device
@@ -31,8 +31,8 @@ from rdo.sequences.kernels.varlen import HALF
 from rdo.sequences.layout import LayoutName, make_layout
 from rdo.sequences.preparation import head_width, set_layout
 from rdo.sequences.readout import LOGITS_BUDGET, Span, span_log_probabilities
-from rdo.step import deal_step, training_step
-from rdo.traits import recompute_activations
+from rdo.training.engine.torch_engine import TorchEngine
+from rdo.training.step import deal_step, training_step
 
 # The dtype of the weights, and of autocast where it is on.
 MODES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {

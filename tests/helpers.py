@@ -26,8 +26,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from rdo.traits import without_dropout
-from rdo.vocabulary import train_byte_pair
+from rdo.models.tokenizers import train_byte_pair
+from rdo.models.traits import without_dropout
 
 torch.set_num_threads(1)
 

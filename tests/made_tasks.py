@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 
-from rdo.alignment import AlignmentRecord, AlignmentTask, Pair
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
+from rdo.models.scorers import ComparisonTemplate
 from rdo.objectives.choice import choose_loss
 from rdo.objectives.losses import rrhf_pairs
-from rdo.scorers import ComparisonTemplate
-from rdo.tasks import ById, Demonstration, ScorerTask, SftTask, learns_from
+from rdo.training.alignment import AlignmentRecord, AlignmentTask, Pair
+from rdo.training.tasks import ById, Demonstration, ScorerTask, SftTask, learns_from
 
 SETTINGS = {
     "dpo": {"name": "dpo", "beta": 0.2},

@@ -418,7 +418,7 @@ def out_of_memory(folder: Path, patch: pytest.MonkeyPatch) -> None:
     def step(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    patch.setattr("rdo.training.training_step", step)
+    patch.setattr("rdo.training.loop.training_step", step)
 
 
 def write_breads(folder: Path) -> None:

@@ -21,14 +21,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-import rdo.adapters
+import rdo.models.lora
 from helpers import TEXTS, configuration, from_configuration, policy, relative_error, scorer, tokenizer
-from rdo.adapters import choose_trained, load_trained_state, trained_state
 from rdo.errors import UserError
-from rdo.given import given
-from rdo.pretrained import load_policy, load_scorer, load_tokenizer, new_scorer, save_model
+from rdo.models.given import given
+from rdo.models.lora import choose_trained, load_trained_state, trained_state
+from rdo.models.pretrained import load_policy, load_scorer, load_tokenizer, new_scorer, save_model
+from rdo.models.scorers import check_form
+from rdo.models.traits import head_names
 from rdo.schema import LoraConfig, ModelConfig
-from rdo.scorers import check_form
 from rdo.sequences.forward import read_log_probabilities, read_scalars
 from rdo.sequences.layout import make_layout
 from rdo.sequences.preparation import set_layout
@@ -37,7 +38,6 @@ from rdo.stages.align import aligned_policy
 from rdo.stages.eval import evaluate_policy
 from rdo.stages.scorer import scorer as scorer_artifact
 from rdo.stages.sft import base_policy
-from rdo.traits import head_names
 from tiny import tiny_run
 
 TOKENIZER = tokenizer()
@@ -374,7 +374,7 @@ def test_models_are_saved_from_a_given_state(
         model = kept = made.get(name, lambda: policy(name))()
         set_layout(model, "auto")
     if name == "sharded":
-        monkeypatch.setattr("rdo.pretrained.LARGEST_FILE", "20KB")
+        monkeypatch.setattr("rdo.models.pretrained.LARGEST_FILE", "20KB")
     wanted = saved(kept, tmp_path / "wanted", **how)
     assert (wanted / "model.safetensors.index.json").exists() == (name == "sharded")
     # Each name a tensor of its own: those of tied weights are two here.
@@ -430,7 +430,7 @@ def test_stages_that_go_on_from_an_adapter(tmp_path: Path):
 
 def test_peft_is_imported_only_where_an_adapter_is():
     """It takes most of a second, which no other command should wait for."""
-    code = "import sys, rdo.main, rdo.stages.align; print('rdo.adapters' in sys.modules, 'peft' in sys.modules)"
-    source = Path(rdo.adapters.__file__).parents[1]
+    code = "import sys, rdo.main, rdo.stages.align; print('rdo.models.lora' in sys.modules, 'peft' in sys.modules)"
+    source = Path(rdo.models.lora.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True, text=True)
     assert done.stdout.split() == ["True", "False"]

@@ -13,10 +13,10 @@ from rdo import checks
 from rdo.checks import CONF, compose_config, setting_names, sweep_points, without_effect
 from rdo.data.templates import TEMPLATES
 from rdo.errors import UserError
+from rdo.models.scorers import DIFFERENCE_FORMS
 from rdo.objectives.choice import choose_loss
 from rdo.objectives.coefficients import NEGATIVE
 from rdo.schema import Config, DifferenceForm, Kernel, Negative, Template
-from rdo.scorers import DIFFERENCE_FORMS
 from rdo.sequences.attention import KERNELS
 
 GROUPS = {

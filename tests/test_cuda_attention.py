@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import rdo.models
 import torch
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+import rdo.models
 import rdo.sequences.kernels.varlen
 from emulated import varlen_attn, varlen_attn_of_2_11
 from helpers import policy, relative_error, tree

@@ -268,17 +268,17 @@ def test_several_processes_of_plain_pytorch_are_refused(tmp_path: Path) -> None:
 FAILING = """
 import runpy, sys
 sys.path[:0] = [{source!r}]
-import rdo.training
+import rdo.training.loop
 from rdo import distributed
 from rdo.errors import UserError
 
-real = rdo.training.training_step
+real = rdo.training.loop.training_step
 def failing(*arguments):
     if distributed.world().rank == {rank}:
         {what}
     return real(*arguments)
 
-rdo.training.training_step = failing
+rdo.training.loop.training_step = failing
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

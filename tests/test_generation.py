@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from helpers import TEXTS, configuration, from_configuration, tokenizer
-from rdo.generation import Generation, cut, generate
+from rdo.models.generation import Generation, cut, generate
 from rdo.schema import EvalConfig
 from rdo.sequences.preparation import set_layout
 

@@ -22,8 +22,8 @@ from rdo.stages.reference import reference
 from rdo.stages.score import scores
 from rdo.stages.scorer import scorer
 from rdo.stages.sft import base_policy
-from rdo.tasks import SftTask
 from rdo.tracking import Tracker
+from rdo.training.tasks import SftTask
 from tiny import TINY, metrics, tiny_run, weights
 
 ROOT = Path(__file__).parents[1]
@@ -194,7 +194,7 @@ def test_finished_shards_are_kept_and_used(name, run_dir, monkeypatch):
     wanted = {file.name: file.read_bytes() for file in whole.folder.iterdir() if file.suffix in (".parquet", ".jsonl")}
     assert wanted
     shutil.rmtree(whole.folder)
-    target = READS.get(name, "rdo.generation.generate_batch")
+    target = READS.get(name, "rdo.models.generation.generate_batch")
     module, _, attribute = target.rpartition(".")
     function = getattr(sys.modules[module], attribute)
     made: list[int] = []

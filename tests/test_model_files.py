@@ -16,12 +16,12 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from helpers import configuration, policy, tokenizer
-from rdo.checkpoints import Checkpoints
 from rdo.checks import compose_config
-from rdo.engine.torch_engine import TorchEngine
 from rdo.errors import UserError
-from rdo.pretrained import load_policy, load_scorer, load_tokenizer, new_scorer, save_model
+from rdo.models.pretrained import load_policy, load_scorer, load_tokenizer, new_scorer, save_model
 from rdo.schema import EngineConfig, ModelConfig
+from rdo.training.checkpoints import Checkpoints
+from rdo.training.engine.torch_engine import TorchEngine
 
 CONFIG = ModelConfig()
 

@@ -16,7 +16,6 @@ import torch
 
 from engines import save_when_due, torch_engine
 from rdo.artifacts import Artifact, is_finished
-from rdo.checkpoints import Checkpoints
 from rdo.errors import UserError
 from rdo.files import read_json_lines
 from rdo.run import Run
@@ -25,6 +24,7 @@ from rdo.stages.align import aligned_policy
 from rdo.stages.scorer import scorer
 from rdo.stages.sft import base_policy
 from rdo.tracking import Tracker
+from rdo.training.checkpoints import Checkpoints
 from tiny import TINY, metrics, tiny_run, weights
 
 ROOT = Path(__file__).parents[1]

@@ -13,12 +13,21 @@ from helpers import TEXTS, relative_error, scorer, tokenizer
 from rdo.data.encoding import encode
 from rdo.data.records import Preference, Record
 from rdo.errors import UserError
-from rdo.scorers import FORMS, ComparisonTemplate, Reading, add_difference, add_reward, check_form, merge, read_under
+from rdo.models.scorers import (
+    FORMS,
+    ComparisonTemplate,
+    Reading,
+    add_difference,
+    add_reward,
+    check_form,
+    merge,
+    read_under,
+)
 from rdo.sequences.forward import read_scalars
 from rdo.sequences.layout import LayoutName, make_layout
 from rdo.sequences.preparation import set_layout
 from rdo.sequences.readout import Scalar
-from rdo.tasks import learns_from
+from rdo.training.tasks import learns_from
 
 TOLERANCE = 1e-5
 COMPARING = ["paper", "antisymmetric", "residual"]
@@ -61,7 +70,7 @@ def last_outputs(model: PreTrainedModel, sequence: list[int]) -> torch.Tensor:
 
 
 def by_hand(model: PreTrainedModel, form: str, query: str, first: str, second: str) -> torch.Tensor:
-    """f(first, second) as the table in rdo.scorers has it."""
+    """f(first, second) as the table in rdo.models.scorers has it."""
 
     def compared(one: str, other: str) -> torch.Tensor:
         return last_outputs(model, ids(BEFORE[0], query, BEFORE[1], one, "<end>", BEFORE[2], other, "<end>"))

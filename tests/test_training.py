@@ -16,12 +16,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from engines import one_step
 from made_tasks import SETTINGS, TASKS, alignment_task, encoded, make_task
-from rdo.alignment import AlignmentRecord, AlignmentTask, Pair
 from rdo.data.encoding import EncodedRecord
+from rdo.models.pretrained import load_tokenizer
 from rdo.objectives import losses
 from rdo.objectives.choice import choose_loss
-from rdo.plan import learning_rate_factor, make_plan
-from rdo.pretrained import load_tokenizer
 from rdo.run import Run, model_path
 from rdo.schema import EngineConfig, TrackerConfig, TrainingConfig
 from rdo.sequences.forward import read_log_probabilities
@@ -32,9 +30,11 @@ from rdo.stages.align import aligned_policy
 from rdo.stages.reference import reference
 from rdo.stages.scorer import scorer
 from rdo.stages.sft import base_policy
-from rdo.tasks import ById
 from rdo.tracking import Tracker
-from rdo.training import train
+from rdo.training.alignment import AlignmentRecord, AlignmentTask, Pair
+from rdo.training.loop import train
+from rdo.training.plan import learning_rate_factor, make_plan
+from rdo.training.tasks import ById
 from tiny import tiny_run
 
 torch.set_num_threads(1)

@@ -12,12 +12,12 @@ import torch
 
 from engines import one_step
 from made_tasks import encoded
-from rdo.alignment import AlignmentRecord, AlignmentTask, Pair, Sample
 from rdo.data.encoding import EncodedRecord
 from rdo.objectives.choice import LossChoice, choose_loss
 from rdo.sequences.preparation import set_layout
 from rdo.sequences.readout import Span
-from rdo.tasks import ById
+from rdo.training.alignment import AlignmentRecord, AlignmentTask, Pair, Sample
+from rdo.training.tasks import ById
 from test_training import assert_same_gradient, llama
 
 
@@ -46,7 +46,7 @@ class KnownRatios:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         ratios = torch.tensor([ratio for ratio, _ in SAMPLES] + MISMATCHED)
         self.policy = (ratios + REFERENCE).requires_grad_()
-        monkeypatch.setattr("rdo.alignment.read_log_probabilities", self.read)
+        monkeypatch.setattr("rdo.training.alignment.read_log_probabilities", self.read)
 
     def read(self, model: None, layout: Any, spans: Sequence[Span]) -> tuple[torch.Tensor, torch.Tensor]:
         numbers = [layout.sequences[span.sequence][span.start] - 10 for span in spans]

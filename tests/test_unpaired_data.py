@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from rdo.alignment import AlignmentTask, Pair, Sample
 from rdo.data.records import Preference, Record
 from rdo.data.table import Records
 from rdo.errors import UserError
@@ -21,6 +20,7 @@ from rdo.stages.align import aligned_policy, check_data, count_samples, supervis
 from rdo.stages.eval import evaluate_policy
 from rdo.stages.scorer import check_labels
 from rdo.stages.sft import base_policy, demonstrations, to_imitate
+from rdo.training.alignment import AlignmentTask, Pair, Sample
 from tiny import metrics, tiny_run, weights
 
 KTO = {"name": "kto", "beta": 0.1, "mean_over": "samples"}

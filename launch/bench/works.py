@@ -22,24 +22,24 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rdo import scorers
-from rdo.alignment import AlignmentRecord, AlignmentTask, Pair
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
-from rdo.engine.surface import precision_of
-from rdo.engine.torch_engine import TorchEngine
+from rdo.models import scorers
+from rdo.models.pretrained import load_policy, load_scorer, new_policy, new_scorer, save_model
+from rdo.models.scorers import ComparisonTemplate, Reading, add_difference
+from rdo.models.traits import head_parameters
 from rdo.objectives.choice import choose_loss
 from rdo.objectives.losses import best_response, rrhf_pairs
-from rdo.pretrained import load_policy, load_scorer, new_policy, new_scorer, save_model
 from rdo.schema import EngineConfig, EvalConfig, ModelConfig
-from rdo.scorers import ComparisonTemplate, Reading, add_difference
 from rdo.sequences import forward
 from rdo.sequences.forward import read_under
 from rdo.sequences.layout import Flat, LayoutName, TokenIds
 from rdo.sequences.preparation import set_layout
-from rdo.step import deal_step, training_step
-from rdo.tasks import ById, ScorerTask
-from rdo.traits import head_parameters
+from rdo.training.alignment import AlignmentRecord, AlignmentTask, Pair
+from rdo.training.engine.surface import precision_of
+from rdo.training.engine.torch_engine import TorchEngine
+from rdo.training.step import deal_step, training_step
+from rdo.training.tasks import ById, ScorerTask
 
 RIVALS = ("trl", "trl_best", "padded", "unpadded")
 # Of `pairs`, how many records a work takes (those that cost more take fewer), responses a record, who else can do it.
@@ -265,7 +265,7 @@ def reading_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Work:
 def generation_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Work:
     """Greedy responses to all prompts at once, as stage eval makes them, or (flat) one by one. What must agree are the
     first tokens: later ones follow from earlier ones, and a tie may break either way."""
-    from rdo.generation import generate_batch, no_generation_defaults  # needs pyarrow
+    from rdo.models.generation import generate_batch, no_generation_defaults  # needs pyarrow
 
     config = EvalConfig(decoding="greedy", max_new_tokens=NEW_TOKENS)
 

@@ -18,12 +18,12 @@ from rdo.data.loading import Splits, load_splits
 from rdo.data.records import Record
 from rdo.data.table import Records
 from rdo.distributed import world
-from rdo.engine.surface import precision_of
 from rdo.errors import NotFiniteError, UserError
-from rdo.pretrained import load_policy, load_scorer, load_tokenizer
+from rdo.models.pretrained import load_policy, load_scorer, load_tokenizer
+from rdo.models.traits import check_vocabulary
 from rdo.schema import Config, TrainingConfig
 from rdo.tracking import Tracker
-from rdo.traits import check_vocabulary
+from rdo.training.engine.surface import precision_of
 
 
 @dataclass

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from rdo.adapters import choose_trained, lora_settings
-from rdo.alignment import AlignmentRecord, AlignmentTask, Pair, Sample
 from rdo.artifacts import Artifact, produce, stable_seed
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Record
 from rdo.errors import UserError
+from rdo.models.lora import choose_trained, lora_settings
 from rdo.objectives import coefficients
 from rdo.objectives.choice import LossChoice, choose_loss
 from rdo.objectives.losses import best_response, rrhf_pairs
@@ -27,8 +26,9 @@ from rdo.stages.score import Scores, read_scores, scores
 from rdo.stages.scorer import STAGE_OF, check_labels
 from rdo.stages.sft import base_policy
 from rdo.stages.training import finish, save_finished
-from rdo.tasks import ById
-from rdo.training import train
+from rdo.training.alignment import AlignmentRecord, AlignmentTask, Pair, Sample
+from rdo.training.loop import train
+from rdo.training.tasks import ById
 
 RANKING_SCORER: dict[str, str] = {"reward": "reward", "diff": "diff", "diff_baseline": "diff"}
 

@@ -26,11 +26,11 @@ from rdo.evaluation import EVALUATION, GENERATIONS
 from rdo.evaluation.scorers import evaluate_scorer
 from rdo.evaluation.statistics import empty_estimate, mean_interval, win_tie_lose
 from rdo.files import read_json_lines, replace_file, write_json
-from rdo.generation import Generation, generate
+from rdo.models.generation import Generation, generate
+from rdo.models.scorers import ComparisonTemplate, Reading, add_difference, add_reward, check_form, read_under
 from rdo.progress import progress_bar
 from rdo.run import Run, select
 from rdo.schema import EvalConfig, TrainingConfig
-from rdo.scorers import ComparisonTemplate, Reading, add_difference, add_reward, check_form, read_under
 from rdo.sequences.preparation import set_layout
 from rdo.stages.align import aligned_policy
 from rdo.stages.reference import log_probabilities

@@ -22,14 +22,14 @@ from rdo.data.table import Records
 from rdo.data.templates import is_dialogue
 from rdo.errors import printable
 from rdo.files import replace_file, write_json
-from rdo.given import given
 from rdo.inspection import cut_at, histogram, label_statistics, summary
-from rdo.pretrained import load_tokenizer
+from rdo.models.given import given
+from rdo.models.pretrained import load_tokenizer
+from rdo.models.tokenizers import make_tokenizer, train_byte_pair
 from rdo.progress import progress_bar
 from rdo.report.figures import COLOURS, style
 from rdo.run import Run, model_path
 from rdo.stages.sft import training_texts
-from rdo.vocabulary import make_tokenizer, train_byte_pair
 
 EXAMPLES = 3
 # So many of the ignored columns are named.

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from rdo.artifacts import Artifact, found, produce
 from rdo.data.records import Record
 from rdo.errors import UserError
+from rdo.models.scorers import ComparisonTemplate, Reading, add_difference, add_reward, check_form, read_under
 from rdo.run import Run, select
 from rdo.schema import TrainingConfig
-from rdo.scorers import ComparisonTemplate, Reading, add_difference, add_reward, check_form, read_under
 from rdo.sequences.preparation import set_layout
 from rdo.shards import Shards
 from rdo.stages.scorer import load_kind, scorer

@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rdo.adapters import choose_trained, lora_settings
 from rdo.artifacts import Artifact, produce
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
 from rdo.errors import UserError
-from rdo.given import given
-from rdo.pretrained import load_tokenizer, new_scorer
+from rdo.models.given import given
+from rdo.models.lora import choose_trained, lora_settings
+from rdo.models.pretrained import load_tokenizer, new_scorer
+from rdo.models.scorers import ComparisonTemplate, check_form
+from rdo.models.traits import check_vocabulary
 from rdo.run import Run, model_path, select
 from rdo.schema import DifferenceConfig, ScorerConfig
-from rdo.scorers import ComparisonTemplate, check_form
 from rdo.stages.sft import base_policy
 from rdo.stages.training import finish, save_finished
-from rdo.tasks import ById, ScorerTask, learns_from
-from rdo.training import train
-from rdo.traits import check_vocabulary
+from rdo.training.loop import train
+from rdo.training.tasks import ById, ScorerTask, learns_from
 
 # The two kinds of scorer, by the name that rc and eval.subject call them, and the stage that makes each.
 STAGE_OF: dict[str, str] = {"reward": "rm", "diff": "diffmodel"}

@@ -9,19 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from rdo.adapters import choose_trained, lora_settings
 from rdo.artifacts import Artifact, produce
 from rdo.data.records import Record
 from rdo.errors import UserError
-from rdo.given import given
+from rdo.models.given import given
+from rdo.models.lora import choose_trained, lora_settings
+from rdo.models.pretrained import load_policy, load_tokenizer, new_policy
+from rdo.models.tokenizers import make_tokenizer
+from rdo.models.traits import check_vocabulary
 from rdo.objectives.losses import best_response
-from rdo.pretrained import load_policy, load_tokenizer, new_policy
 from rdo.run import Run, model_path, select
 from rdo.stages.training import finish, save_finished
-from rdo.tasks import ById, Demonstration, SftTask
-from rdo.training import train
-from rdo.traits import check_vocabulary
-from rdo.vocabulary import make_tokenizer
+from rdo.training.loop import train
+from rdo.training.tasks import ById, Demonstration, SftTask
 
 
 def base_policy(run: Run) -> Artifact:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rdo import interrupts
 from rdo.distributed import meet, world
 from rdo.files import read_json_lines
-from rdo.pretrained import save_model
+from rdo.models.pretrained import save_model
 from rdo.schema import Config
 from rdo.tracking import METRICS
 

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 
 from rdo import interrupts
 from rdo.distributed import gathered, total, world
-from rdo.engine.surface import Engine
 from rdo.sequences.layout import LayoutName, TokenIds
 from rdo.sequences.packing import cost, deal
+from rdo.training.engine.surface import Engine
 
 T = TypeVar("T")
 Counts = dict[str, float]

@@ -6,10 +6,10 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-from rdo.adapters import adapter_base, is_adapter
 from rdo.artifacts import Artifact, fingerprint
 from rdo.distributed import from_first
 from rdo.errors import UserError
+from rdo.models.lora import adapter_base, is_adapter
 from rdo.progress import progress_bar
 
 

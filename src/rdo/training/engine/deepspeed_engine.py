@@ -23,13 +23,13 @@ import torch
 import torch.distributed
 from transformers import PreTrainedModel
 
-from rdo.adapters import has_adapter
 from rdo.distributed import from_first, meet, world
-from rdo.engine.surface import precision_of
-from rdo.engine.torch_engine import foreign
 from rdo.errors import UserError
 from rdo.files import Damaged, check_zip, move_folder, read_json, replace_file, synchronize, write_json
+from rdo.models.lora import has_adapter
 from rdo.schema import EngineConfig
+from rdo.training.engine.surface import precision_of
+from rdo.training.engine.torch_engine import foreign
 
 T = TypeVar("T")
 

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 from rdo.artifacts import stable_seed
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
+from rdo.models.scorers import ComparisonTemplate, Reading, add_difference, add_reward, merge
 from rdo.objectives import losses
-from rdo.scorers import ComparisonTemplate, Reading, add_difference, add_reward, merge
 from rdo.sequences.devices import tensor_on
 from rdo.sequences.forward import read_log_probabilities, read_scalars
 from rdo.sequences.layout import LayoutName, make_layout
 from rdo.sequences.readout import Span
-from rdo.step import Counts, Measures, Preparation
+from rdo.training.step import Counts, Measures, Preparation
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rdo.data import toy
 from rdo.errors import UserError
-from rdo.pretrained import load_tokenizer
+from rdo.models.pretrained import load_tokenizer
 from rdo.schema import ModelConfig
 
 PAD, END = "<pad>", "<end>"

@@ -17,20 +17,20 @@ import torch
 from transformers import PreTrainedModel
 
 from rdo import interrupts
-from rdo.checkpoints import Checkpoints
 from rdo.distributed import world
-from rdo.engine.surface import Engine, precision_of
-from rdo.engine.torch_engine import TorchEngine
 from rdo.errors import NotFiniteError, UserError
-from rdo.plan import Plan, learning_rate_factor, make_plan
+from rdo.models.traits import head_parameters, recompute_activations
 from rdo.progress import progress_bar
 from rdo.schema import EngineConfig, ScorerConfig, TrainingConfig
 from rdo.sequences.forward import check_positions
 from rdo.sequences.layout import LayoutName
 from rdo.sequences.preparation import described_layout, set_layout
-from rdo.step import Dealt, Item, Task, Wishes, ahead, deal_step, training_step
 from rdo.tracking import Tracker
-from rdo.traits import head_parameters, recompute_activations
+from rdo.training.checkpoints import Checkpoints
+from rdo.training.engine.surface import Engine, precision_of
+from rdo.training.engine.torch_engine import TorchEngine
+from rdo.training.plan import Plan, learning_rate_factor, make_plan
+from rdo.training.step import Dealt, Item, Task, Wishes, ahead, deal_step, training_step
 
 
 def make_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.optim.AdamW:
@@ -109,7 +109,7 @@ def make_engine(model: PreTrainedModel, config: TrainingConfig, engine: EngineCo
     optimizer = make_optimizer(model, config)
     if engine.name == "torch":
         return TorchEngine(model, optimizer, config.max_gradient_norm, engine)
-    from rdo.engine.deepspeed_engine import ZeroEngine  # which takes seconds to import
+    from rdo.training.engine.deepspeed_engine import ZeroEngine  # which takes seconds to import
 
     return ZeroEngine(model, optimizer, config.max_gradient_norm, engine)
 

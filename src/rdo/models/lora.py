@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from rdo.errors import UserError
 from rdo.files import write_json
+from rdo.models.traits import beside_backbone
 from rdo.schema import ModelConfig
-from rdo.traits import beside_backbone
 
 CONFIG = "adapter_config.json"
 # What peft's format has no place for: a scorer's form, and where the base lies from here, for folders that move.

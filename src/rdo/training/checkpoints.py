@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rdo.distributed import from_first, meet, world
-from rdo.engine.surface import Engine
 from rdo.files import Damaged
 from rdo.progress import say, warn
 from rdo.schema import EngineConfig
+from rdo.training.engine.surface import Engine
 
 
 class Checkpoints:

@@ -17,8 +17,8 @@ from rdo.sequences.devices import tensor_on
 from rdo.sequences.forward import read_log_probabilities
 from rdo.sequences.layout import LayoutName, make_layout
 from rdo.sequences.readout import Span
-from rdo.step import Counts, Measures, Preparation
-from rdo.tasks import ById
+from rdo.training.step import Counts, Measures, Preparation
+from rdo.training.tasks import ById
 
 # Log-ratios that differ by less than this, in nats, are equal: sums of a few hundred float32 numbers round by as much.
 TIE = 1e-4

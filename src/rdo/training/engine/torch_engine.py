@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from rdo.adapters import load_trained_state, trained_state
-from rdo.engine.surface import precision_of
 from rdo.errors import UserError
 from rdo.files import Damaged, check_zip, replace_file
+from rdo.models.lora import load_trained_state, trained_state
 from rdo.schema import EngineConfig
+from rdo.training.engine.surface import precision_of
 
 T = TypeVar("T")
 

@@ -1,0 +1,1 @@
+"""What is trained, or asked: policies, scorers, tokenizers, generation."""
