@@ -246,10 +246,9 @@ def check_arguments(arguments: list[str]) -> list[str]:
     given = vars(options).items()
     if not any(value for name, value in given if name not in ("overrides", "multirun", "run")):  # else hydra's own
         # Only stage=pipeline is a sweep by itself. The other points: see sweeps.py.
-        alone = not options.multirun and any(
-            text.startswith("stage=") and text != "stage=pipeline" for text in overrides
-        )
-        first = overrides if alone else next(sweep_points(overrides))
+        stages = {text for text in overrides if text.startswith("stage=")}
+        swept = options.multirun or stages <= {"stage=pipeline"}
+        first = next(sweep_points(overrides)) if swept else overrides
         check_run_dir(Path(compose_config(first).run_dir))
     if not distributed.found_world(os.environ).first:
         overrides.append("hydra.output_subdir=null")  # which one process writes
