@@ -149,7 +149,7 @@ def test_a_point_that_fails_costs_no_other(tmp_path, train_here, capsys):
     assert ended.value.code == 1
     said = capsys.readouterr().err.splitlines()
     assert "error: rm.path=./nowhere: there is no such folder" in said
-    assert said[-1] == "error: 1 points could not run: row=reward_model"
+    assert said[-1] == "error: these points could not run: row=reward_model"
     assert list(results(tmp_path)["name"]) == ["base"]
     assert "rm.path=./nowhere: there is no such folder" in (tmp_path / "report" / "report.html").read_text()
 

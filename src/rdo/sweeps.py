@@ -47,5 +47,5 @@ class Comparison(Callback):
         except Exception as error:
             fail(error)
         if failed:
-            print(f"error: {len(failed)} points could not run: {'; '.join(failed)}", file=sys.stderr, flush=True)
+            print(f"error: these points could not run: {'; '.join(failed)}", file=sys.stderr, flush=True)
             sys.exit(1)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from rdo.errors import printable
 from rdo.report.results import Row, sweeps, training_curves
-from rdo.report.tables import Number
+from rdo.report.tables import Number, number
 
 # Okabe and Ito's colours without the yellow ones, which are too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#B0568A", "#3A3A3A", "#8C6D1F")
@@ -105,8 +105,9 @@ def overview(rows: Sequence[Row], judge: str) -> Figure | None:
         face = "white" if row.ablation else shade
         axes.errorbar([found.value], [place], xerr=bars([found]), color=shade, marker="o", mfc=face, capsize=2.5)
         kl = [one.number("kl") for one in (row, row.baseline) if one]
-        axes.annotate(" / ".join(f"{one.value:.2f}" for one in kl if one), (1.01, place), **beside)
+        axes.annotate(" / ".join(number(one.value) for one in kl if one), (1.01, place), **beside)
     axes.axvline(0, color="#555555", linewidth=1)
+    axes.locator_params(axis="x", nbins=6)
     axes.set_yticks(range(len(shown)), [f"{row.name} − {row.baseline.name if row.baseline else ''}" for row in shown])
     axes.set_ylim(len(shown) - 0.4, -1.2)
     axes.set_xlabel(f"reward by “{judge}”: row − baseline")
@@ -184,11 +185,11 @@ def swept(rows: Sequence[Row], keys: Sequence[str]) -> Figure | None:
     figure = Figure(figsize=(8.6, 2.9 * height), layout="constrained")
     for place, (name, key, lines) in enumerate(panels, start=1):
         axes = figure.add_subplot(height, 2, place)
-        for number, line in enumerate(lines):
+        for shade, line in enumerate(lines):
             values = [row.settings[name] for row in line]
             title = line[0].name.split(",")[0] if line[0].name.endswith(f"={values[0]}") else f"{line[0].name} …"
             reached = [one for row in line if (one := row.number(key))]
-            points(axes, values, reached, marker="o", label=label(title), **colour(number))
+            points(axes, values, reached, marker="o", label=label(title), **colour(shade))
         values = sorted({row.settings[name] for line in lines for row in line})
         if values[0] > 0 and values[-1] / values[0] >= 5:
             axes.set_xscale("log")
@@ -214,8 +215,8 @@ def training(rows: Sequence[Row]) -> Figure | None:
     figure = Figure(figsize=(8.6, 2.9 * height), layout="constrained")
     for place, (name, lines) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(height, 2, place)
-        for number, (row, values) in enumerate(lines):
-            axes.plot(values.index, values, label=label(row.name), **{**colour(number), "linewidth": 1.1})
+        for shade, (row, values) in enumerate(lines):
+            axes.plot(values.index, values, label=label(row.name), **{**colour(shade), "linewidth": 1.1})
         axes.set_title(name)
         axes.set_xlabel("step")
         axes.legend(fontsize=7)
