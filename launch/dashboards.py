@@ -52,8 +52,7 @@ COMPARED_CURVES = (
     "gradient_norm",
     "chosen_length",
 )
-# What evaluations show: tables and plots in their history, numbers in their summary.
-PLOTS = ("plots/reward_kl", "plots/confidence", "plots/differences")
+# What evaluations show: tables in their history, numbers in their summary.
 TABLES = ("tables/evaluation", "tables/against_base", "tables/by_confidence", "tables/samples")
 RESULTS = ("reward", "kl", "log_ratio", "length")
 # Of an aligned policy's training set.
@@ -112,8 +111,7 @@ def view(name: str, sections: list[Any], jobs: Iterable[str], options: argparse.
 
 def training(options: argparse.Namespace) -> Any:
     """One run, or a few: every curve, then what its evaluation found, with samples."""
-    found = [panels.MediaBrowser(title="Plots", media_keys=list(PLOTS))]
-    found += [panels.WeavePanelSummaryTable(table_name=name) for name in TABLES]
+    found = [panels.WeavePanelSummaryTable(table_name=name) for name in TABLES]
     sections = [section(name, curves(names)) for name, names in CURVES.items()]
     return view("rdo: one run", [*sections, section("Evaluation", found, 2)], (*TRAINING, "eval"), options)
 

@@ -3,8 +3,8 @@
 
     launch/status.py [RUN_DIR]          (without: every folder of runs/)
 
-Results are read from the folders themselves, jobs of sweeps (hydra/launcher=slurm) and of launch/pipeline.py from what
-was noted when they were submitted; what has become of them SLURM says, or, once it has forgotten them, their logs.
+Results are read from the folders themselves, jobs of sweeps (hydra/launcher=slurm) from what was
+noted when they were submitted; what has become of them SLURM says, or, once it has forgotten them, their logs.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def is_held(folder: Path) -> bool:
 def jobs(run_dir: Path) -> Iterator[tuple[str, str]]:
     """Every job that was submitted for a run folder: its state, and the rest of its line."""
     noted: dict[str, tuple[str, Path]] = {}
-    for note in sorted([*run_dir.glob(f"hydra/*/slurm/{NOTE}*.json"), *run_dir.glob(f"slurm/{NOTE}*.json")]):
+    for note in sorted(run_dir.glob(f"hydra/*/slurm/{NOTE}*.json")):
         noted |= {number: (title, Path(log)) for number, (title, log) in read_json(note).items()}
     if not noted:
         return

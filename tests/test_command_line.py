@@ -8,20 +8,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
+import pandas as pd
 import pytest
 
-from rdo.artifacts import Provenance
-from rdo.checks import CONF, compose_config, plain
+from rdo.checks import CONF, compose_config
 from rdo.errors import UserError
 from rdo.main import check_command_line, score
-from rdo.run import Run
 from rdo.schema import Stage
 from rdo.stages.align import aligned_policy
-from rdo.stages.report import make_report
 from rdo.stages.scorer import scorer
-from tiny import CACHE, TINY, tiny_run, weights
+from tiny import TINY, tiny_run, weights
 
 ROOT = Path(__file__).parents[1]
 # The rows of the toy world set align.max_records themselves.
@@ -61,17 +59,9 @@ def names(folders: set[Path]) -> list[str]:
     return sorted(str(folder).rpartition("-")[0] for folder in folders)
 
 
-def report(run_dir: Path, *overrides: str, build: bool) -> dict[str, Any]:
-    """Makes a report in this process; what report.json holds."""
-    given = [*PIPELINE, f"run_dir={run_dir}", *overrides]
-    config = compose_config(given)
-    run = Run(config, Provenance(run_dir, "python train.py", plain(config), build), "report", CACHE)
-    make_report(run, given, build=build)
-    return json.loads((run_dir / "report" / "report.json").read_text())
-
-
-def row_names(data: dict[str, Any]) -> set[str]:
-    return {row["name"] for row in [*data["scorers"], *data["policies"]]}
+def results(run_dir: Path) -> pd.DataFrame:
+    """The frame that a comparison has left."""
+    return pd.read_parquet(run_dir / "report" / "results.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -91,17 +81,18 @@ def copied(pipeline: Path, tmp_path: Path) -> Path:
 
 
 def test_a_pipeline_reports_every_row(pipeline):
-    rows = compose_config([]).report.rows
-    data = json.loads((pipeline / "report" / "report.json").read_text())
-    assert row_names(data) == set(rows)
-    assert len(data["scorers"]) + len(data["policies"]) == len(rows)
-    assert data["missing"] == []
+    rows = compose_config([]).rows.split(",")
+    found = results(pipeline)
+    assert sorted(found["name"]) == sorted(rows)
     for file in ("report.html", "report.md"):
-        text = (pipeline / "report" / file).read_text()
+        text = (pipeline / "report" / file).read_text().replace("\\", "")
         assert all(name in text for name in rows)
-    evaluation = next(row for row in data["policies"] if row["name"] == "dpo + diff")["evaluation"]
-    assert evaluation["prompts"] == 8
-    assert {"oracle", "reward"} <= evaluation["rewards"].keys()
+    row = found.set_index("name").loc["dpo_diff"]
+    assert row["prompts.value"] == 8
+    assert (row["data"], row["loss"], row["rc"], row["seed"]) == ("toy", "dpo", "diff", 0)
+    assert row["baseline"] == found.set_index("name").loc["dpo", "folder"]
+    numbers = ("rewards.oracle", "rewards.reward", "difference.oracle", "kl", "against_base.diff.win")
+    assert row[[f"{name}.{part}" for name in numbers for part in ("value", "low", "high")]].notna().all()
     assert not list(pipeline.rglob("*.part"))
     assert not list(pipeline.rglob("checkpoints"))
 
@@ -112,80 +103,81 @@ def test_manifests_name_the_command_of_their_row(pipeline):
     )
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["config"]["rc"]["name"] == "diff"
-    assert manifest["command"].startswith("python train.py stage=eval ")
-    assert manifest["command"].endswith("loss=dpo rc=diff")
+    assert manifest["config"]["row"] == "dpo_diff"
+    assert manifest["command"].startswith("python train.py row=dpo_diff ")
     for entry in manifest["inputs"].values():
         assert json.loads((pipeline / entry["folder"] / "manifest.json").read_text())["key"] == entry["key"]
 
 
-def test_a_second_pipeline_makes_nothing_again(copied, monkeypatch):
+def test_a_second_pipeline_makes_nothing_again(copied, train_here):
     before = artifacts(copied)
-    monkeypatch.setattr("rdo.artifacts.held", lambda folder: pytest.fail(f"{folder} is made again"))
-    data = report(copied, build=True)
-    assert data["missing"] == []
+    train_here(*PIPELINE, f"run_dir={copied}")
     assert artifacts(copied) == before
+    assert len(results(copied)) == len(compose_config([]).rows.split(","))
 
 
-def test_a_changed_setting_remakes_what_depends_on_it_and_nothing_else(copied):
+def test_a_changed_setting_remakes_what_depends_on_it_and_nothing_else(copied, train_here):
     before = artifacts(copied)
-    report(copied, "diffmodel.beta0=0.2", build=True)
+    train_here(
+        *PIPELINE, f"run_dir={copied}", "row=reward_model,difference_model,base,dpo,dpo_diff", "diffmodel.beta0=0.2"
+    )
     after = artifacts(copied)
     assert {folder: after[folder] for folder in before} == before
     # The difference model judges every policy against the base policy, so these evaluations depend on it; neither the
     # base policy's own nor the reward model nor the policies that know nothing of it do.
-    policies = ["dpo-none", "dpo-oracle-0.5", "dpo-reward-0.5", "dpo-reward-filter", "dpo-reward-0.5-shuffle"]
-    policies += ["dpo-none", "dpo-reward-0.5"]  # at a second learning rate
-    policies += ["rrhf-none", "rrhf-oracle-0.5", "rrhf-diff-0.5", "rrhf-reward-0.5", "rrhf-reward-0.5-shuffle"]
-    dpo_diff = 2 * ["dpo-diff-0.5"]  # forward, and both orders
-    assert names(after.keys() - before.keys()) == sorted(
-        ["diffmodel/paper", "score/diff-test", *(3 * ["score/diff-train"])]
-        + ["align/rrhf-diff-0.5", "eval/scorer-diff", *(f"align/{policy}" for policy in dpo_diff)]
-        + [f"eval/{policy}" for policy in [*policies, *dpo_diff]]
-    )
+    wanted = ["align/dpo-diff-0.5", "diffmodel/paper", "eval/dpo-diff-0.5", "eval/dpo-none", "eval/scorer-diff"]
+    assert names(after.keys() - before.keys()) == [*wanted, "score/diff-test", "score/diff-train"]
+    # Whatever is evaluated there is reported, and told apart by what it differs in.
+    found = results(copied).set_index("name")
+    assert {"dpo_diff, diffmodel.beta0=0.1", "dpo_diff, diffmodel.beta0=0.2", "dpo_reward"} <= set(found.index)
 
 
-def test_a_report_alone_makes_nothing_and_names_what_is_missing(copied):
+def test_a_report_alone_makes_nothing_and_shows_what_is_finished(copied, train_here):
     shutil.rmtree(next((copied / "eval").glob("dpo-reward-0.5-shuffle-*")))
-    (gone,) = (copied / "rm").iterdir()
-    manifest = (gone / "manifest.json").read_text()
-    (gone / "manifest.json").unlink()
     before = artifacts(copied)
-    data = report(copied, build=False)
+    train_here("stage=report", *PIPELINE, f"run_dir={copied}")
     assert artifacts(copied) == before
-    rows = set(compose_config([]).report.rows)
-    # Every row but the difference model's own needs the reward model, as scorer or as judge.
-    assert row_names(data) == {"difference model"}
-    assert set(data["missing"]) == {f"{name}, seed 0" for name in rows - {"difference model"}}
-    (gone / "manifest.json").write_text(manifest)
-    data = report(copied, build=False)
-    assert data["missing"] == ["dpo + reward shuffled, seed 0"]
-    assert "dpo + reward shuffled, seed 0" in (copied / "report" / "report.md").read_text()
+    assert set(results(copied)["name"]) == set(compose_config([]).rows.split(",")) - {"dpo_reward_shuffled"}
 
 
-def test_a_row_that_fails_costs_no_other_row(tmp_path):
-    """The second row cannot run (a head on no such folder); the others are reported, and the end is an error."""
-    config = compose_config([*PIPELINE, f"run_dir={tmp_path}"])
-    config.report.rows = {
-        "base": ["eval.subject=base", "eval.judges=[oracle]"],
-        "bad": ["eval.subject=reward", "rm.path=./nowhere"],
-    }
-    run = Run(config, Provenance(tmp_path, "python train.py", plain(config)), "pipeline")
-    with pytest.raises(UserError, match="1 of 2 rows failed: bad, seed 0"):
-        make_report(run, [*PIPELINE, f"run_dir={tmp_path}"], build=True)
-    data = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert [row["name"] for row in data["policies"]] == ["base"]
-    assert data["missing"] == ["bad, seed 0: rm.path=./nowhere: there is no such folder"]
-    config.report.rows = {"bad": config.report.rows["bad"]}
-    with pytest.raises(UserError, match=r"^rm\.path=\./nowhere: there is no such folder"):
-        make_report(run, [*PIPELINE, f"run_dir={tmp_path}"], build=True)
+def test_a_point_that_fails_costs_no_other(tmp_path, train_here, capsys):
+    """The first row cannot run (a head on no such folder); the other is reported, and the end is an error."""
+    with pytest.raises(SystemExit) as ended:
+        train_here(
+            *PIPELINE, f"run_dir={tmp_path}", "row=reward_model,base", "eval.judges=[oracle]", "rm.path=./nowhere"
+        )
+    assert ended.value.code == 1
+    said = capsys.readouterr().err.splitlines()
+    assert "error: rm.path=./nowhere: there is no such folder" in said
+    assert said[-1] == "error: these points could not run: row=reward_model"
+    assert list(results(tmp_path)["name"]) == ["base"]
+    assert "rm.path=./nowhere: there is no such folder" in (tmp_path / "report" / "report.html").read_text()
 
 
-def test_a_report_of_nothing_names_every_row_with_the_seed_that_was_given(tmp_path):
-    data = report(tmp_path, "seed=5", build=False)
-    assert data["missing"] == [f"{name}, seed 5" for name in compose_config([]).report.rows]
-    for command in data["commands"].values():
-        assert compose_config(command.split()[2:]).seed == 5
-    assert artifacts(tmp_path) == {}
+def test_seeds_are_swept_like_rows(tmp_path, train_here, capsys):
+    short = ["align.max_steps=2", "eval.judges=[oracle]"]
+    train_here(*TINY, *short, f"run_dir={tmp_path}", "row=dpo,dpo_oracle", "seed=0,1")
+    found = results(tmp_path)
+    policies = found[found["kind"] == "policy"]
+    assert sorted(zip(policies["name"], policies["seed"], strict=True)) == [
+        ("dpo", 0), ("dpo", 1), ("dpo_oracle", 0), ("dpo_oracle", 1)
+    ]  # fmt: skip
+    baselines = policies.set_index("folder")["name"].reindex(policies["baseline"].dropna())
+    assert list(baselines) == ["dpo", "dpo"]
+    assert "(over 2 seeds)" not in capsys.readouterr().out  # the true reward's coefficients are a control
+    # The words of any sweep: rows are one of the things that are swept. What is finished is reported, too.
+    train_here("-m", "stage=eval", *TINY, *short, f"run_dir={tmp_path}", "row=dpo,kto", "loss.beta=0.1,0.3")
+    policies = results(tmp_path).query("kind == 'policy'")
+    assert len(policies) == 8
+    assert {"kto, loss.beta=0.1", "kto, loss.beta=0.3", "dpo, loss.beta=0.2"} <= set(policies["name"])
+    assert "loss.beta, by rewards.oracle: " in capsys.readouterr().out
+
+
+def test_neither_data_nor_training_loads_what_only_the_report_needs():
+    code = "import rdo.main, rdo.sweeps, sys; print({'matplotlib', 'pandas', 'wandb'} & sys.modules.keys())"
+    path = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
 
 
 def test_a_sweep_over_alpha_scores_once_and_alpha_0_changes_nothing(pipeline, tmp_path, train_here):
@@ -262,13 +254,14 @@ def test_a_ranking_by_scores_that_the_data_has_not_is_refused(tmp_path):
     [
         (["-m", "rc=diff", "rc.alpha=0.5,2"], "rc.alpha=2: must be"),
         (["--multirun", "loss=dpo,dpoo"], "loss=dpoo: must be one of"),
-        (["loss=dpo,kto"], "add --multirun"),
+        (["stage=align", "loss=dpo,kto"], "add --multirun"),
+        (["row=dpo,dpoo"], "row=dpoo: must be one of"),
         (["stage=align", "seed=one"], "seed"),
     ],
 )
-def test_mistakes_of_sweeps_are_found_before_the_first_job(capsys, arguments, named):
+def test_mistakes_of_sweeps_are_found_before_the_first_job(train_here, capsys, arguments, named, tmp_path):
     with pytest.raises(SystemExit) as ended:
-        check_command_line(arguments)
+        train_here(*arguments, f"run_dir={tmp_path}")
     assert ended.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
@@ -287,7 +280,7 @@ def test_help_shows_every_stage_and_group(train_here, capsys):
         train_here("--help")
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    for stage in get_args(Stage):
+    for stage in (*get_args(Stage), "pipeline"):
         assert f"\n  {stage} " in shown
     for group in (folder for folder in CONF.iterdir() if folder.is_dir() and folder.name != "hydra"):
         assert f"\n{group.name}: {', '.join(sorted(file.stem for file in group.iterdir()))}\n" in shown

@@ -1,6 +1,5 @@
 """The configuration: everything in conf/ composes, and whatever cannot run is refused in one line that names it."""
 
-import copy
 import re
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 
 import rdo.objectives.losses
 from rdo import checks
-from rdo.checks import CONF, check, compose_config, setting_names, sweep_points, without_effect
+from rdo.checks import CONF, compose_config, setting_names, sweep_points, without_effect
 from rdo.data.templates import TEMPLATES
 from rdo.errors import UserError
 from rdo.models.scorers import DIFFERENCE_FORMS
@@ -19,7 +18,6 @@ from rdo.objectives.choice import choose_loss
 from rdo.objectives.coefficients import NEGATIVE
 from rdo.schema import Config, DifferenceForm, Kernel, Negative, Template
 from rdo.sequences.attention import KERNELS
-from rdo.stages.report import rows
 
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
@@ -53,22 +51,26 @@ def test_every_choice_of_every_group_composes(group, name):
     config = compose_config([f"{group}={name}", *NEEDS.get(f"{group}/{name}", [])])
     if group in ("rc", "stage", "loss", "tracker", "engine"):
         section = getattr(config, group)
-        assert (section["name"] if group == "loss" else section.name) == name
+        wanted = "eval" if (group, name) == ("stage", "pipeline") else name  # it evaluates every row
+        assert (section["name"] if group == "loss" else section.name) == wanted
 
 
 @pytest.mark.parametrize("experiment", GROUPS["experiment"])
-def test_every_row_of_every_experiment_composes(experiment):
-    config = compose_config([f"experiment={experiment}"])
-    assert config.report.rows
-    worlds = list(config.report.worlds.values()) or [[]]
-    for number, row in enumerate(config.report.rows.values()):
-        compose_config([f"experiment={experiment}", *worlds[number % len(worlds)], *row])
+def test_every_row_of_every_experiment_is_a_row(experiment):
+    rows = compose_config([f"experiment={experiment}"]).rows.split(",")
+    assert set(rows) <= set(GROUPS["row"])
+    assert len(set(rows)) == len(rows)
+    compose_config([f"experiment={experiment}", f"row={rows[-1]}"])
 
 
-def test_the_seed_of_a_comparison_is_the_users_own():
-    assert compose_config(["seed=7"]).report.seeds == [7]
+def test_rows_say_what_their_names_say():
+    """A row changes its loss, coefficients, and settings of its own; one builds upon another."""
+    config = compose_config(["row=rrhf_six_reward_shuffled"])
+    assert (config.loss["name"], config.rc.name, config.rc.control) == ("rrhf", "reward", "shuffle")
+    assert config.align.min_responses == 6
+    assert compose_config(["row=dpo_1e-3", "align.learning_rate=1e-5"]).align.learning_rate == 1e-5
+    assert compose_config(["experiment=sweep_beta", "row=kto"]).loss["name"] == "kto"
     assert compose_config(["seed=7"]).dataset.toy.seed == 7
-    assert compose_config(["report.seeds=[1,2]"]).report.seeds == [1, 2]
 
 
 def test_choices_are_those_of_the_code():
@@ -113,7 +115,6 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("align.epochs=null",): "align.epochs=None: must be a valid integer",
     ("dataset.max_length=2",): "dataset.max_length=2: must be greater than or equal to 3",
     ("model.vocabulary_size=200",): "model.vocabulary_size=200: must be greater than or equal to 258",
-    ("report.seeds=[-1]",): "report.seeds=-1: must be greater",
     ("eval.judges=[orcale]",): "eval.judges=orcale: must be one of oracle, reward, diff (did you mean oracle?)",
     ("engine.attention=varlem",): "(did you mean varlen?)",
     ("stage.name=evall",): "(did you mean eval?)",
@@ -185,11 +186,8 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("eval.decoding=greedy", "eval.temperature=0.5"): "eval.temperature=0.5 has no effect with eval.decoding=greedy",
     ("eval.judges=[oracle,oracle]",): "eval.judges=oracle,oracle: names a judge twice",
     ("tracker.group=mine",): "tracker.group=mine has no effect with tracker.name=none",
-    ("report.seeds=[]",): "report.seeds is empty",
-    ("report.seeds=[1,1]",): "report.seeds=[1, 1]: names a seed twice",
     ("report.folder=../elsewhere",): "report.folder=../elsewhere",
-    ('+report.rows.mine=["run_dir=elsewhere"]',): "report.rows.mine: run_dir is the same for all rows",
-    ("metric=loss",): "stage=pipeline returns nothing",
+    ("stage=inspect", "metric=loss"): "stage=inspect returns nothing",
     ("stage=eval", "metric=rewards.human"): "the judge of metric=rewards.human=human: must be one of",
 }
 
@@ -235,20 +233,10 @@ def test_settings_beside_the_impossible_ones_are_fine(overrides):
     compose_config(overrides)
 
 
-def test_a_comparison_of_nothing_is_refused_where_one_is_made():
-    empty = copy.deepcopy(compose_config([]))
-    empty.report.rows = {}
-    with pytest.raises(UserError, match=r"^report\.rows is empty"):
-        check(empty)
-    empty.stage.name = "align"
-    check(empty)
-
-
 def test_what_has_no_effect_without_coefficients_is_noted():
     found = without_effect(compose_config(["stage=align", "rc.alpha=1", "rc.scale=mean"]))
     assert found == ["rc.alpha=1.0 has no effect with rc=none", "rc.scale=mean has no effect with rc=none"]
     assert without_effect(compose_config(["stage=align", "rc=diff", "rc.alpha=1"])) == []
-    assert without_effect(compose_config(["rc.alpha=1"])) == []  # the rows of a comparison read it
 
 
 def test_a_sweep_is_checked_value_by_value():
@@ -256,7 +244,7 @@ def test_a_sweep_is_checked_value_by_value():
     assert points[0] == ["rc=none", "rc.alpha=0", "loss=dpo", "run_dir=a"]
     assert len(points) == 1 + 1 + 2
     assert {text for point in points for text in point} >= {"rc=diff", "rc.alpha=0.5", "rc.alpha=1"}
-    assert list(sweep_points(["rc.alpha=interval(0,1)"])) == []
+    assert list(sweep_points(["rc.alpha=interval(0,1)", "loss=dpo"])) == [["loss=dpo"]]
 
 
 def test_general_settings_of_a_loss_need_no_plus():
@@ -303,15 +291,3 @@ def code(file: Path) -> str:
     if file.name in ("schema.py", "checks.py"):
         return ""
     return re.sub(r"#.*", "", file.read_text())
-
-
-def test_rows_of_a_comparison_are_added_and_dropped_as_the_readme_says():
-    given = ['+report.rows.mine=["loss=dpo","rc=diff","rc.alpha=1"]', "~report.rows.rrhf", "report.seeds=[0,1]"]
-    entries = list(rows(compose_config(given), given))
-    assert {row.seed for row in entries} == {0, 1}
-    names = {row.name for row in entries}
-    assert "mine" in names
-    assert "rrhf" not in names
-    mine = next(row for row in entries if row.name == "mine")
-    assert mine.config.rc.alpha == 1.0
-    assert mine.command == "python train.py stage=eval seed=0 loss=dpo rc=diff rc.alpha=1"

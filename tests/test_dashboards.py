@@ -33,7 +33,7 @@ def names(settings: dict, prefix: str = "") -> set[str]:
 
 def test_every_name_is_one_that_runs_log(dashboards):
     shown = {name for names in dashboards.CURVES.values() for name in names}
-    shown |= {dashboards.STEP, *dashboards.COMPARED_CURVES, *dashboards.PLOTS, *dashboards.TABLES}
+    shown |= {dashboards.STEP, *dashboards.COMPARED_CURVES, *dashboards.TABLES}
     assert shown <= set().union(*(run.history for run in tracked_runs()))
     summary = set().union(*(run.summary for run in tracked_runs()))
     assert {*dashboards.RESULTS, *dashboards.COEFFICIENTS, "label_accuracy"} <= summary

@@ -72,7 +72,7 @@ GRAMMAR = st.sampled_from(["=", "+", "++", "~", "@", ".", ",", "[", "]", "{", "}
 texts = st.text(alphabet=st.characters(codec=None), max_size=8)
 keys = st.one_of(
     st.sampled_from(LEAVES),
-    st.sampled_from([*GROUPS, "loss.beta", "loss.name", "loss.pairs", "report.rows.mine", "hydra.job.name", "hydra"]),
+    st.sampled_from([*GROUPS, "loss.beta", "loss.name", "loss.pairs", "row", "hydra.job.name", "hydra"]),
     st.sampled_from(LEAVES).map(lambda key: key[1:] + "x"),
     texts,
 )
@@ -94,7 +94,7 @@ overrides = st.one_of(
 @example(["~model"])
 @example(["seed=${seed}"])
 @example(["loss={}"])
-@example(["report.rows=null"])
+@example(["row=null"])
 @example(["stage=sft", "-m", "rc.alpha=[0,1],2"])
 @settings(max_examples=60, deadline=None)
 def test_whatever_is_typed_composes_or_is_refused_in_one_line(arguments):

@@ -6,9 +6,8 @@ import pytest
 
 from rdo.data.records import Preference, Record
 from rdo.errors import UserError
-from rdo.evaluation.scorers import evaluate_scorer
 from rdo.files import read_json, read_json_lines
-from rdo.report.console import describe_comparison, describe_policy, describe_scorer
+from rdo.report.tables import describe_policy, describe_scorer
 from rdo.schema import EvalConfig
 from rdo.stages.eval import EVALUATION, GENERATIONS, choose_prompts, evaluate_policy, evaluate_scorers
 from rdo.stages.scorer import load_kind, scorer
@@ -81,12 +80,6 @@ def test_what_the_terminal_says(policy) -> None:
     said = describe_scorer(read_json(evaluate_scorers(run, "diff").folder / EVALUATION))
     assert "label accuracy 0." in said
     assert "shown first" in said
-    evaluation = evaluate_scorer([1.0, -2.0], [-1.0, 2.0], [1.0, 1.0])
-    row = {"world": "", "seed": 0, "name": "reward model", "form": "pointwise", "evaluation": evaluation}
-    shown = describe_comparison({"scorers": [row], "policies": [], "missing": ["dpo, seed 0"]})
-    assert "reward model" in shown
-    assert "0.500" in shown
-    assert "not finished: dpo, seed 0" in shown
 
 
 def test_a_sequence_longer_than_the_model_is_one_clear_error(tmp_path) -> None:

@@ -1,67 +1,267 @@
-"""The report: numbers over seeds by hand, nothing from the data taken as markup, and nothing fetched from anywhere."""
+"""The report: the frame, baselines and numbers by hand, nothing from the data taken as markup, nothing fetched."""
 
-import json
+from __future__ import annotations
+
 import math
 import re
+import unicodedata
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from rdo.artifacts import Artifact, Provenance, produce
+from rdo.checks import compose_config, plain
+from rdo.errors import UserError
 from rdo.evaluation.scorers import evaluate_scorer
-from rdo.evaluation.statistics import Estimate
-from rdo.report.aggregate import aggregate, compare, summarise
-from rdo.report.curves import finite, over_seeds, thin
-from rdo.report.page import duration, write_report
-from rdo.report.plots import draw_overview
+from rdo.evaluation.statistics import mean_interval
+from rdo.files import append_json_line, write_json
+from rdo.report.results import Row, at_equal_kl, difference, frame_of, rows_of, sweeps
 from rdo.report.tables import number
+from rdo.stages.report import make_report
 
-EVIL = "<script>alert('x')</script> a|b $x$ `c` &amp;"
-
-
-def estimate(value: float, half: float = 0.1) -> Estimate:
-    return {"value": value, "low": value - half, "high": value + half, "count": 100}
+EVIL = "<script>alert('x')</script> a|b $x$ `c` &amp; {{ 7 * 7 }} ![x](http://x) <!-- \x1b[2J\u202e"
+PROMPTS = (-1.0, 0.0, 1.5, -0.5)  # what the rewards of a policy's responses differ from their mean by
 
 
-def scorer(name: str, seed: int, world: str = "noisy", oracle: bool = True) -> dict[str, Any]:
-    random = np.random.default_rng(seed)
-    truth = random.normal(size=200)
-    forward = truth + random.normal(size=200)
-    found = evaluate_scorer(forward, -forward, np.ones(200), truth if oracle else None, seed=seed)
-    curve = {"loss": [[step, 1 / (step + 1)] for step in range(120)], "accuracy": [[0, 0.5], [10, math.nan]]}
-    return {"world": world, "seed": seed, "name": name, "form": "pointwise", "evaluation": found, "curve": curve}
+class Folder:
+    """A run folder whose results are made up."""
+
+    def __init__(self, run_dir: Path):
+        self.run_dir = run_dir
+
+    def make(
+        self, stage: str, label: str, settings: Any, inputs: dict[str, Artifact], config: Any, **files: Any
+    ) -> Artifact:
+        def write(folder: Path) -> dict[str, Any]:
+            for name, content in files.items():
+                if isinstance(content, list):
+                    for line in content:
+                        append_json_line(folder / f"{name}.jsonl", line)
+                elif name != "results":
+                    write_json(folder / f"{name}.json", content)
+            return files.get("results", {})
+
+        provenance = Provenance(self.run_dir, f"python train.py {EVIL}", config)
+        return produce(provenance, stage, label, settings, inputs, write)
+
+    def policy(
+        self,
+        row: str = "none",
+        reward: float = 1.0,
+        kl: float = 0.5,
+        seed: int = 0,
+        rc: dict[str, Any] | None = None,
+        judges: Sequence[str] = ("oracle",),
+        scores: Sequence[str] = (),
+        split: str = "test",
+        loss: str = "dpo",
+        data: str = "toy",
+        **settings: Any,
+    ) -> Artifact:
+        """An evaluated policy; double underscores in settings stand for dots."""
+        config = {**plain(compose_config([f"seed={seed}"])), "row": row}
+        config["dataset"] = {**config["dataset"], "name": data}
+        beta, settings = settings.pop("beta", 0.1), {"learning_rate": 1e-4, **settings}
+        base = self.make("sft", "base", {"seed": seed, "data": data}, {}, config)
+        inputs = {"base": base, **{kind: self.make("score", kind, {"seed": seed}, {}, config) for kind in scores}}
+        aligned = self.make(
+            "align",
+            f"{loss}-{rc['name'] if rc else 'none'}",
+            {"loss": {"name": loss, "settings": {"beta": beta}}, "rc": rc, "training": settings, "seed": seed},
+            inputs,
+            config,
+            metrics=[{"step": step, "loss": 1 / step} for step in range(1, 20)],
+            results={"coefficients": {"effective_sample_size": 31.0, "negative_share": 0.25}, "records": 64}
+            if rc
+            else {},
+        )
+        values = {judge: [reward + offset for offset in PROMPTS] for judge in judges}
+        lines = [
+            {
+                "id": str(n),
+                "query": f"q{n} {EVIL}",
+                "response": f"r {EVIL}",
+                "rewards": {j: v[n] for j, v in values.items()},
+            }
+            for n in range(len(PROMPTS))
+        ]
+        evaluation = {
+            "prompts": len(PROMPTS),
+            "rewards": {judge: mean_interval(found) for judge, found in values.items()},
+            "kl": {"value": kl, "low": kl - 0.1, "high": kl + 0.1, "count": 4},
+            "against_base": None,
+        }
+        made = {"data": {"split": split}, "judges": list(judges), "seed": seed}
+        inputs = {"policy": aligned, "base": base}
+        return self.make(
+            "eval", aligned.folder.name[:-11], made, inputs, config, evaluation=evaluation, generations=lines
+        )
+
+    def scorer(self, row: str = "reward_model", seed: int = 0, **settings: Any) -> Artifact:
+        """An evaluated scorer."""
+        random = np.random.default_rng(seed)
+        truth = random.normal(size=200)
+        forward = truth + random.normal(size=200)
+        config = {**plain(compose_config([f"seed={seed}"])), "row": row}
+        model = self.make("diffmodel", "paper", {"training": settings, "seed": seed}, {}, config)
+        found = evaluate_scorer(forward, -forward, np.ones(200), truth, seed=seed)
+        made = {"data": {"split": "test"}, "seed": seed}
+        return self.make("eval", "scorer-diff", made, {"scorer": model}, config, evaluation=found)
+
+    def rows(self) -> dict[str, Row]:
+        return {row.name: row for row in rows_of(frame_of(self.run_dir)[0])}
+
+    def report(self) -> tuple[str, str]:
+        """The page and report.md."""
+        config = compose_config([f"run_dir={self.run_dir}"])
+        config.report.title = f"Title {EVIL}"
+        make_report(config, {"kto": f"no such {EVIL}"})
+        html, markdown = ((self.run_dir / "report" / f"report.{kind}").read_text() for kind in ("html", "md"))
+        return html, markdown
 
 
-def policy(name: str, reward: float, seed: int = 0, rc: str = "none", **more: Any) -> dict[str, Any]:
-    evaluation = {
-        "prompts": 100,
-        "rewards": {"oracle": estimate(reward)},
-        "kl": estimate(0.5),
-        "length": estimate(12.0),
-        "against_base": {"oracle": {"win": estimate(0.6), "tie": estimate(0.1), "lose": estimate(0.3)}},
-        "samples": [{"query": f"q {EVIL}", "response": f"r {EVIL}", "rewards": {"oracle": reward}}],
+REWARD = {"name": "reward", "alpha": 0.5, "control": "none"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path / "run")
+
+
+@pytest.fixture
+def full(folder: Folder) -> Folder:
+    """Two seeds of a baseline, a row and a control, two of a swept setting, and scorers; hostile names throughout."""
+    for seed in range(2):
+        folder.policy("dpo", 2.0, 0.5, seed)
+        folder.policy(f"dpo {EVIL}", 2.5 + 0.01 * seed, 0.6, seed, REWARD)
+        folder.policy("dpo shuffled", 1.9, 0.4, seed, {**REWARD, "control": "shuffle"})
+        folder.policy("none", 2.8, 0.9, seed, REWARD, learning_rate=1e-3)
+        folder.scorer(f"_scorer {EVIL}", seed)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The frame and its rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHARED = {"scores": ["reward"]}
+BASELINES: list[tuple[str, dict[str, Any], bool]] = [
+    ("the same", {}, True),
+    ("more scores than it reads", {"scores": []}, True),
+    ("other judges", {"judges": ["oracle", "reward"]}, True),
+    ("another loss", {"loss": "kto"}, False),
+    ("a setting of the loss", {"beta": 0.3}, False),
+    ("another rate", {"learning_rate": 1e-3}, False),
+    ("another seed", {"seed": 1}, False),
+    ("another split", {"split": "validation"}, False),
+    ("another base policy", {"data": "other"}, False),
+    ("with coefficients itself", {"rc": {**REWARD, "alpha": 1.0}}, False),
+    ("scores that the row does not read", {"scores": ["reward", "diff"]}, False),
+]
+
+
+@pytest.mark.parametrize(("what", "other", "found"), BASELINES, ids=[case[0] for case in BASELINES])
+def test_the_baseline_is_the_same_without_coefficients(
+    folder: Folder, what: str, other: dict[str, Any], found: bool
+) -> None:
+    base, row = folder.policy("a", 2.0, **{**SHARED, **other}), folder.policy("b", 2.5, rc=REWARD, **SHARED)
+    frame = frame_of(folder.run_dir)[0].set_index("folder")
+    assert frame.loc[str(row.folder), "baseline"] == (str(base.folder) if found else None) or not found
+    assert pd.notna(frame.loc[str(row.folder), "baseline"]) == found
+    assert pd.isna(frame.loc[str(base.folder), "baseline"])
+
+
+def test_one_seed_is_compared_prompt_by_prompt_and_several_seed_by_seed(folder: Folder) -> None:
+    folder.policy("dpo", 1.0)
+    folder.policy("dpo_reward", 1.25, rc=REWARD)
+    change = folder.rows()["dpo_reward"].number("difference.oracle")
+    assert change == (0.25, 0.25, 0.25)  # the same on every prompt
+    for seed, (base, gain) in enumerate([(5.0, 0.2), (9.0, 0.3)], start=1):
+        folder.policy("dpo", base, seed=seed)
+        folder.policy("dpo_reward", base + gain, seed=seed, rc=REWARD)
+    row = folder.rows()["dpo_reward"]
+    assert row.baseline is not None
+    assert row.baseline.name == "dpo"
+    change, reward = row.number("difference.oracle"), row.number("rewards.oracle")
+    assert change is not None
+    half = 4.30265 * 0.05 / math.sqrt(3)  # t of two degrees, standard deviation over seeds
+    assert change == pytest.approx((0.25, 0.25 - half, 0.25 + half), abs=1e-4)
+    assert change.verdict == "higher"
+    assert reward is not None
+    assert reward.value == pytest.approx((1.25 + 5.2 + 9.3) / 3)
+    assert row.number("nothing") is None
+
+
+def test_rows_are_named_by_their_file_or_by_what_they_differ_in(folder: Folder) -> None:
+    for rate in (1e-4, 1e-3):
+        folder.policy("none", rc=REWARD, learning_rate=rate)
+    folder.policy("mine", loss="kto")
+    for seed in range(2):
+        folder.scorer("none", seed, beta0=0.5)
+    assert set(folder.rows()) == {
+        "dpo-reward, align.learning_rate=0.0001",
+        "dpo-reward, align.learning_rate=0.001",
+        "mine",
+        "scorer-diff",
     }
-    row = {"world": "noisy", "seed": seed, "name": name, "group": "dpo", "rc": rc, "evaluation": evaluation}
-    return {**row, "alpha": None, "control": "none", "curve": {"loss": [[0, 0.7], [1, 0.6]]}, **more}
 
 
-def full() -> dict[str, Any]:
-    policies = [policy("dpo none", 2.0, seed) for seed in range(2)]
-    policies += [policy(f"dpo {EVIL}", 2.5, seed, rc="reward", alpha=0.5) for seed in range(2)]
-    policies += [policy("dpo shuffled", 1.9, seed, rc="reward", control="shuffle") for seed in range(2)]
-    return {
-        "title": f"Title {EVIL}",
-        "created": "2025-01-01T00:00:00Z",
-        "code_revision": "abc",
-        "seconds": 75.0,
-        "missing": [f"kto {EVIL}"],
-        "commands": {f"row {EVIL}": f"python train.py {EVIL}"},
-        "dataset": {"name": f"toy {EVIL}", "counts": {"train": 12288}, "truncation": {"cut": {"queries": 3}}},
-        "scorers": [scorer(f"_reward {EVIL}", seed) for seed in range(2)] + [scorer("difference", 0)],
-        "policies": policies,
+def test_a_sweep_has_lines_of_what_differs_in_one_setting_and_a_conclusion(folder: Folder) -> None:
+    for beta in (0.1, 0.2):
+        for rate in (1e-4, 1e-3):
+            folder.policy("none", 100 * rate + beta, kl=1000 * rate, beta=beta, learning_rate=rate)
+            folder.policy(
+                "none", 100 * rate + beta + 0.5, kl=1000 * rate + 0.3, rc=REWARD, beta=beta, learning_rate=rate
+            )
+    rows = folder.rows()
+    lines = sweeps(rows.values())
+    assert {name: [len(line) for line in found] for name, found in lines.items()} == {
+        "loss.beta": [2, 2, 2, 2],
+        "align.learning_rate": [2, 2, 2, 2],
     }
+    for line in lines["align.learning_rate"]:
+        assert [row.settings["align.learning_rate"] for row in line] == [1e-4, 1e-3]
+        assert len({row.settings["loss.beta"] for row in line}) == len({row.rc for row in line}) == 1
+    line = next(line for line in lines["align.learning_rate"] if line[0].rc == "reward")
+    # Both rise by 0.1 a nat, the row's from 0.3 nats later on: 0.5 - 0.03 more at the same KL.
+    assert at_equal_kl(line, "oracle") == pytest.approx((0.47, 0.4, 1.0))
+    assert difference(line[1], line[0], "rewards.oracle") == pytest.approx((0.09, 0.09, 0.09))
+    _, text = folder.report()
+    assert r"align.learning\_rate, by rewards.oracle: 0.001 is best" in text
+    assert "distinguishable from 0.0001." in text
+    assert "At equal KL (0.40 to 1.00 nats)" in text
+
+
+def test_results_are_saved_as_a_table(full: Folder) -> None:
+    full.report()
+    saved = pd.read_parquet(full.run_dir / "report" / "results.parquet")
+    assert len(saved) == 10
+    assert len(pd.read_csv(full.run_dir / "report" / "results.csv")) == 10
+    assert {"settings.align.learning_rate", "settings.rc.control"} <= set(saved)
+    assert "settings.loss.beta" not in saved  # which is the same in all
+    assert saved.groupby("name")["rewards.oracle.value"].mean()["dpo"] == pytest.approx(2.0)
+    assert saved["coefficients.effective_sample_size.value"].dropna().unique() == [31.0]
+
+
+def test_what_cannot_be_read_is_named_and_nothing_is_an_error(folder: Folder) -> None:
+    with pytest.raises(UserError, match="nothing is evaluated there"):
+        make_report(compose_config([f"run_dir={folder.run_dir}"]))
+    folder.scorer()
+    broken = folder.policy()
+    (broken.folder / "manifest.json").write_text("{")
+    html, _ = folder.report()
+    assert "cannot be read" in html
+    assert "Scorers agree with the true reward" in html
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Page(HTMLParser):
@@ -83,21 +283,24 @@ class Page(HTMLParser):
                 self.ids.append(value or "")
 
 
-def test_the_three_files_are_written_and_nothing_else(tmp_path: Path) -> None:
-    paths = write_report(full(), tmp_path / "report")
-    assert {name: path.name for name, path in paths.items()} == {
-        "html": "report.html",
-        "markdown": "report.md",
-        "json": "report.json",
-    }
-    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["report.html", "report.json", "report.md"]
+def hidden(text: str) -> set[str]:
+    """The characters of a text that a terminal would act upon or that nobody sees."""
+    return {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\n\t"}
 
 
-def test_nothing_from_the_data_becomes_markup_and_nothing_is_fetched(tmp_path: Path) -> None:
-    text = write_report(full(), tmp_path)["html"].read_text(encoding="utf-8")
+@pytest.mark.filterwarnings("ignore:Glyph")  # which the figures' font has not
+def test_nothing_from_the_data_becomes_markup_and_nothing_is_fetched(
+    full: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, markdown = full.report()
+    printed = capsys.readouterr().out.partition("\ntoy: ")[2]
+    assert hidden(text) == hidden(markdown) == hidden(printed) == set()
+    assert "\\x1b[2J" in printed
+    assert "{{ 7 * 7 }}" in text
+    assert not re.search("<!--(?! Created with matplotlib)", text)
+    assert not re.search(r"(?<!\\)\[x(?<!\\)\]\(", markdown)
     page = Page(text)
-    assert "script" not in page.tags
-    assert "link" not in page.tags
+    assert not {"script", "link", "img"} & set(page.tags)
     assert "&lt;script&gt;" in text
     assert page.tags.count("svg") == 5
     assert page.addresses
@@ -108,24 +311,9 @@ def test_nothing_from_the_data_becomes_markup_and_nothing_is_fetched(tmp_path: P
     assert {address[1:] for address in page.addresses} <= set(page.ids)
 
 
-def test_the_page_is_the_same_for_the_same_data(tmp_path: Path) -> None:
-    first = write_report(full(), tmp_path / "a")["html"].read_bytes()
-    assert first == write_report(full(), tmp_path / "b")["html"].read_bytes()
-
-
-def test_json_holds_the_data_and_the_aggregates(tmp_path: Path) -> None:
-    data = full()
-    data["policies"][0]["coefficients"] = {"mean": np.float32(0.5), "negative_share": math.nan}
-    found = json.loads(write_report(data, tmp_path)["json"].read_text(encoding="utf-8"))
-    assert found["title"] == data["title"]
-    assert found["policies"][0]["coefficients"] == {"mean": 0.5, "negative_share": None}
-    assert found["scorers"][0]["curve"]["accuracy"][1] == [10, None]
-    assert [row["name"] for row in found["aggregates"][0]["scorers"]] == [f"_reward {EVIL}", "difference"]
-
-
-def test_markdown_tables_keep_their_columns(tmp_path: Path) -> None:
-    text = write_report(full(), tmp_path)["markdown"].read_text(encoding="utf-8")
-    assert "<script" not in re.sub(r"(`+).*?(?<!`)\1(?!`)", "", text)  # inside code it is only text
+def test_markdown_tables_keep_their_columns(full: Folder) -> None:
+    _, text = full.report()
+    assert "<script" not in text
     tables = 0
     width = None
     for line in text.splitlines():
@@ -134,148 +322,31 @@ def test_markdown_tables_keep_their_columns(tmp_path: Path) -> None:
             assert cells == width, line
         tables += cells is not None and width is None
         width = cells
-    assert tables == 5  # scorers, policies, one sampled query, counts, commands
+    assert tables == 8  # not finished, policies, scorers, data, samples of three rows, commands
 
 
-def test_a_summary_over_seeds_by_hand() -> None:
-    found = summarise([estimate(1.0), estimate(2.0), estimate(3.0), None])
-    assert found["mean"] == 2.0
-    assert found["sd"] == 1.0
-    assert found["seeds"] == 3
-    assert found["high"] == pytest.approx(2 + 4.30265 / math.sqrt(3))
-    assert summarise([estimate(1.0)]) == {"mean": 1.0, "sd": None, "low": 0.9, "high": 1.1, "seeds": 1}
-    assert summarise([0.25]) == {"mean": 0.25, "sd": None, "low": None, "high": None, "seeds": 1}
-    assert summarise([math.nan, None])["mean"] is None
+def test_the_sentences_say_what_the_numbers_say(full: Folder) -> None:
+    html, text = full.report()
+    assert "the coefficient helps in 1 of 1 rows, harms in 0" in text
+    assert r"at KL 0.60 \[" in text
+    assert "Controls: dpo shuffled −0.10" in text
+    assert "control: R shuffled over pairs" in html
+    assert "over 2 seeds" in html
+    # The answer and its picture come before everything else.
+    assert html.index("the coefficient helps") < html.index("<svg") < html.index("<table")
 
 
-def test_one_seed_differs_only_when_the_intervals_do_not_overlap() -> None:
-    assert compare({0: estimate(1.0)}, {0: estimate(1.15)})["verdict"] == "indistinguishable"
-    assert compare({0: estimate(1.0)}, {0: estimate(1.25)})["verdict"] == "lower"
-    assert compare({0: estimate(1.5)}, {0: estimate(1.25)})["verdict"] == "higher"
-    assert (
-        compare({0: {"value": 1.0, "low": None, "high": None, "count": 1}}, {0: estimate(3.0)})["verdict"] == "unknown"
-    )
-    assert compare({0: estimate(1.0)}, {1: estimate(1.0)}) is None
+def test_a_section_for_each_data_set(folder: Folder) -> None:
+    for data in ("toy", "toy_flipped"):
+        folder.policy("dpo", data=data)
+        folder.policy("dpo_reward", 1.5, rc=REWARD, data=data)
+    html, text = folder.report()
+    assert html.count('<section class="answer"') == 2
+    assert text.count("the coefficient helps in 1 of 1 rows") == 2
 
 
-def test_several_seeds_are_compared_seed_by_seed() -> None:
-    # Far apart between seeds, but always 0.1 to 0.3 apart within one: mean 0.2, sd 0.1, half width 4.303 * 0.1 / 1.732
-    first = {0: estimate(1.1), 1: estimate(5.2), 2: estimate(9.3), 3: estimate(100.0)}
-    second = {0: estimate(1.0), 1: estimate(5.0), 2: estimate(9.0)}
-    found = compare(first, second)
-    assert found["value"] == pytest.approx(0.2)
-    assert found["sd"] == pytest.approx(0.1)
-    assert found["seeds"] == 3
-    assert found["low"] == pytest.approx(0.2 - 4.30265 * 0.1 / math.sqrt(3))
-    assert found["verdict"] == "indistinguishable"
-    assert compare({0: estimate(2.0), 1: estimate(3.01)}, {0: estimate(1.0), 1: estimate(2.0)})["verdict"] == "higher"
-
-
-def test_rows_are_compared_with_the_same_loss_without_a_coefficient() -> None:
-    data = {
-        "policies": [
-            policy("sft", 1.0, group="base"),
-            policy("dpo none", 2.0),
-            policy("dpo reward", 2.5, rc="reward"),
-            policy("dpo filter", 2.05, control="filter"),
-            policy("kto reward", 3.0, rc="reward", group="kto"),
-            policy("dpo oracle", 3.0, rc="oracle", compare_with="dpo filter"),
-        ]
-    }
-    rows = {row["name"]: row for row in aggregate(data)[0]["policies"]}
-    assert rows["dpo reward"]["compared_with"] == "dpo none"
-    assert rows["dpo reward"]["difference"]["oracle"]["value"] == 0.5
-    assert rows["dpo reward"]["difference"]["oracle"]["verdict"] == "higher"
-    assert rows["dpo filter"]["control"] == "pairs with R < 0 dropped, no coefficient"
-    assert rows["dpo filter"]["difference"]["oracle"]["verdict"] == "indistinguishable"
-    assert rows["dpo oracle"]["compared_with"] == "dpo filter"
-    for name in ("sft", "dpo none", "kto reward"):
-        assert rows[name]["compared_with"] is None
-        assert rows[name]["difference"] == {}
-    # Two plain rows in a group: which one is meant is not guessed.
-    data["policies"].append(policy("dpo none, high rate", 2.0))
-    rows = {row["name"]: row for row in aggregate(data)[0]["policies"]}
-    assert rows["dpo reward"]["compared_with"] is None
-
-
-def test_the_same_row_twice_is_refused() -> None:
-    with pytest.raises(ValueError, match="one would hide the other"):
-        aggregate({"policies": [policy("a", 1.0), policy("a", 2.0)]})
-
-
-def test_the_sentences_say_what_the_numbers_say(tmp_path: Path) -> None:
-    data = full()
-    data["policies"][2]["name"] = data["policies"][3]["name"] = "dpo reward"
-    text = write_report(data, tmp_path)["markdown"].read_text(encoding="utf-8")
-    assert "2 scorers and 3 policies over 2 seeds" in text
-    assert "by the judge “oracle”: 1 higher, 0 lower, 0 indistinguishable." in text
-    assert "Higher: “dpo reward” (+0.50, KL indistinguishable)." in text
-    assert "Controls, lower: “dpo shuffled” (−0.10, KL indistinguishable)." in text
-    assert "| 1 | dpo none | 2 | 2.00 ± 0.00 | – |" in text
-    assert "(control: R shuffled over pairs)" in text
-    assert "Duration: 1 min 15 s" in text
-
-
-def test_without_an_oracle_its_columns_vanish(tmp_path: Path) -> None:
-    rows = [policy("dpo none", 2.0), policy("dpo reward", 2.05, rc="reward")]
-    for row in rows:
-        row["evaluation"]["rewards"] = {"held-out": row["evaluation"]["rewards"]["oracle"]}
-        del row["evaluation"]["against_base"], row["evaluation"]["samples"]
-    data = {"scorers": [scorer("reward", 0, oracle=False), scorer("diff", 1, oracle=False)], "policies": rows}
-    paths = write_report(data, tmp_path)
-    for kind in ("html", "markdown"):
-        text = paths[kind].read_text(encoding="utf-8")
-        assert "racle" not in re.sub(r"(?s)<style>.*?</style>", "", text).replace("diamond the true reward", "")
-        assert "Label accuracy, random order" in text
-        assert "held-out" in text
-    assert "0 higher, 0 lower, 1 indistinguishable" in paths["markdown"].read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        {},
-        {"title": None, "dataset": None, "scorers": [], "policies": None, "commands": None},
-        {"scorers": [{"name": "reward"}], "policies": [{"name": "sft", "evaluation": None, "curve": None}]},
-        {"scorers": [{"name": "r", "evaluation": evaluate_scorer([], [], [])}], "missing": ["dpo"]},
-    ],
-)
-def test_little_or_nothing_is_still_a_report(data: dict[str, Any], tmp_path: Path) -> None:
-    paths = write_report(data, tmp_path)
-    assert "<h1>" in paths["html"].read_text(encoding="utf-8")
-    json.loads(paths["json"].read_text(encoding="utf-8"))
-
-
-def test_a_section_for_every_world(tmp_path: Path) -> None:
-    data = {"scorers": [scorer("reward", 0, "noisy"), scorer("reward", 0, "flipped")]}
-    text = write_report(data, tmp_path)["html"].read_text(encoding="utf-8")
-    assert '<section id="world-1">' in text
-    assert '<section id="world-2">' in text
-    assert "in 2 worlds (noisy, flipped)" in text
-
-
-def test_overview_picture(tmp_path: Path) -> None:
-    assert draw_overview(full(), tmp_path / "overview.png")
-    content = (tmp_path / "overview.png").read_bytes()
-    assert content.startswith(b"\x89PNG")
-    assert int.from_bytes(content[16:20], "big") == 1200
-    assert int.from_bytes(content[20:24], "big") == 500
-    assert [path.name for path in tmp_path.iterdir()] == ["overview.png"]
-    assert not draw_overview({"scorers": [scorer("reward", 0)]}, tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
-
-
-def test_numbers_and_durations_are_written_for_people() -> None:
+def test_numbers_are_written_for_people() -> None:
     assert number(-0.001) == "0.00"
     assert number(-1.5, 1, signed=True) == "−1.5"
     assert number(0.25, signed=True) == "+0.25"
-    assert number(None) == "–"
-    assert [duration(seconds) for seconds in (4.6, 61, 7260)] == ["5 s", "1 min 1 s", "2 h 1 min"]
-
-
-def test_curves_are_averaged_over_seeds_and_then_over_stretches() -> None:
-    assert finite([[0, 1.0], [1, None], [2, math.inf], [3, 2]]) == [(0.0, 1.0), (3.0, 2.0)]
-    assert over_seeds([[(0.0, 1.0), (1.0, 2.0), (2.0, 9.0)], [(0.0, 3.0), (1.0, 4.0)]]) == [(0.0, 2.0), (1.0, 3.0)]
-    assert thin([(0.0, 1.0), (1.0, 3.0), (2.0, 5.0)], limit=2) == [(0.5, 2.0), (2.0, 5.0)]
-    assert thin([(0.0, 1.0)], limit=2) == [(0.0, 1.0)]
-    assert thin([]) == []
+    assert number(None) == number(math.nan) == "–"

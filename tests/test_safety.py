@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import runpy
 import shutil
 import subprocess
@@ -14,13 +13,10 @@ from typing import Any
 
 import pytest
 
-import test_report
 from rdo.errors import UserError, printable, single_line
-from rdo.report.console import describe_comparison, describe_policy
-from rdo.report.page import write_report
+from rdo.report.tables import describe_policy
 from rdo.stages.sft import base_policy
 from rdo.tracking import Tracker
-from test_report import EVIL, Page, full
 from tiny import TINY, tiny_run
 from tracked import wandb_records
 
@@ -226,32 +222,7 @@ def test_an_error_is_one_line_whatever_it_quotes():
     assert "\\u202eevil" in str(error)
 
 
-@pytest.fixture
-def hostile(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The data of a report all of whose texts are hostile."""
-    monkeypatch.setattr(test_report, "EVIL", " ".join([EVIL, *HOSTILE]))
-    return full()
-
-
-@pytest.mark.filterwarnings("ignore")  # the plots' font has no such glyphs
-def test_a_report_shows_hostile_texts_as_texts(tmp_path, hostile):
-    paths = write_report(hostile, tmp_path)
-    html = paths["html"].read_text(encoding="utf-8")
-    markdown = paths["markdown"].read_text(encoding="utf-8")
-    page = Page(html)
-    assert not {"script", "img", "iframe", "object", "link"} & set(page.tags)
-    assert all(address.startswith("#") for address in page.addresses)
-    assert not re.search(r"<script|alert\(1\)<|<!--(?! Created with matplotlib)", re.sub(r"<!DOCTYPE[^>]*>", "", html))
-    assert "{{ 7 * 7 }}" in html
-    for text in (html, markdown):
-        assert hidden(text) == set()
-        assert "\\u202eevil" in text.replace("\\\\", "\\")
-    outside_code = re.sub(r"(`+).*?(?<!`)\1(?!`)", "", markdown)
-    assert "<script" not in outside_code
-    assert not re.search(r"(?<!\\)\[x(?<!\\)\]\(", outside_code)
-
-
-def test_the_terminal_shows_hostile_texts_as_texts(hostile):
-    for text in (describe_comparison(hostile), describe_policy(hostile["policies"][2]["evaluation"])):
-        assert hidden(text) == set()
-    assert "\\x1b[2J" in describe_comparison(hostile)
+def test_the_terminal_shows_a_hostile_judge_as_text():
+    estimate = {"value": 1.0, "low": None, "high": None, "count": 1}
+    text = describe_policy({"prompts": 1, "length": estimate, "kl": estimate, "rewards": {" ".join(HOSTILE): estimate}})
+    assert hidden(text) == set()

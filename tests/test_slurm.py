@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from launch import pipeline, throwaway_slurm
+from launch import throwaway_slurm
 
 from rdo.artifacts import Artifact
 from tiny import TINY, metrics, weights
@@ -212,30 +212,3 @@ def send(number: signal.Signals, processes: Sequence[int]) -> None:
     for process in processes:
         with suppress(ProcessLookupError):
             os.kill(process, number)
-
-
-STAGE = """
-import os, signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(143)))
-print("started", flush=True)
-time.sleep(0 if "SLURM_RESTART_COUNT" in os.environ else 100)
-"""
-
-
-def test_a_job_of_the_pipeline_saves_and_comes_back_before_its_time_limit(cluster: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "stage.py").write_text(STAGE)
-    command = f"{sys.executable} {tmp_path / 'stage.py'}"
-    script = tmp_path / "job.sh"
-    script.write_text(pipeline.SCRIPT.format(root=tmp_path, setup="export SLURM_KILL_BAD_EXIT=1", command=command))
-    log, after = tmp_path / "log", tmp_path / "after"
-    submit = ["sbatch", "--parsable", "--requeue", "--open-mode=append"]
-    job = cluster.run(*submit, f"--output={log}", str(script)).strip()
-    next_job = ["--output=/dev/null", f"--dependency=afterok:{job}", "--wrap", f"touch {after}"]
-    cluster.run(*submit, *next_job)
-    wait_until("the job runs", lambda: log.exists() and "started" in log.read_text())
-    cluster.run("scancel", "--signal=USR2", "--batch", job)
-    wait_until("what depends on it runs", after.exists)
-    assert cluster.restarts(job) == 1
-    assert [line for line in log.read_text().splitlines() if line in ("started", "saved")] == [
-        "started", "saved", "started"
-    ]  # fmt: skip

@@ -17,7 +17,7 @@ from rdo.errors import UserError
 from rdo.files import append_json_line, write_json
 from rdo.main import run_config
 from rdo.metric import stage_metric
-from rdo.sweeps import ReadyMade
+from rdo.sweeps import Comparison
 from tiny import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -34,41 +34,37 @@ def composed(*overrides: str) -> DictConfig:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SWEEPS)
-def test_every_point_of_a_ready_made_sweep_is_a_config(name):
+@pytest.mark.parametrize("name", [*SWEEPS, "none", "paper_hh"])
+def test_every_point_of_an_experiment_is_a_config(name):
     config = composed(f"experiment={name}")
-    assert config.hydra.sweeper.params
-    ReadyMade().on_multirun_start(config)
-
-
-def test_a_ready_made_sweep_does_not_run_as_one_point(capsys):
-    with pytest.raises(SystemExit):
-        ReadyMade().on_run_start(composed("experiment=sweep_diffmodel", "diffmodel.beta0=1"))
-    assert capsys.readouterr().err == (
-        "error: the experiment is a sweep over diffmodel.beta1: run it with -m, or give each a value\n"
-    )
-    # As the manifest of a point has it.
-    ReadyMade().on_run_start(composed("experiment=sweep_diffmodel", "diffmodel.beta0=1", "diffmodel.beta1=0"))
+    assert config.hydra.mode.name == "MULTIRUN"
+    Comparison().on_multirun_start(config)
+    assert config.hydra.sweeper.params.row == composed(f"experiment={name}").rows
 
 
 def test_values_on_the_command_line_take_the_place_of_the_experiments():
-    config = composed("experiment=sweep_diffmodel", "diffmodel.beta0=0.5")
-    ReadyMade().on_multirun_start(config)
+    config = composed("experiment=sweep_diffmodel", "diffmodel.beta0=0.5", "row=difference_model")
+    Comparison().on_multirun_start(config)
     assert list(config.hydra.sweeper.params) == ["diffmodel.beta1"]
+
+
+def test_only_a_comparison_is_a_sweep_by_itself():
+    for stage in ("align", "report", "eval"):
+        assert composed("experiment=toy_study", f"stage={stage}").hydra.mode is None
 
 
 def test_a_point_that_cannot_run_is_refused_before_any_runs(capsys):
     config = composed("experiment=sweep_alpha")
     OmegaConf.update(config, "hydra.sweeper.params", {"rc.alpha": "0,2"})
     with pytest.raises(SystemExit):
-        ReadyMade().on_multirun_start(config)
+        Comparison().on_multirun_start(config)
     assert "rc.alpha=2" in capsys.readouterr().err
 
 
 def test_a_bayesian_sweep_finds_the_same_points_again(tmp_path):
     settings = [f"run_dir={tmp_path}", *TINY, "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2"]
     settings += ["metric=rewards.oracle", f"hydra.sweep.dir={tmp_path}/sweep"]
-    command = [sys.executable, "train.py", "-m", "experiment=sweep_bayes", *settings]
+    command = [sys.executable, "train.py", "experiment=sweep_bayes", *settings]
     said, found = [], []
     for _ in range(2):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -134,7 +130,7 @@ def test_every_stage_returns_what_the_config_names_also_when_it_was_done_already
 
 
 def test_what_cannot_be_a_metric_is_refused_before_any_work():
-    with pytest.raises(UserError, match="stage=pipeline returns nothing"):
-        compose_config(["metric=loss"])
+    with pytest.raises(UserError, match="stage=report returns nothing"):
+        compose_config(["stage=report", "metric=loss"])
     with pytest.raises(UserError, match=r"the judge of metric=rewards\.gold"):
         compose_config(["stage=eval", "metric=rewards.gold"])

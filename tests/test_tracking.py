@@ -1,6 +1,5 @@
 """Metrics: a JSON-lines file of every run, and in wandb what that file says and what evaluations find."""
 
-import io
 import os
 import signal
 import subprocess
@@ -9,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from rdo import distributed, tracking
 from rdo.errors import UserError
@@ -78,7 +76,7 @@ def test_only_the_first_process_writes(tmp_path, offline, monkeypatch, config):
         tracker.log(1, {"loss": 0.5})
         tracker.summarize({"mean": 1.0})
         tracker.synchronize()
-    tracking.show(config, tmp_path, {}, {"reward": 1.0}, {}, {})
+    tracking.show(config, tmp_path, {}, {"reward": 1.0}, {})
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
@@ -190,15 +188,12 @@ def test_a_run_that_fails_is_marked_as_failed_and_one_that_was_stopped_as_preemp
 def test_results_reach_wandb(tmp_path, offline):
     folder = tmp_path / "eval" / "dpo-123"
     folder.mkdir(parents=True)
-    png = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(png, "PNG")
     table = (["name", "value"], [["kl", 0.5], ["reward", None]])
-    tracking.show(WANDB, folder, {}, {"rewards/oracle": 1.5}, {"tables/x": table}, {"plots/y": png.getvalue()})
+    tracking.show(WANDB, folder, {}, {"rewards/oracle": 1.5}, {"tables/x": table})
     summaries = [record.summary for record in records_in(folder) if record.WhichOneof("record_type") == "summary"]
     found = {item.key: item.value_json for summary in summaries for item in summary.update}
     assert found["rewards/oracle"] == "1.5"
     assert any(name.startswith("tables/x") for step in steps_in(folder) for name in step)
-    assert any(name.startswith("plots/y") for step in steps_in(folder) for name in step)
     files = list(folder.glob("wandb/offline-run-*/files/media/table/tables/x*.json"))
     assert [read_json(file)["data"] for file in files] == [table[1]]
 
@@ -270,7 +265,7 @@ def test_an_evaluated_policy_comes_with_numbers_samples_and_tables():
     assert logged.asked["config"]["made"] == {"alpha": 0.25, "beta": 0.2, "beta0": 0.1, "beta1": 0.1}
     (shown,) = logged.steps
     assert shown.keys() == {
-        "global_step", "tables/evaluation", "tables/against_base", "tables/samples", "plots/reward_kl",
+        "global_step", "tables/evaluation", "tables/against_base", "tables/samples",
     }  # fmt: skip
     samples = shown["tables/samples"]
     assert samples.columns == ["id", "query", "response", "stopped", "reward/oracle", "reward/reward"]
@@ -288,6 +283,5 @@ def test_an_evaluated_scorer_comes_with_its_accuracy_by_confidence():
     evaluation = read_json(logged.folder / "evaluation.json")
     assert logged.summary["label_accuracy"] == evaluation["label_accuracy"]["value"]
     (shown,) = logged.steps
-    assert shown.keys() >= {"plots/confidence", "plots/differences"}
     found = [row[3:5] for row in shown["tables/by_confidence"].data]
     assert found == [[part["count"], part["label_accuracy"]["value"]] for part in evaluation["by_confidence"]]

@@ -37,29 +37,26 @@ class RdoSlurmLauncher(SlurmLauncher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Submits one job a point, and waits for them.
 
-        Where more fail than the sweeper bears (hydra.sweeper.max_failure_rate), where the cluster takes no job, and on
-        Ctrl-C, which leaves the jobs alone, the process ends with one line.
+        A point that failed costs the others nothing: it is noted for the report, and where a sweeper counts failures
+        (hydra.sweeper.max_failure_rate), told to it. Where the cluster takes no job, and on Ctrl-C, which leaves the
+        jobs alone, the process ends with one line.
         """
-        from rdo.main import fail
+        from rdo.main import FAILED, fail
         from rdo.slurm import Jobs
 
         assert self.config is not None
-        bearable = self.config.hydra.sweeper.get("max_failure_rate", 0.0)
         try:
-            jobs = Jobs(self.submit(job_overrides, initial_job_idx), names(job_overrides), initial_job_idx)
-            outcomes = jobs.wait()
-            failures = sum(isinstance(outcome, UserError) for outcome in outcomes)
-            if failures > bearable * len(outcomes):
-                raise UserError(
-                    f"{failures} of {len(outcomes)} jobs failed, see above; what is finished is kept, and the same "
-                    "command does the rest"
-                )
+            outcomes = Jobs(self.submit(job_overrides, initial_job_idx), names(job_overrides), initial_job_idx).wait()
         except Exception as error:
             fail(error)
-        return [
-            failed(overrides, outcome) if isinstance(outcome, UserError) else outcome
-            for overrides, outcome in zip(job_overrides, outcomes, strict=True)
-        ]
+        counted = "max_failure_rate" in self.config.hydra.sweeper
+        for number, (overrides, outcome) in enumerate(zip(job_overrides, outcomes, strict=True)):
+            if isinstance(outcome, UserError):
+                FAILED.append((list(overrides), str(outcome)))
+                status = JobStatus.FAILED if counted else JobStatus.COMPLETED
+                outcomes[number] = JobReturn(list(overrides), status=status)
+                outcomes[number].return_value = outcome if counted else None
+        return outcomes
 
     def submit(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[Any]:
         """The submitit jobs of the points. Raises UserError where there is no SLURM, or it refuses them."""
@@ -76,13 +73,6 @@ class RdoSlurmLauncher(SlurmLauncher):
             for number, overrides in enumerate(job_overrides, initial_job_idx)
         ]
         return submitted(self, calls, folder, timeouts, parameters)
-
-
-def failed(overrides: Sequence[str], error: Exception) -> JobReturn:
-    """What a sweeper is told of a job that failed."""
-    returned = JobReturn(overrides=list(overrides), status=JobStatus.FAILED)
-    returned.return_value = error
-    return returned
 
 
 def names(job_overrides: Sequence[Sequence[str]]) -> list[str]:

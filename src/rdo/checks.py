@@ -50,8 +50,6 @@ READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 # The same, but a sweep or a comparison over rc has reason to give them for rc=none, too: these are only said.
 READ_WITH_COEFFICIENTS = ("rc.alpha", "rc.negative", "rc.scale")
-# What a row of a comparison cannot set: it would be ignored, or part it from the row that the report shows.
-NOT_A_ROWS = ("stage", "seed", "run_dir", "build_inputs", "report")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Composing
@@ -99,13 +97,13 @@ def compose_config(overrides: Sequence[str]) -> Config:
 
 
 def sweep_points(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """Command lines that together hold every value of a sweep: the first of all, then each other one in turn; none of
-    a range that a sweeper draws from. Raises UserError."""
+    """Command lines that together hold every value of a sweep: the first of all, then each other one in turn, without
+    ranges that a sweeper draws from. Raises UserError."""
     choices: list[list[str]] = []
     try:
         for override in OverridesParser.create().parse_overrides(list(overrides)):
             if override.is_sweep_override() and not override.is_discrete_sweep():
-                return
+                continue
             values = override.sweep_string_iterator() if override.is_sweep_override() else ()
             choices.append([f"{override.get_key_element()}={value}" for value in values] or [override.input_line or ""])
     except Exception as error:  # see compose_config
@@ -352,23 +350,12 @@ def scorer_problems(config: Config, _: LossChoice) -> Iterator[str]:
 
 
 def report_problems(config: Config, _: LossChoice) -> Iterator[str]:
-    """What a stage returns to a sweep (whether it is there, `stage_metric` says), and the rows of a comparison."""
-    stage, report = config.stage.name, config.report
-    if config.metric is not None and stage in ("inspect", "report", "pipeline"):
+    """What a stage returns to a sweep (whether it is there, `stage_metric` says), and where the report goes."""
+    stage, folder = config.stage.name, config.report.folder
+    if config.metric is not None and stage in ("inspect", "report"):
         yield f"metric={config.metric} is what one stage returns to a sweep, and stage={stage} returns nothing"
     judged = re.match(r"(?:rewards|mean_difference_to_base|against_base)\.(\w+)", config.metric or "")
     if stage == "eval" and judged and judged[1] not in config.eval.judges:
         yield not_one_of(f"the judge of metric={config.metric}", judged[1], config.eval.judges)
-    if stage not in ("report", "pipeline"):
-        return
-    if not report.rows or not report.seeds:
-        yield f"report.{'seeds' if report.rows else 'rows'} is empty: there is nothing to compare"
-    if len(set(report.seeds)) < len(report.seeds):
-        yield f"report.seeds={report.seeds}: names a seed twice"
-    if os.path.isabs(report.folder) or ".." in report.folder.split("/"):
-        yield f"report.folder={report.folder}: must be a folder within run_dir"
-    for part in ("worlds", "rows"):
-        for name, overrides in getattr(report, part).items():
-            for key in (override.lstrip("+~").partition("=")[0] for override in overrides):
-                if key.split(".")[0] in NOT_A_ROWS:
-                    yield f"report.{part}.{name}: {key} is the same for all rows; set it on the command line"
+    if os.path.isabs(folder) or ".." in folder.split("/"):
+        yield f"report.folder={folder}: must be a folder within run_dir"

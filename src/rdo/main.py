@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -20,6 +21,7 @@ import torch
 import transformers
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from rdo import distributed, interrupts
@@ -29,20 +31,20 @@ from rdo.errors import UserError, described, printable
 from rdo.files import read_json
 from rdo.metric import stage_metric
 from rdo.objectives.choice import choose_loss
-from rdo.report.console import describe_policy, describe_scorer
+from rdo.report.tables import describe_policy, describe_scorer
 from rdo.run import Cache, Run
 from rdo.schema import Config, EngineConfig
 from rdo.sequences import processor
 from rdo.stages.align import aligned_policy, needed_scores
 from rdo.stages.eval import EVALUATION, evaluate_policy, evaluate_scorers
-from rdo.stages.inspect import inspect_data
-from rdo.stages.report import make_report
 from rdo.stages.score import scores
 from rdo.stages.scorer import STAGE_OF, scorer
 from rdo.stages.sft import base_policy
 
-# Jobs of one sweep in one process share loaded data.
+# Points of one sweep in one process share loaded data.
 CACHE = Cache()
+# Points of it that could not run: their overrides, and why.
+FAILED: list[tuple[list[str], str]] = []
 # Our own option, and hydra's variable for the same: whole tracebacks.
 DEBUG, FULL_ERROR = "--debug", "HYDRA_FULL_ERROR"
 # How many seconds the other processes leave the first to show an error that may be everyone's.
@@ -78,21 +80,36 @@ STAGES: dict[str, Callable[[Run], Artifact]] = {
 
 @interrupts.stoppable
 def run_stage(composed: DictConfig) -> float | None:
-    """Runs the stage that the config names; shows a mistake of the user's as one line and exits with 1.
+    """Runs the stage that the config names; shows a mistake of the user's as one line and exits with 1, unless it is
+    one point of a sweep here, whose other points run all the same.
 
     Returns what a sweep compares, from stage=eval: a scorer's label accuracy, or a policy's mean reward by the first
     of eval.judges.
     """
-    overrides = list(HydraConfig.get().overrides.task)
+    hydra = HydraConfig.get()
+    overrides = list(hydra.overrides.task)
     try:
-        value = run_config(typed(composed), overrides)
+        config = typed(composed)
+        # A row whose loss or coefficients are replaced is not that row any more.
+        if not any(text.startswith(("loss=", "rc=")) for text in overrides):
+            config = replace(config, row=hydra.runtime.choices["row"])
+        value = run_config(config, overrides)
         distributed.meet()  # one that ends early may take the others with it
         return value
     except MissingInput as error:
-        fail(with_command(error, overrides))
+        failure: Exception = with_command(error, overrides)
     except Exception as error:
         interrupts.check(described(error))  # a library may make another error of a stop
-        fail(error)
+        failure = error
+    # On a cluster a point is a job of its own; one of several processes would leave the others in the middle of it.
+    together = hydra.mode == RunMode.MULTIRUN and "BasicLauncher" in hydra.launcher._target_
+    if not together or distributed.world().size > 1:
+        fail(failure)
+    show(failure)
+    FAILED.append((overrides, described(failure)))
+    if "BasicSweeper" not in hydra.sweeper._target_:
+        raise failure  # which optuna counts
+    return None
 
 
 def run_config(config: Config, overrides: list[str]) -> float | None:
@@ -105,11 +122,16 @@ def run_config(config: Config, overrides: list[str]) -> float | None:
     run = Run(config, provenance, config.stage.name, CACHE)
     check_processes(config)
     distributed.start(run.device().type)
+    # These load what nothing else needs.
     if config.stage.name == "inspect":
+        from rdo.stages.inspect import inspect_data
+
         inspect_data(run)
         return None
-    if config.stage.name not in STAGES:
-        make_report(run, overrides, build=config.stage.name == "pipeline")
+    if config.stage.name == "report":
+        from rdo.stages.report import make_report
+
+        make_report(config)
         return None
     started = time.perf_counter()
     artifact = STAGES[config.stage.name](run)
@@ -120,8 +142,8 @@ def run_config(config: Config, overrides: list[str]) -> float | None:
 def check_processes(config: Config) -> None:
     """Raises UserError where several processes were started for what one does."""
     count = distributed.found_world(os.environ).size
-    if count > 1 and config.stage.name == "inspect":
-        raise UserError(f"stage=inspect is one process's work, and {count} were started")
+    if count > 1 and config.stage.name in ("inspect", "report"):
+        raise UserError(f"stage={config.stage.name} is one process's work, and {count} were started")
     if count > 1 and config.engine.name == "torch":
         raise UserError(f"engine=torch is one process, and {count} were started: use engine=zero2 (or zero1, zero3)")
 
@@ -153,8 +175,16 @@ def prepare_process(config: EngineConfig) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def show(error: Exception) -> None:
+    """Shows an error as one line, with --debug its traceback before it."""
+    if os.environ.get(FULL_ERROR) == "1":
+        print(printable("".join(traceback.format_exception(error))), file=sys.stderr)
+    rank = distributed.found_world(os.environ).rank
+    print(f"error: {f'process {rank}: ' if rank else ''}{described(error)}", file=sys.stderr, flush=True)
+
+
 def fail(error: Exception) -> NoReturn:
-    """Shows an error as one line, with --debug its traceback before it, and exits with 1."""
+    """Shows an error, and exits with 1."""
     rank = distributed.found_world(os.environ).rank
     if distributed.peer_ended(error):
         print(f"process {rank}: another process of this run has ended", file=sys.stderr, flush=True)
@@ -162,9 +192,7 @@ def fail(error: Exception) -> NoReturn:
     if rank:
         # What fails here mostly fails everywhere alike: once the first has said so, the launcher ends the others.
         time.sleep(FIRST_SAYS_SO)
-    if os.environ.get(FULL_ERROR) == "1":
-        print(printable("".join(traceback.format_exception(error))), file=sys.stderr)
-    print(f"error: {f'process {rank}: ' if rank else ''}{described(error)}", file=sys.stderr, flush=True)
+    show(error)
     sys.exit(1)
 
 
@@ -191,8 +219,8 @@ def with_command(error: MissingInput, overrides: Sequence[str]) -> UserError:
 
 
 def check_command_line(arguments: list[str]) -> list[str]:
-    """Checks a command line before hydra works on it or writes anything, so that a mistake in it, or in any value of a
-    sweep, is one line. Returns it as hydra takes it: without our own --debug, options before settings."""
+    """Checks a command line before hydra works on it or writes anything, so that a mistake in it is one line. Returns
+    it as hydra takes it: without our own --debug, options before settings."""
     if DEBUG in arguments:
         os.environ[FULL_ERROR] = "1"
     arguments = [argument for argument in arguments if argument != DEBUG]
@@ -203,7 +231,7 @@ def check_command_line(arguments: list[str]) -> list[str]:
 
 
 def check_arguments(arguments: list[str]) -> list[str]:
-    """Composes every value of a command line, and looks whether its run_dir can be written to."""
+    """Composes a command line, of a sweep its first point, and looks whether its run_dir can be written to."""
     try:
         with redirect_stderr(StringIO()) as said:
             options, others = get_args_parser().parse_known_args(arguments)
@@ -217,9 +245,11 @@ def check_arguments(arguments: list[str]) -> list[str]:
     overrides = [*options.overrides, *others]
     given = vars(options).items()
     if not any(value for name, value in given if name not in ("overrides", "multirun", "run")):  # else hydra's own
-        points = sweep_points(overrides) if options.multirun else [overrides]
-        for run_dir in {compose_config(point).run_dir: None for point in points}:
-            check_run_dir(Path(run_dir))
+        # Only stage=pipeline is a sweep by itself. The other points: see sweeps.py.
+        stages = {text for text in overrides if text.startswith("stage=")}
+        swept = options.multirun or stages <= {"stage=pipeline"}
+        first = next(sweep_points(overrides)) if swept else overrides
+        check_run_dir(Path(compose_config(first).run_dir))
     if not distributed.found_world(os.environ).first:
         overrides.append("hydra.output_subdir=null")  # which one process writes
         arguments = [*arguments, overrides[-1]]

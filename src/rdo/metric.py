@@ -3,56 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 from rdo.artifacts import Artifact
 from rdo.errors import UserError
+from rdo.evaluation import EVALUATION
 from rdo.files import read_json, read_json_lines
-from rdo.stages.eval import EVALUATION
 from rdo.tracking import METRICS
 
-# Of a training run, its last tenth of steps is averaged: one step alone is noise.
-LAST = 0.1
-UNCOMPARED = ("step", "epoch", "seconds")
+LAST = 0.1  # of a training run's steps are averaged: one step alone is noise
 
 
 def stage_metric(artifact: Artifact, name: str | None) -> float | None:
-    """The number of a finished artifact that a sweep compares. None: the stage's own, where it has one.
+    """The number of a finished artifact that a sweep compares: of its evaluation (`rewards.oracle`), its training log
+    (`loss`) or its manifest's results (`coefficients.mean`). None: the stage's own, where it has one.
 
     Raises UserError where there is none of this name, or it has no value.
     """
+    manifest = artifact.manifest()
     if name is None:
-        own: float | None = artifact.manifest()["results"].get("metric")
+        own: float | None = manifest["results"].get("metric")
         return own
-    numbers = dict(found_numbers(artifact))
+    numbers = dict(leaves({key: value for key, value in manifest["results"].items() if key not in ("last", "metric")}))
+    if METRICS in manifest["files"]:
+        lines = read_json_lines(artifact.folder / METRICS)
+        for line in (last := lines[-math.ceil(LAST * len(lines)) :]):
+            for key in dict(leaves(line)).keys() - {"step", "epoch", "seconds"}:
+                found = [other[key] for other in last if key in other]
+                numbers[key] = sum(found) / len(found)
+    if EVALUATION in manifest["files"]:
+        numbers |= dict(leaves(read_json(artifact.folder / EVALUATION)))
     if name not in numbers:
-        raise UserError(
-            f"metric={name}: there is no such number in {artifact.folder}; it has {', '.join(sorted(numbers))}"
-        )
+        known = ", ".join(sorted(numbers))
+        raise UserError(f"metric={name}: there is no such number in {artifact.folder}; it has {known}")
     value = numbers[name]
     if value is None or not math.isfinite(value):
         raise UserError(f"metric={name} has no value in {artifact.folder}; see {EVALUATION} there")
     return value
-
-
-def found_numbers(artifact: Artifact) -> Iterator[tuple[str, float | None]]:
-    """All numbers of a finished folder by name: of the evaluation (`rewards.oracle`; of an estimate, its value), what
-    training has logged (`loss`, over its last tenth), and the manifest's results (`coefficients.mean`)."""
-    files = artifact.manifest()["files"]
-    results = {key: value for key, value in artifact.manifest()["results"].items() if key not in ("last", "metric")}
-    yield from leaves(results)
-    if METRICS in files:
-        lines = read_json_lines(artifact.folder / METRICS)
-        columns: dict[str, list[float]] = defaultdict(list)
-        for line in lines[-math.ceil(LAST * len(lines)) :]:
-            for key, value in line.items():
-                if key not in UNCOMPARED and isinstance(value, int | float):
-                    columns[key].append(value)
-        yield from ((key, sum(values) / len(values)) for key, values in columns.items())
-    if EVALUATION in files:
-        yield from leaves(read_json(artifact.folder / EVALUATION))
 
 
 def leaves(data: Any, name: str = "") -> Iterator[tuple[str, float | None]]:

@@ -27,7 +27,7 @@ Template = Literal["raw", "hh", "alpaca", "tldr", "chat"]
 DifferenceForm = Literal["paper", "antisymmetric", "residual"]
 Negative = Literal["clip", "abs", "flip", "floor", "error"]
 Kernel = Literal["auto", "rectangles", "spans", "varlen"]
-Stage = Literal["sft", "rm", "diffmodel", "score", "align", "eval", "report", "pipeline", "inspect"]
+Stage = Literal["sft", "rm", "diffmodel", "score", "align", "eval", "report", "inspect"]
 Judge = Literal["oracle", "reward", "diff"]
 
 
@@ -214,19 +214,13 @@ class TrackerConfig:
 
 @dataclass(config=SECTION)
 class StageConfig:
-    name: Stage = "pipeline"
+    name: Stage = "eval"
 
 
 @dataclass(config=SECTION)
 class ReportConfig:
-    """The rows of the comparison: a name and the overrides that make it, run for every world and seed."""
-
     title: Text = "Reward Difference Optimization"
     folder: Text = "report"  # in run_dir
-    found: bool = False  # stage=report: report whatever evaluations are finished in run_dir (a sweep), not `rows`
-    rows: dict[str, list[str]] = field(default_factory=dict)
-    worlds: dict[str, list[str]] = field(default_factory=dict)
-    seeds: list[Seed] = field(default_factory=lambda: [0])
 
 
 @dataclass(config=SECTION)
@@ -248,4 +242,6 @@ class Config:
     run_dir: Text = "runs/toy"
     metric: Text | None = None  # what a stage returns to a sweep (rdo/metric.py); null: of eval, its main number
     seed: Seed = 0
+    row: Text = "none"  # the file of conf/row that was chosen, which names what was made in the report
+    rows: Text = "none"  # those that stage=pipeline compares
     build_inputs: bool = True  # false: a missing input is an error that names the command that makes it

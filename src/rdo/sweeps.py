@@ -1,47 +1,51 @@
-"""Ready-made sweeps: experiments that bring hydra.sweeper.params."""
+"""Comparisons and sweeps, hydra's multiruns: every point is checked before the first one runs; the report follows."""
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from rdo.checks import compose_config, sweep_points
-from rdo.errors import UserError
-from rdo.main import fail
+from rdo.distributed import found_world
+from rdo.main import FAILED, fail
 
 
-class ReadyMade(Callback):
-    """Lets the command line change a ready-made sweep, and refuses what would run another one than was meant."""
-
-    def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        """Without -m an experiment that is a sweep would run one point of it, with values that nobody chose."""
-        chosen = given(config)
-        if free := [key for key in parameters(config) if key not in chosen]:
-            fail(UserError(f"the experiment is a sweep over {', '.join(free)}: run it with -m, or give each a value"))
+class Comparison(Callback):
+    """What happens around the points of a sweep, whoever runs them."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """A value on the command line takes the place of the experiment's; every point is checked before any runs."""
-        chosen, swept = given(config), parameters(config)
-        if not swept:
-            return
-        kept = {key: value for key, value in swept.items() if key not in chosen}
+        FAILED.clear()
+        given = list(config.hydra.overrides.task)
+        chosen = {override.partition("=")[0].lstrip("+~") for override in given}
+        params = config.hydra.sweeper.get("params")
+        swept = {} if params is None else dict(OmegaConf.to_container(params, resolve=True))  # type: ignore[arg-type]
+        swept = {key: value for key, value in swept.items() if key not in chosen}
         with read_write(config), open_dict(config):
-            config.hydra.sweeper.params = kept
+            config.hydra.sweeper.params = swept
         try:
-            swept_over = [f"{key}={value}" for key, value in kept.items()]
-            for point in sweep_points([*swept_over, *config.hydra.overrides.task]):
-                compose_config(point)
-        except UserError as error:
+            points = sweep_points([*(f"{key}={value}" for key, value in swept.items()), *given])
+            self.evaluated = [point for point in map(compose_config, points) if point.stage.name == "eval"]
+        except Exception as error:
             fail(error)
 
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Reports what is evaluated in the run folder. Exits with 1 where a point could not run."""
+        if not found_world(os.environ).first:
+            return
+        common = set(config.hydra.overrides.task)
+        failed = {" ".join(text for text in point if text not in common): said for point, said in FAILED}
+        try:
+            for own in {point.run_dir: point for point in self.evaluated}.values():
+                from rdo.stages.report import make_report  # loads what no point needs
 
-def parameters(config: DictConfig) -> dict[str, Any]:
-    """What the composed experiment sweeps over, by setting."""
-    return dict(config.hydra.sweeper.get("params") or {})
-
-
-def given(config: DictConfig) -> set[str]:
-    """The settings that the command line gives values."""
-    return {override.partition("=")[0].lstrip("+~") for override in config.hydra.overrides.task}
+                make_report(own, failed)
+        except Exception as error:
+            fail(error)
+        if failed:
+            print(f"error: these points could not run: {'; '.join(failed)}", file=sys.stderr, flush=True)
+            sys.exit(1)

@@ -7,7 +7,6 @@ its curve, and steps that it does again lie, with the same numbers, on those of 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -95,21 +94,18 @@ def show(
     settings: Mapping[str, Any],
     numbers: Mapping[str, float],
     tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[Any]]]],
-    plots: Mapping[str, bytes],
 ) -> None:
     """Shows what a finished stage has found in wandb, if tracker=wandb: numbers in the summary, tables (columns and
-    rows), plots (PNG). The stage is finished whether or not that works: what goes wrong is a warning."""
+    rows). The stage is finished whether or not that works: what goes wrong is a warning."""
     if config.name != "wandb" or not world().first:
         return
     import wandb
-    from PIL import Image
 
     try:
         run = start(config, folder, folder.name, settings)
         run.summary.update(dict(numbers))
         shown: dict[str, Any] = {"global_step": 1}
         shown |= {name: wandb.Table(columns=list(columns), data=list(rows)) for name, (columns, rows) in tables.items()}
-        shown |= {name: wandb.Image(Image.open(io.BytesIO(png))) for name, png in plots.items()}
         run.log(shown)
         run.finish()
     except Exception as error:  # wandb's errors and its transport's have no common class

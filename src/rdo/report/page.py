@@ -1,10 +1,10 @@
-"""The report of a run: report.html, report.md and report.json, all from the same tables and sentences."""
+"""The report: what the rows say in sentences computed from them, report.html, report.md, and what a terminal shows."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,175 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from rdo.errors import printable
-from rdo.files import replace_file
-from rdo.report import curves, findings, plots, sweep, tables
-from rdo.report.aggregate import aggregate
-from rdo.report.markdown import render_markdown
+from rdo.evaluation import GENERATIONS
+from rdo.files import read_json_lines
+from rdo.report import figures, tables
+from rdo.report.results import Row, at_equal_kl, difference, sweeps
+from rdo.report.tables import interval, number
 
-SAMPLE_QUERIES = 6  # on the page; report.json holds them all
+RULES = (
+    "Over several seeds a number is their mean with its 95 % t interval; with one seed its own 95 % interval, over "
+    "pairs or prompts, which says nothing about how another training run would fall out.",
+    "The baseline of a row is the same loss with the same settings, data and seed, without coefficients. Differences "
+    "are taken seed by seed, with one seed prompt by prompt, and distinguishable where the interval excludes zero.",
+    "Every comparison is judged on its own: among twenty comparisons of equal rows about one differs by chance.",
+    "A judge that was the scorer in training favours the rows trained on it. Rewards are worth comparing at equal KL.",
+    "Every scorer is shown the two responses in random order. A pair whose label is a tie is in no accuracy. Oracle: "
+    "the true reward, which only a made-up world knows.",
+)
 
 
-def write_report(data: Mapping[str, Any], folder: Path) -> dict[str, Path]:
-    """Write report.html, report.md and report.json into `folder`; each appears whole or not at all.
+def view_of(
+    title: str, facts: Mapping[str, str], rows: Sequence[Row], failed: Mapping[str, str], samples: int
+) -> dict[str, Any]:
+    """All that the page shows. failed: why rows are not there, by name; samples: how many responses of a row."""
+    names = list(dict.fromkeys(row.data for row in rows))
+    parts = [section(n, name, [row for row in rows if row.data == name], samples) for n, name in enumerate(names)]
+    commands = [(row.name, str(row.runs["command"].iloc[0])) for row in rows]
+    return {"title": title, "facts": facts, "failed": failed, "sections": parts, "commands": commands, "rules": RULES}
 
-    Any optional part of `data` may be absent or None. Returns the paths under "html", "markdown" and "json".
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    worlds = aggregate(data)
-    view = build_view(data, worlds)
+
+def section(place: int, name: str, rows: Sequence[Row], samples: int) -> dict[str, Any]:
+    """What there is to say and to show of the rows on one data set."""
+    policies, scorers = ([row for row in rows if (row.kind in ("policy", "base")) == kind] for kind in (True, False))
+    judges = sorted(
+        {judge for row in policies for judge in row.judges}, key=lambda judge: (judge != "oracle", judge != "reward")
+    )
+    judge = judges[0] if judges else "oracle"
+    metric = "oracle_accuracy" if any(row.number("oracle_accuracy") for row in scorers) else "label_accuracy"
+    drawn = {
+        "overview": figures.overview(policies, judge, prefix=f"{place}"),
+        "confidence": figures.confidence(scorers, prefix=f"{place}"),
+        "frontier": figures.frontier(policies, judge, prefix=f"{place}"),
+        "swept": figures.swept(rows, (f"rewards.{judge}", "kl", metric), prefix=f"{place}"),
+        "training": figures.training(rows, prefix=f"{place}"),
+    }
+    return {
+        "name": name,
+        "answer": [*effects(policies, judge), *equal_kl(policies, judge), *accuracies(scorers, metric)],
+        "conclusions": [
+            *best_values(policies, f"rewards.{judge}"),
+            *best_values(scorers, metric),
+        ],
+        "tables": {
+            "Policies": tables.policy_table(policies, judge),
+            "What the other judges say": tables.judge_table(policies, judges[1:]),
+            "Scorers": tables.scorer_table(scorers),
+            "Data": data_table(rows),
+        },
+        "figures": drawn,
+        "samples": [side_by_side(row, samples) for row in policies if row.baseline],
+    }
+
+
+def effects(policies: Sequence[Row], judge: str) -> Iterator[str]:
+    """Whether coefficients help, by how much, and at which KL."""
+    found = [(row, n, row.baseline) for row in policies if (n := row.number(f"difference.{judge}")) and row.baseline]
+    ordinary = [entry for entry in found if not entry[0].ablation]
+    if not ordinary:
+        yield "No row with a coefficient is finished together with its baseline: whether coefficients help is open."
+    else:
+        counts = Counter(change.verdict for _, change, _ in ordinary)
+        seeds = max(len(row.runs) for row, _, _ in ordinary)
+        over = f"{seeds} seeds" if seeds > 1 else "the prompts of one seed"
+        yield (
+            f"By the judge “{judge}” the coefficient helps in {counts['higher']} of {len(ordinary)} rows, harms in "
+            f"{counts['lower']}, and cannot be told from none in {counts['indistinguishable']} (over {over})."
+        )
+        row, change, base = max(ordinary, key=lambda entry: entry[1].value)
+        kl = [interval(one.number("kl"), 2) for one in (row, base)]
+        said = f"{row.name} over {base.name}, {interval(change, 2, signed=True)} ({change.verdict})"
+        yield f"Largest difference: {said}, at KL {kl[0]} against {kl[1]} nats."
+    controls = [f"{row.name} {interval(change, 2, signed=True)}" for row, change, _ in found if row.ablation]
+    if controls:
+        yield f"Controls: {'; '.join(controls)}."
+
+
+def accuracies(scorers: Sequence[Row], metric: str) -> Iterator[str]:
+    """How often scorers and labels are right."""
+    known = [(row.name, accuracy) for row in scorers if (accuracy := row.number(metric))]
+    if known:
+        labels = scorers[0].number("labels_oracle_accuracy")
+        kind = "true reward" if metric == "oracle_accuracy" else "held-out labels"
+        beside = f" (the labels themselves in {number(labels.value, 3)})" if labels else ""
+        yield f"Scorers agree with the {kind}{beside}: {'; '.join(f'{name} in {interval(n)}' for name, n in known)}."
+
+
+def equal_kl(policies: Sequence[Row], judge: str) -> Iterator[str]:
+    """What methods reach at the KL of their baselines."""
+    for line in (line for lines in sweeps(policies).values() for line in lines):
+        if line[0].rc != "none" and (found := at_equal_kl(line, judge)):
+            gain, low, high = found
+            yield (
+                f"At equal KL ({number(low)} to {number(high)} nats) {line[0].name} … {line[-1].name} lies "
+                f"{number(abs(gain))} {'above' if gain > 0 else 'below'} its baselines (interpolated, no interval)."
+            )
+
+
+def best_values(rows: Sequence[Row], metric: str) -> Iterator[str]:
+    """The best value of each swept setting, and from which others it can be told."""
+    for name, lines in sweeps(rows).items():
+        for line in lines:
+            known = [(row, reached) for row in line if (reached := row.number(metric))]
+            if len(known) < 2:
+                continue
+            best, reached = max(known, key=lambda entry: entry[1].value)
+            told: dict[str, list[str]] = {}
+            for row, _ in known:
+                if row is not best:
+                    change = difference(best, row, metric)
+                    apart = "distinguishable from" if change and change.verdict == "higher" else "not from"
+                    told.setdefault(apart, []).append(f"{row.settings[name]:g}")
+            said = ", ".join(f"{words} {', '.join(values)}" for words, values in told.items())
+            yield f"{name}, by {metric}: {best.settings[name]:g} is best ({best.name}: {interval(reached)}), {said}."
+
+
+def data_table(rows: Sequence[Row]) -> tables.Table:
+    """What these rows were trained and evaluated on."""
+
+    def text(key: str) -> Any:
+        return lambda row: (", ".join(dict.fromkeys(map(str, row.runs[key].dropna()))) if key in row.runs else "", "")
+
+    columns: list[Any] = [("Source", text("source")), ("Template", text("template"))]
+    columns += [("Longest, tokens", text("max_length")), ("Records trained on", tables.of("records", 0))]
+    columns += [("Evaluated on", text("split")), ("Prompts", tables.of("prompts", 0)), ("Pairs", tables.of("pairs", 0))]
+    table = tables.build(rows, columns)
+    named: dict[Any, list[str]] = {}
+    for row, cells in zip(rows, table.rows, strict=True):
+        named.setdefault(tuple(cells), []).append(row.name)
+    return tables.Table(["Rows", *table.columns], [[(", ".join(who), ""), *cells] for cells, who in named.items()])
+
+
+def side_by_side(row: Row, count: int) -> dict[str, Any]:
+    """The first responses of a row beside its baseline's, with what the judges said."""
+    assert row.baseline is not None
+    seed = next(seed for seed in row.runs.index if seed in row.baseline.runs.index)
+    own, base = (read_json_lines(Path(str(one.runs.at[seed, "folder"])) / GENERATIONS) for one in (row, row.baseline))
+    others = {line["id"]: line for line in base}
+    pairs = ((others[line["id"]], line) for line in own if line["id"] in others)
+    answers = [
+        {"query": line["query"], "answers": [(one["response"], judged(one["rewards"])) for one in (other, line)]}
+        for other, line in islice(pairs, count)
+    ]
+    return {"row": row.name, "baseline": row.baseline.name, "queries": answers}
+
+
+def judged(rewards: Mapping[str, float]) -> str:
+    return " · ".join(f"{judge} {number(value)}" for judge, value in rewards.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def visible(value: Any) -> Any:
+    """What the page shows of a value: of a text nothing that turns it round or cannot be seen."""
+    return value if not isinstance(value, str) or isinstance(value, Markup) else printable(value)
+
+
+def html(view: Mapping[str, Any]) -> str:
+    """One page without scripts or network."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -36,151 +189,37 @@ def write_report(data: Mapping[str, Any], folder: Path) -> dict[str, Path]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    everything = json.dumps(_plain({**data, "aggregates": worlds}), ensure_ascii=False, allow_nan=False)
-    content = {
-        "html": ("report.html", environment.get_template("report.html.j2").render(view)),
-        "markdown": ("report.md", render_markdown(view)),
-        "json": ("report.json", everything + "\n"),
-    }
-    for name, body in content.values():
-        with replace_file(folder / name) as temporary:
-            temporary.write_text(body, encoding="utf-8")
-    return {kind: folder / name for kind, (name, _) in content.items()}
+    return environment.get_template("report.html.j2").render(view)
 
 
-def visible(value: Any) -> Any:
-    """What the page shows of a value: of a text nothing that turns it round or cannot be seen."""
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    return printable(value.replace("\r\n", "\n"))
+def markdown(view: Mapping[str, Any]) -> str:
+    """The same sentences and tables, for places that show no HTML."""
+    facts = " · ".join(f"{name}: {tables.inline(value)}" for name, value in view["facts"].items())
+    lines = [f"# {tables.inline(view['title'])}", "", facts, ""]
+    if view["failed"]:
+        lines += [*tables.markdown(["Not finished", "Why"], view["failed"].items())]
+    for part in view["sections"]:
+        lines += [f"## {tables.inline(part['name'])}", ""]
+        lines += [*(f"- {tables.inline(text)}" for text in [*part["answer"], *part["conclusions"]]), ""]
+        for name, table in part["tables"].items():
+            if table.rows:
+                cells = ([" ".join(filter(None, cell)) for cell in row] for row in table.rows)
+                lines += [f"### {name}", "", *tables.markdown(table.columns, cells)]
+        for sample in part["samples"]:
+            rows = [[q["query"], *(f"{text} ({said})" for text, said in q["answers"])] for q in sample["queries"]]
+            lines += [f"### Samples: {tables.inline(sample['row'])}", ""]
+            lines += tables.markdown(["Query", sample["baseline"], sample["row"]], rows)
+    lines += ["## Commands", "", *tables.markdown(["Row", "Command"], view["commands"])]
+    return "\n".join([*lines, "## How to read this", "", *(f"- {rule}" for rule in view["rules"])]) + "\n"
 
 
-def _plain(value: Any) -> Any:
-    """JSON's own types only: numpy numbers become Python's, and what is not finite becomes null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
-
-
-def build_view(data: Mapping[str, Any], worlds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Everything that the page shows, in the order in which it shows it."""
-    dataset = data.get("dataset") or {}
-    return {
-        "title": str(data.get("title") or "Report"),
-        "facts": _facts(data),
-        "run": findings.run_sentence(data, worlds),
-        "rules": findings.rules(worlds),
-        "counts": _flat(dataset.get("counts") or {}),
-        "truncation": _flat(dataset.get("truncation") or {}),
-        "worlds": [_world(data, world, position) for position, world in enumerate(worlds, start=1)],
-        "commands": [(str(name), str(command)) for name, command in (data.get("commands") or {}).items()],
-        "settings": _settings(data),
-        "missing": [printable(name) for name in data.get("missing") or []],
-    }
-
-
-def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The line under the title: what this page belongs to."""
-    seconds = data.get("seconds")
-    facts = [
-        ("Made", data.get("created")),
-        ("Code", data.get("code_revision")),
-        ("Data", (data.get("dataset") or {}).get("name")),
-        ("Duration", None if seconds is None else duration(float(seconds))),
-    ]
-    return [(name, str(value)) for name, value in facts if value not in (None, "")]
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person would say them."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as lines "a.b", "value"; what is None is left out."""
-    lines: list[tuple[str, str]] = []
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            lines.extend(_flat(value, f"{name}."))
-        elif value is not None:
-            lines.append((name, _readable(value)))
-    return lines
-
-
-def _readable(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _settings(data: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Per row that states its settings, once for all seeds and worlds that agree on them."""
-    lines: dict[tuple[str, str], None] = {}
-    for row in [*(data.get("scorers") or []), *(data.get("policies") or [])]:
-        flat = [(name, value) for name, value in _flat(row.get("settings") or {}) if name.split(".")[-1] != "seed"]
-        if flat:
-            lines[(str(row.get("name")), ", ".join(f"{name}={value}" for name, value in flat))] = None
-    return list(lines)
-
-
-def _world(data: Mapping[str, Any], world: Mapping[str, Any], position: int) -> dict[str, Any]:
-    name = world["world"]
-    scorers = [row for row in data.get("scorers") or [] if str(row.get("world") or "") == name]
-    policies = [row for row in data.get("policies") or [] if str(row.get("world") or "") == name]
-    samples = _samples(policies)
-    return {
-        "name": name or "Results",
-        "anchor": f"world-{position}",
-        "headline": findings.headline(world),
-        "scorer_sentences": findings.scorer_sentences(world),
-        "policy_sentences": findings.policy_sentences(world),
-        "scorers": tables.scorer_table(world),
-        "policies": tables.policy_table(world),
-        "confidence": _figure(plots.confidence_svg(world, f"w{position}-confidence")),
-        "reward_kl": _figure(plots.reward_kl_svg(world, f"w{position}-kl")),
-        "sweep": _figure(sweep.sweep_svg(world, f"w{position}-sweep")),
-        "distributions": _figure(curves.distributions_svg(scorers, f"w{position}-differences")),
-        "scorer_curves": _figure(curves.curves_svg(scorers, f"w{position}-scorers", "Learning curves of the scorers")),
-        "policy_curves": _figure(
-            curves.curves_svg(policies, f"w{position}-policies", "Learning curves of the policies")
-        ),
-        "samples": samples[:SAMPLE_QUERIES],
-        "more_samples": max(0, len(samples) - SAMPLE_QUERIES),
-    }
-
-
-def _figure(svg: str | None) -> Markup | None:
-    """Matplotlib has escaped every name that it wrote into the figure."""
-    return None if svg is None else Markup(printable(svg))
-
-
-def _samples(policies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per query the responses of the policies, from the first seed of each policy that brought samples."""
-    first: dict[str, Mapping[str, Any]] = {}
-    for row in policies:
-        if (row.get("evaluation") or {}).get("samples"):
-            first.setdefault(str(row.get("name")), row)
-    queries: dict[str, list[dict[str, Any]]] = {}
-    for name, row in first.items():
-        seen: set[str] = set()
-        for sample in row["evaluation"]["samples"]:
-            query = str(sample.get("query"))
-            if query in seen:  # several responses to one query: the first stands for them
-                continue
-            seen.add(query)
-            rewards = [(str(judge), tables.number(value)) for judge, value in (sample.get("rewards") or {}).items()]
-            answer = {"policy": name, "response": str(sample.get("response")), "rewards": rewards}
-            queries.setdefault(query, []).append(answer)
-    return [{"query": query, "answers": answers} for query, answers in queries.items()]
+def text(view: Mapping[str, Any]) -> str:
+    """What a terminal shows: the sentences and the main tables, narrow."""
+    lines: list[str] = []
+    for part in view["sections"]:
+        lines += ["", f"{part['name']}: {' '.join(part['answer'])}", *part["conclusions"]]
+        for name, columns in (("Scorers", 4), ("Policies", 5)):
+            if part["tables"][name].rows:
+                lines += ["", *tables.terminal(part["tables"][name], columns)]
+    lines += ["", *(f"not finished: {name}: {why}" for name, why in view["failed"].items())]
+    return tables.shown(lines)

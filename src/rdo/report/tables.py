@@ -1,164 +1,231 @@
-"""The report's tables as plain cells, so that the HTML page and the Markdown file cannot differ in a number."""
+"""Numbers as people read them: the report's tables, and the lines that a terminal shows of an evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import isnan, nan
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rdo.report.aggregate import Difference, Summary
+from rdo.errors import printable
 
-NOTHING = "–"
-MINUS = "−"
+if TYPE_CHECKING:  # which imports pandas
+    from rdo.report.results import Row
+
+Cell = tuple[str, str]  # what is shown, and smaller below it
+NOTHING: Cell = ("–", "")
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A number or a name, and in smaller type what belongs to it: an interval, a remark."""
+class Number(NamedTuple):
+    """A quantity and its 95 % interval, whose ends are NaN where it has none."""
 
-    main: str
-    detail: str = ""
+    value: float
+    low: float = nan
+    high: float = nan
 
     @property
-    def text(self) -> str:
-        return f"{self.main} {self.detail}".strip()
+    def verdict(self) -> str:
+        """Whether a difference can be told from zero."""
+        if isnan(self.low):
+            return "without an interval"
+        return "higher" if self.low > 0 else "lower" if self.high < 0 else "indistinguishable"
+
+
+def as_number(estimate: Mapping[str, Any] | None) -> Number | None:
+    """An estimate of an evaluation; None where there is none, or it has no value."""
+    if not estimate or estimate["value"] is None:
+        return None
+    low, high = (nan if estimate.get(end) is None else estimate[end] for end in ("low", "high"))
+    return Number(estimate["value"], low, high)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns, then rows of as many cells. `control_rows`: positions of the rows that are controls."""
+    """Columns by title; ablations are the rows that are set off."""
 
     columns: list[str]
     rows: list[list[Cell]]
-    control_rows: frozenset[int] = frozenset()
-
-
-EMPTY = Cell(NOTHING)
+    ablations: frozenset[int] = frozenset()
 
 
 def number(value: float | None, digits: int = 2, signed: bool = False) -> str:
-    """A number with a proper minus sign, or a dash where there is none."""
-    if value is None:
-        return NOTHING
-    text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
-    if float(text) == 0:
-        text = text.lstrip("+-")  # "-0.00" would claim a direction that the digits do not show
-    return text.replace("-", MINUS)
+    """A number with a real minus sign; one that rounds to nothing has none."""
+    if value is None or isnan(value):
+        return "–"
+    text = f"{value:{'+' if signed else ''}.{digits}f}"
+    return text.replace("-", "−") if float(text) else text.lstrip("+-")
 
 
-def summary_cell(summary: Summary | None, digits: int = 2) -> Cell:
-    """Mean and spread over seeds, or the one value with its interval."""
-    if summary is None or summary["mean"] is None:
-        return EMPTY
-    main = number(summary["mean"], digits)
-    if summary["sd"] is not None:
-        return Cell(main, f"± {number(summary['sd'], digits)}")
-    if summary["low"] is not None and summary["high"] is not None:
-        return Cell(main, f"[{number(summary['low'], digits)}, {number(summary['high'], digits)}]")
-    return Cell(main)
+def ends(estimate: Number, digits: int = 2, signed: bool = False) -> str:
+    """An interval in brackets; nothing where there is none."""
+    low, high = (number(end, digits, signed) for end in (estimate.low, estimate.high))
+    return "" if isnan(estimate.low) else f"[{low}, {high}]"
 
 
-def difference_cell(difference: Difference | None, digits: int = 2) -> Cell:
-    """A difference with its spread over seeds and whether it can be told from zero."""
-    if difference is None:
-        return EMPTY
-    spread = "" if difference["sd"] is None else f" ± {number(difference['sd'], digits)}"
-    verdict = difference["verdict"] if difference["verdict"] != "unknown" else "no interval"
-    return Cell(number(difference["value"], digits, signed=True) + spread, verdict)
+def interval(estimate: Number | None, digits: int = 3, signed: bool = False) -> str:
+    """A value with its interval on one line."""
+    if estimate is None:
+        return "–"
+    return f"{number(estimate.value, digits, signed)} {ends(estimate, digits, signed)}".strip()
 
 
-def _pair_cell(first: Summary, second: Summary, digits: int = 3) -> Cell:
-    if first["mean"] is None and second["mean"] is None:
-        return EMPTY
-    return Cell(f"{number(first['mean'], digits)} / {number(second['mean'], digits)}")
+def of(key: str, digits: int = 2, signed: bool = False) -> Callable[[Row], Cell]:
+    """The cell of a quantity."""
+
+    def cell(row: Row) -> Cell:
+        found = row.number(key)
+        return (number(found.value, digits, signed), ends(found, digits, signed)) if found else NOTHING
+
+    return cell
 
 
-def _percent_cell(parts: Mapping[str, Summary] | None) -> Cell:
-    means = [None if parts is None else parts[key]["mean"] for key in ("win", "tie", "lose")]
-    if all(mean is None for mean in means):
-        return EMPTY
-    return Cell(" / ".join(NOTHING if mean is None else f"{100 * mean:.0f}" for mean in means))
+def shares(*keys: str) -> Callable[[Row], Cell]:
+    """The cell of several shares, in per cent."""
+
+    def cell(row: Row) -> Cell:
+        found = [row.number(key) for key in keys]
+        return (" / ".join(number(100 * e.value, 0) if e else "–" for e in found), "") if any(found) else NOTHING
+
+    return cell
 
 
-def _size_cell(summary: Summary) -> Cell:
-    """An effective sample size: a count of pairs, or a share when it is given as one."""
-    mean = summary["mean"]
-    return summary_cell(summary, 2 if mean is not None and mean <= 1 else 0)
+def named(row: Row) -> Cell:
+    """A row's name, and below it what it is compared with or a control for."""
+    parts = [f"control: {row.ablation}"] if row.ablation else []
+    return row.name, "; ".join([*parts, *([f"against {row.baseline.name}"] if row.baseline else [])])
 
 
-Getter = Callable[[Mapping[str, Any]], Cell]
+def build(rows: Sequence[Row], columns: Iterable[tuple[str, Callable[[Row], Cell]]]) -> Table:
+    """A table of those columns that have anything in them."""
+    filled = [(title, [cell(row) for row in rows]) for title, cell in columns]
+    kept = [(title, cells) for title, cells in filled if any(re.search(r"\w", cell[0]) for cell in cells)]
+    body = [list(line) for line in zip(*(cells for _, cells in kept), strict=True)]
+    return Table([title for title, _ in kept], body, frozenset(n for n, row in enumerate(rows) if row.ablation))
 
 
-def build(rows: Sequence[Mapping[str, Any]], columns: Sequence[tuple[str, Getter]]) -> Table:
-    """Table of the columns that at least one row fills: without an oracle its columns vanish."""
-    cells = [[getter(row) for _, getter in columns] for row in rows]
-    kept = [i for i in range(len(columns)) if any(line[i] != EMPTY for line in cells)]
-    controls = frozenset(position for position, row in enumerate(rows) if row.get("control"))
-    return Table([columns[i][0] for i in kept], [[line[i] for i in kept] for line in cells], controls)
+def seeds(row: Row) -> Cell:
+    return str(len(row.runs)), ""
 
 
-def _metric(key: str, digits: int = 3) -> Getter:
-    return lambda row: summary_cell(row["metrics"][key], digits)
-
-
-def _metric_pair(first: str, second: str) -> Getter:
-    return lambda row: _pair_cell(row["metrics"][first], row["metrics"][second])
-
-
-def _seeds(row: Mapping[str, Any]) -> Cell:
-    return Cell(str(len(row["seeds"])))
-
-
-def scorer_table(world: Mapping[str, Any]) -> Table:
-    """One row a scorer. What the labels themselves are worth stands beside what the scorer reaches."""
+def scorer_table(rows: Sequence[Row]) -> Table:
+    """A row a scorer; what the labels are worth stands beside what it reaches."""
+    both = ("label_accuracy_both_orders", "oracle_accuracy_both_orders")
     return build(
-        world["scorers"],
+        rows,
         [
-            ("Scorer", lambda row: Cell(row["name"], "" if row["form"] is None else f"({row['form']})")),
-            ("Seeds", _seeds),
-            ("Label accuracy, random order", _metric("label_accuracy")),
-            ("Oracle accuracy, random order", _metric("oracle_accuracy")),
-            ("Labels that are right", _metric("labels_oracle_accuracy")),
-            ("Scorer against labels", lambda row: difference_cell(row["against_labels"], 3)),
-            ("Label accuracy, both orders", _metric("label_accuracy_both_orders")),
-            ("Oracle accuracy, both orders", _metric("oracle_accuracy_both_orders")),
-            ("Label accuracy, preferred shown first / second", _metric_pair(*FIRST_SECOND)),
-            ("First response preferred", _metric("first_preferred_share")),
-            ("Antisymmetry gap", _metric("antisymmetry_gap")),
-            ("Share R < 0", _metric("negative_share")),
-            ("Mislabelled where R < 0 / elsewhere", _metric_pair(*MISLABELLED)),
+            ("Scorer", named),
+            ("Seeds", seeds),
+            ("Label accuracy", of("label_accuracy", 3)),
+            ("Accuracy against the true reward", of("oracle_accuracy", 3)),
+            ("Labels that are right", of("labels_oracle_accuracy", 3)),
+            ("In both orders: labels / truth, %", shares(*both)),
+            ("Preferred shown first / second, %", shares("accuracy_chosen_first", "accuracy_chosen_second")),
+            ("First preferred, %", shares("first_preferred_share")),
+            ("Antisymmetry gap", of("antisymmetry_gap", 3)),
+            ("R < 0, %", shares("negative_share")),
+            (
+                "Mislabelled where R < 0 / elsewhere, %",
+                shares("mislabelled_share_where_contradicted", "mislabelled_share_elsewhere"),
+            ),
         ],
     )
 
 
-FIRST_SECOND = ("accuracy_chosen_first", "accuracy_chosen_second")
-MISLABELLED = ("mislabelled_share_where_contradicted", "mislabelled_share_elsewhere")
+def policy_table(rows: Sequence[Row], judge: str) -> Table:
+    """A row a policy, by the main judge."""
+    against = [f"against_base.{judge}.{part}" for part in ("win", "tie", "lose")]
+    return build(
+        rows,
+        [
+            ("Policy", named),
+            ("Seeds", seeds),
+            (f"Reward by “{judge}”", of(f"rewards.{judge}")),
+            ("Difference to baseline", of(f"difference.{judge}", signed=True)),
+            ("KL to base, nats", of("kl")),
+            ("Win / tie / lose against base, %", shares(*against)),
+            ("Length, tokens", of("length", 1)),
+            ("Effective sample size", of("coefficients.effective_sample_size", 0)),
+            ("R < 0, %", shares("coefficients.negative_share")),
+        ],
+    )
 
 
-def judges_of(world: Mapping[str, Any], key: str = "rewards") -> list[str]:
-    """The judges of a world's policies, the oracle first."""
-    names = dict.fromkeys(judge for row in world["policies"] for judge in row[key])
-    return sorted(names, key=lambda judge: judge != "oracle")
+def judge_table(rows: Sequence[Row], judges: Sequence[str]) -> Table:
+    """What the other judges say."""
+    columns: list[tuple[str, Callable[[Row], Cell]]] = [("Policy", named)]
+    for judge in judges:
+        against = [f"against_base.{judge}.{part}" for part in ("win", "tie", "lose")]
+        columns += [
+            (f"Reward by “{judge}”", of(f"rewards.{judge}")),
+            (f"Difference, “{judge}”", of(f"difference.{judge}", signed=True)),
+            (f"Win / tie / lose against base, “{judge}”, %", shares(*against)),
+        ]
+    return build(rows, columns)
 
 
-def policy_table(world: Mapping[str, Any]) -> Table:
-    """One row a policy, numbered as in the plot of reward against KL; controls say that they are controls."""
-    columns: list[tuple[str, Getter]] = [
-        ("No.", lambda row: Cell(str(world["policies"].index(row) + 1))),
-        ("Policy", lambda row: Cell(row["name"], f"(control: {row['control']})" if row["control"] else "")),
-        ("Seeds", _seeds),
+# ---------------------------------------------------------------------------------------------------------------------
+# Markdown
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def inline(text: object) -> str:
+    """Text of unknown origin on one line, with everything escaped that Markdown or HTML would act upon."""
+    flat = printable(" ".join(str(text).split()))
+    flat = flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", flat)
+
+
+def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """The lines of a table; every cell is escaped."""
+    titles = list(map(inline, columns))
+    body = [["---"] * len(titles), *([inline(cell) for cell in row] for row in rows)]
+    return [f"| {' | '.join(line)} |" for line in [titles, *body]] + [""]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The terminal
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def shown(lines: Iterable[str]) -> str:
+    """Lines for a terminal, which acts upon nothing that stands in them."""
+    return "\n".join(printable(line, keep="") for line in lines)
+
+
+def describe_scorer(evaluation: Mapping[str, Any]) -> str:
+    """A scorer's evaluation.json in lines."""
+    accuracy = interval(as_number(evaluation["label_accuracy"]))
+    lines = [f"label accuracy {accuracy}, {evaluation['pairs']} pairs in random order"]
+    if evaluation.get("oracle_accuracy"):
+        lines.append(
+            f"oracle accuracy {interval(as_number(evaluation['oracle_accuracy']))}; "
+            f"the labels themselves {interval(as_number(evaluation['labels_oracle_accuracy']))}"
+        )
+    quartiles = " ".join(number(q["label_accuracy"]["value"], 3) for q in evaluation["by_confidence"])
+    lines.append(f"by quartile of |R|, least sure first: {quartiles}")
+    first, second = (number(evaluation[f"accuracy_chosen_{n}"]["value"], 3) for n in ("first", "second"))
+    negative = number(100 * (evaluation["negative_share"] or 0), 1)
+    lines.append(f"preferred response shown first {first}, second {second}; R < 0 in {negative} %")
+    return shown(f"  {line}" for line in lines)
+
+
+def describe_policy(evaluation: Mapping[str, Any]) -> str:
+    """A policy's evaluation.json in lines."""
+    lines = [f"{evaluation['prompts']} prompts; length {interval(as_number(evaluation['length']), 1)} tokens"]
+    lines += [f"mean reward by {judge} {interval(as_number(value))}" for judge, value in evaluation["rewards"].items()]
+    lines.append(f"KL to the base policy {interval(as_number(evaluation['kl']))} nats")
+    for judge, parts in (evaluation.get("against_base") or {}).items():
+        each = " / ".join(number(100 * parts[part]["value"], 0) for part in ("win", "tie", "lose"))
+        lines.append(f"win / tie / lose against the base policy by {judge}: {each} %")
+    return shown(f"  {line}" for line in lines)
+
+
+def terminal(table: Table, columns: int) -> list[str]:
+    """The first columns of a table, aligned."""
+    texts = [
+        [" ".join(filter(None, cell)) if n else cell[0] for n, cell in enumerate(row[:columns])] for row in table.rows
     ]
-    for judge in judges_of(world):
-        columns.append((f"Reward by “{judge}”", _of(judge, "rewards", summary_cell)))
-        columns.append((f"Difference to rc none, “{judge}”", _of(judge, "difference", difference_cell)))
-    columns.append(("KL to base", lambda row: summary_cell(row["kl"])))
-    columns.append(("Length", lambda row: summary_cell(row["length"], 1)))
-    for judge in judges_of(world, "against_base"):
-        columns.append((f"Win / tie / lose against base, “{judge}”, %", _of(judge, "against_base", _percent_cell)))
-    columns.append(("Effective sample size", lambda row: _size_cell(row["effective_sample_size"])))
-    columns.append(("Share R < 0", lambda row: summary_cell(row["negative_share"], 3)))
-    return build(world["policies"], columns)
-
-
-def _of(judge: str, key: str, show: Callable[[Any], Cell]) -> Getter:
-    return lambda row: show(row[key].get(judge))
+    lines = [table.columns[:columns], *texts]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]

@@ -27,7 +27,7 @@ from rdo.models.given import given
 from rdo.models.pretrained import load_tokenizer
 from rdo.models.tokenizers import make_tokenizer, train_byte_pair
 from rdo.progress import progress_bar
-from rdo.report.plots import COLOURS, style
+from rdo.report.figures import COLOURS, style
 from rdo.run import Run, model_path
 from rdo.stages.sft import training_texts
 

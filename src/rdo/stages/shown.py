@@ -1,4 +1,4 @@
-"""What wandb shows of a finished evaluation: numbers, tables and plots, handed to the tracker."""
+"""What wandb shows of a finished evaluation: numbers and tables, handed to the tracker."""
 
 from __future__ import annotations
 
@@ -22,14 +22,10 @@ def show_evaluation(run: Run, artifact: Artifact) -> None:
     has an effect on it; the rest of the config is that of the job that came first."""
     if run.config.tracker.name != "wandb" or not world().first:
         return
-    from rdo.report.plots import to_png
-
     manifest, evaluation = artifact.manifest(), read_json(artifact.folder / EVALUATION)
     settings, _ = swept(run.provenance.run_dir, manifest)
     made = {name.rpartition(".")[2]: value for name, value in settings.items()}
-    tables, figures = (
-        scorer_shown(artifact, evaluation) if "label_accuracy" in evaluation else policy_shown(run, artifact)
-    )
+    tables = scorer_shown(evaluation) if "label_accuracy" in evaluation else policy_shown(artifact, evaluation)
     rows = [[name, *map(value.get, ("value", "low", "high", "count"))] for name, value in estimates(evaluation)]
     tables["tables/evaluation"] = ["quantity", "value", "low", "high", "count"], rows
     tracking.show(
@@ -38,7 +34,6 @@ def show_evaluation(run: Run, artifact: Artifact) -> None:
         {**run.provenance.config, "made": made},
         numbers(evaluation) | main_reward(manifest, evaluation),
         tables,
-        {f"plots/{name}": to_png(figure) for name, figure in figures.items() if figure is not None},
     )
 
 
@@ -68,12 +63,8 @@ def main_reward(manifest: Mapping[str, Any], evaluation: Mapping[str, Any]) -> d
     return numbers({"reward": rewards[0]}) if rewards else {}
 
 
-def policy_shown(run: Run, artifact: Artifact) -> tuple[dict[str, Table], dict[str, Any]]:
-    """Samples with their rewards; wins against the base policy, and reward against KL of the two."""
-    from rdo.report.aggregate import aggregate
-    from rdo.report.plots import reward_kl_figure
-
-    manifest, evaluation = artifact.manifest(), read_json(artifact.folder / EVALUATION)
+def policy_shown(artifact: Artifact, evaluation: Mapping[str, Any]) -> dict[str, Table]:
+    """Samples with their rewards, and wins against the base policy."""
     lines = read_json_lines(artifact.folder / GENERATIONS)[:SAMPLES]
     judges, names = list(evaluation["rewards"]), ["id", "query", "response", "stopped"]
     samples = [[*map(line.get, names), *(line["rewards"][judge] for judge in judges)] for line in lines]
@@ -82,30 +73,15 @@ def policy_shown(run: Run, artifact: Artifact) -> tuple[dict[str, Table], dict[s
         parts = ("win", "tie", "lose")
         rows = [[judge, *(counts[part]["value"] for part in parts)] for judge, counts in compared.items()]
         tables["tables/against_base"] = ["judge", *parts], rows
-    config = manifest["config"]
-    policies = [{"name": manifest["label"], "group": "base", "rc": config["rc"]["name"], "evaluation": evaluation}]
-    if against := manifest["inputs"].get("against"):
-        policies[0]["group"] = config["loss"]["name"]
-        base = read_json(run.provenance.run_dir / against["folder"] / EVALUATION)
-        policies.insert(0, {"name": "base", "group": "base", "evaluation": base})
-    return tables, {"reward_kl": reward_kl_figure(aggregate({"policies": policies})[0])}
+    return tables
 
 
-def scorer_shown(artifact: Artifact, evaluation: Mapping[str, Any]) -> tuple[dict[str, Table], dict[str, Any]]:
-    """Accuracy in the four quarters of |R|, as table and plot, and the distribution of R."""
-    from rdo.report.aggregate import aggregate
-    from rdo.report.curves import distributions_figure
-    from rdo.report.plots import confidence_figure
-
+def scorer_shown(evaluation: Mapping[str, Any]) -> dict[str, Table]:
+    """Accuracy in the four quarters of |R|."""
     columns = ["quarter of |R|", "low", "high", "pairs", "label accuracy", "oracle accuracy"]
     rows = [
         [quarter, *map(part.get, ("low", "high", "count")), part["label_accuracy"]["value"], oracle and oracle["value"]]
         for quarter, part in enumerate(evaluation["by_confidence"], start=1)
         for oracle in [part["oracle_accuracy"]]
     ]
-    scorers = [{"name": artifact.manifest()["label"], "evaluation": evaluation}]
-    figures = {
-        "confidence": confidence_figure(aggregate({"scorers": scorers})[0]),
-        "differences": distributions_figure(scorers),
-    }
-    return {"tables/by_confidence": (columns, rows)}, figures
+    return {"tables/by_confidence": (columns, rows)}

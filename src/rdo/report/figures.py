@@ -1,0 +1,223 @@
+"""The five figures of the report, as SVG to be put inside a page: the same bytes for the same data."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import wraps
+from math import isnan
+from typing import Any
+
+import matplotlib
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rdo.errors import printable
+from rdo.report.results import Row, sweeps, training_curves
+from rdo.report.tables import Number, number
+
+# Okabe and Ito's colours without the yellow ones, which are too pale on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#B0568A", "#3A3A3A", "#8C6D1F")
+MARKERS = {"none": "o", "reward": "s", "diff": "^", "oracle": "D"}
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "rdo",  # otherwise the ids inside the file are new every time
+    "svg.fonttype": "none",  # text stays text: it can be searched and read aloud, and takes the page's font
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "grid.color": "#E4E4E4",
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 5.5,
+}
+
+
+def style() -> AbstractContextManager[None]:
+    """The settings that every figure is drawn under; nothing outside is changed."""
+    return matplotlib.rc_context(STYLE)
+
+
+def svg(draw: Callable[..., Figure | None]) -> Callable[..., Markup | None]:
+    """A function that draws, as one that returns an <svg> element whose ids start with its own name and a prefix."""
+
+    @wraps(draw)
+    def drawn(*arguments: Any, prefix: str = "") -> Markup | None:
+        with style():
+            figure, buffer = draw(*arguments), io.StringIO()
+            if figure is None:
+                return None
+            figure.savefig(buffer, format="svg", metadata={"Date": None})
+        text = buffer.getvalue()
+        text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+        own = f"{draw.__name__}{prefix}"
+        # Text cannot hold a bare "<", so this touches the tags alone.
+        text = re.sub(r"<[^>]*>", lambda tag: re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{own}-", tag[0]), text)
+        label = escape((draw.__doc__ or "").split(".")[0])
+        return Markup(printable(text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)))
+
+    return drawn
+
+
+def colour(position: int) -> dict[str, Any]:
+    """A line's colour, and once these are used up its dashes, too."""
+    return {"color": COLOURS[position % len(COLOURS)], "linestyle": ("-", "--", ":")[position // len(COLOURS) % 3]}
+
+
+def label(text: str) -> str:
+    """A name for the legend, which would hide one that starts with an underscore."""
+    return f" {text}" if text.startswith("_") else text
+
+
+def bars(numbers: Sequence[Number]) -> list[list[float]] | None:
+    """Lengths of the error bars below and above; none where one has no interval."""
+    lengths = [[one.value - one.low for one in numbers], [one.high - one.value for one in numbers]]
+    return None if any(map(isnan, lengths[0])) else [[max(0.0, length) for length in ends] for ends in lengths]
+
+
+def points(axes: Axes, x: Sequence[float], y: Sequence[Number], x_bars: Any = None, **given: Any) -> None:
+    """A line or points with their intervals."""
+    axes.errorbar(x, [one.value for one in y], bars(y), x_bars, elinewidth=0.8, capsize=2, **given)
+
+
+@svg
+def overview(rows: Sequence[Row], judge: str) -> Figure | None:
+    """What coefficients change: each row's reward minus its baseline's, with the 95 % interval."""
+    shown = [row for row in rows if row.number(f"difference.{judge}")]
+    if not shown:
+        return None
+    figure = Figure(figsize=(6.4, 0.9 + 0.25 * len(shown)), layout="constrained")
+    axes = figure.add_subplot()
+    beside: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8.5}
+    axes.annotate("KL / baseline's", (1.01, -1), **beside)
+    for place, row in enumerate(shown):
+        found = row.number(f"difference.{judge}")
+        assert found is not None
+        shade = {"higher": COLOURS[0], "lower": COLOURS[1]}.get(found.verdict, "#8A8A8A")
+        face = "white" if row.ablation else shade
+        axes.errorbar([found.value], [place], xerr=bars([found]), color=shade, marker="o", mfc=face, capsize=2.5)
+        kl = [one.number("kl") for one in (row, row.baseline) if one]
+        axes.annotate(" / ".join(number(one.value) for one in kl if one), (1.01, place), **beside)
+    axes.axvline(0, color="#555555", linewidth=1)
+    axes.locator_params(axis="x", nbins=6)
+    axes.set_yticks(range(len(shown)), [f"{row.name} − {row.baseline.name if row.baseline else ''}" for row in shown])
+    axes.set_ylim(len(shown) - 0.4, -1.2)
+    axes.set_xlabel(f"reward by “{judge}”: row − baseline")
+    return figure
+
+
+@svg
+def confidence(rows: Sequence[Row]) -> Figure | None:
+    """Accuracy of each scorer by quartile of the size of its reward difference."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes, drawn = figure.add_subplot(), 0
+    for row in rows:
+        for kind in ("oracle", "label"):
+            found = [row.number(f"by_confidence.{n}.{kind}_accuracy") for n in range(1, 5)]
+            known = [(n + 0.04 * drawn, estimate) for n, estimate in enumerate(found, start=1) if estimate]
+            if known:
+                x, y = zip(*known, strict=True)
+                points(axes, x, y, label=label(row.name), marker="o", **colour(drawn))
+                axes.set_ylabel(f"accuracy against the {'true reward' if kind == 'oracle' else 'labels'}")
+                drawn += 1
+                break
+    if not drawn:
+        return None
+    axes.axhline(0.5, color="#888888", linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.set_xticks([1, 2, 3, 4], ["least sure", "2", "3", "surest"])
+    axes.set_xlabel("quartile of |R|")
+    axes.legend()
+    return figure
+
+
+@svg
+def frontier(rows: Sequence[Row], judge: str) -> Figure | None:
+    """Reward against KL: each method a curve over its swept setting, or a point."""
+    known = [row for row in rows if row.number("kl") and row.number(f"rewards.{judge}")]
+    if not known:
+        return None
+    curves = [line for lines in sweeps(known).values() for line in lines]
+    curves += [[row] for row in known if not any(row in line for line in curves)]
+    figure = Figure(figsize=(8.6, max(3.8, 0.21 * len(curves) + 0.6)), layout="constrained")
+    axes = figure.add_subplot()
+    losses = sorted({row.loss for row in known})
+    for line in curves:
+        first = line[0]
+        kl, reward = ([n for row in line if (n := row.number(key))] for key in ("kl", f"rewards.{judge}"))
+        shade = COLOURS[losses.index(first.loss) % len(COLOURS)] if first.kind == "policy" else "#3A3A3A"
+        points(
+            axes,
+            [one.value for one in kl],
+            reward,
+            bars(kl),
+            color=shade,
+            marker=MARKERS.get(first.rc, "o"),
+            mfc="white" if first.ablation else shade,
+            linestyle="-" if first.rc != "none" else "--",
+            label=label(first.name if len(line) == 1 else f"{first.name} … {line[-1].name}"),
+        )
+    axes.set_xlabel("KL to the base policy, nats")
+    axes.set_ylabel(f"reward by “{judge}”")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), labelspacing=0.4)
+    return figure
+
+
+@svg
+def swept(rows: Sequence[Row], keys: Sequence[str]) -> Figure | None:
+    """What a swept setting leads to, by its value."""
+    panels = [
+        (name, key, lines)
+        for name, found in sweeps(rows).items()
+        for key in keys
+        if (lines := [line for line in found if all(row.number(key) for row in line)])
+    ]
+    if not panels:
+        return None
+    height = (len(panels) + 1) // 2
+    figure = Figure(figsize=(8.6, 2.9 * height), layout="constrained")
+    for place, (name, key, lines) in enumerate(panels, start=1):
+        axes = figure.add_subplot(height, 2, place)
+        for shade, line in enumerate(lines):
+            values = [row.settings[name] for row in line]
+            title = line[0].name.split(",")[0] if line[0].name.endswith(f"={values[0]}") else f"{line[0].name} …"
+            reached = [one for row in line if (one := row.number(key))]
+            points(axes, values, reached, marker="o", label=label(title), **colour(shade))
+        values = sorted({row.settings[name] for line in lines for row in line})
+        if values[0] > 0 and values[-1] / values[0] >= 5:
+            axes.set_xscale("log")
+        axes.set_xticks(values, [f"{value:g}" for value in values], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel(name)
+        axes.set_ylabel(key)
+        axes.legend()
+    return figure
+
+
+@svg
+def training(rows: Sequence[Row]) -> Figure | None:
+    """Training curves, the mean over seeds."""
+    panels: dict[str, list[tuple[Row, Any]]] = {}
+    for row in rows:
+        for name, values in training_curves(row).items():
+            group = "scorers" if row.kind in ("reward", "diff") else row.loss
+            panels.setdefault(f"{group}: {name.replace('_', ' ')}", []).append((row, values))
+    if not panels:
+        return None
+    height = (len(panels) + 1) // 2
+    figure = Figure(figsize=(8.6, 2.9 * height), layout="constrained")
+    for place, (name, lines) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(height, 2, place)
+        for shade, (row, values) in enumerate(lines):
+            axes.plot(values.index, values, label=label(row.name), **{**colour(shade), "linewidth": 1.1})
+        axes.set_title(name)
+        axes.set_xlabel("step")
+        axes.legend(fontsize=7)
+    return figure
