@@ -28,7 +28,11 @@ def modules() -> dict[str, Path]:
 def imports(module: str) -> frozenset[str]:
     """The modules of this project that a module imports, anywhere in it."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(modules()[module].read_text())):
+    tree = ast.parse(modules()[module].read_text())
+    for_types = {id(node) for test in ast.walk(tree) if is_for_types(test) for node in ast.walk(test)}
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -36,6 +40,11 @@ def imports(module: str) -> frozenset[str]:
                 name = f"{node.module}.{alias.name}"
                 found.add(name if name in modules() else node.module)
     return frozenset(found & modules().keys() - {module})
+
+
+def is_for_types(node: ast.AST) -> bool:
+    """Whether this is `if TYPE_CHECKING`, whose imports nothing runs."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def reached(module: str) -> set[str]:
