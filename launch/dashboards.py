@@ -18,7 +18,7 @@ import wandb
 import wandb_workspaces.reports.v2 as panels
 import wandb_workspaces.workspaces as workspaces
 
-from rdo.schema import TrackerConfig
+from rdo.settings import TrackerConfig
 
 STEP = "global_step"
 TRAINING = ("sft", "rm", "diffmodel", "align")

@@ -34,9 +34,9 @@ from launch.bench.suite import measure_all
 from launch.bench.works import RIVALS, WORKS, make_bench
 
 import gpu_checks as suite
-from rdo.schema import EngineConfig, ModelConfig
 from rdo.sequences.attention import KERNELS, OBSTACLES
 from rdo.sequences.readout import LOGITS_BUDGET
+from rdo.settings import EngineConfig, ModelConfig
 
 MODELS = ("llama-grouped", "llama", "mistral-window", "gpt2", "gpt-neox", "qwen2", "gemma", "gemma3", "gpt2-by-layer")
 TASKS = ("dpo", "rrhf", "kto", "pointwise", "paper")

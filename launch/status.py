@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from filelock import FileLock, Timeout
 
-from rdo.artifacts import MANIFEST, PARTIAL, read_manifest
-from rdo.errors import UserError
-from rdo.files import LOCK, read_json
-from rdo.main import fail
-from rdo.slurm import FAILED, FORGOTTEN, NOTE, last_error, queue
+from rdo.runtime.errors import UserError
+from rdo.runtime.failing import fail
+from rdo.runtime.files import LOCK, read_json
+from rdo.runtime.slurm import FAILED, FORGOTTEN, NOTE, last_error, queue
+from rdo.runtime.store import MANIFEST, PARTIAL, read_manifest
 from rdo.tracking import METRICS
 
 # Folders of a run folder that hold no stage's results.

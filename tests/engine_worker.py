@@ -14,11 +14,11 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "src"), str(Path(__file__).paren
 # ruff: noqa: E402
 
 from made_tasks import encoded, make_task
-from rdo import distributed
-from rdo.files import read_json_lines
 from rdo.models.lora import choose_trained, trained_state
 from rdo.models.scorers import FORMS
-from rdo.schema import EngineConfig, LoraConfig, ModelConfig, ScorerConfig, TrackerConfig
+from rdo.runtime import processes
+from rdo.runtime.files import read_json_lines
+from rdo.settings import EngineConfig, LoraConfig, ModelConfig, ScorerConfig, TrackerConfig
 from rdo.tracking import METRICS, Tracker
 from rdo.training.engine import deepspeed_engine
 from rdo.training.loop import train
@@ -51,7 +51,7 @@ def trained(name: str, engine: str, folder: Path) -> dict[str, Any]:
     start = {key: value.clone() for key, value in trained_state(model).items()}
     with Tracker(TrackerConfig(), folder, "test", {}) as tracker:
         state = train(task, model, config, engine_config, 0, folder, tracker, "test")
-    if not distributed.world().first:
+    if not processes.world().first:
         return {}
     lines = read_json_lines(folder / METRICS)
     kept = ("step", "loss", "gradient_norm", "learning_rate", "head_learning_rate", "tokens")
@@ -63,12 +63,12 @@ def trained(name: str, engine: str, folder: Path) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     folder, engines, tasks = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3].split(",")
-    distributed.start("cpu")
+    processes.start("cpu")
     deepspeed_engine.ZERO["stage3_param_persistence_threshold"] = 0  # else weights as small as these are not divided
     for engine in engines:
         for task in tasks:
             found = trained(task, engine, folder / f"{engine}-{task}")
-            if distributed.world().first:
+            if processes.world().first:
                 torch.save(found, folder / f"{engine}-{task}.pt")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rdo.schema import EngineConfig
+from rdo.settings import EngineConfig
 from rdo.training.checkpoints import Checkpoints
 from rdo.training.engine.torch_engine import TorchEngine
 from rdo.training.step import Task, deal_step, training_step

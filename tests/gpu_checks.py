@@ -23,7 +23,6 @@ import rdo.sequences.kernels.varlen
 from helpers import policy, relative_error, scorer, tree, words
 from made_tasks import SETTINGS, encoded, make_task
 from rdo.models.traits import recompute_activations
-from rdo.schema import EngineConfig
 from rdo.sequences.attention import OBSTACLES, attention_name, choose_kernel
 from rdo.sequences.devices import to_device
 from rdo.sequences.forward import hidden_states
@@ -31,6 +30,7 @@ from rdo.sequences.kernels.varlen import HALF
 from rdo.sequences.layout import LayoutName, make_layout
 from rdo.sequences.preparation import head_width, set_layout
 from rdo.sequences.readout import LOGITS_BUDGET, Span, span_log_probabilities
+from rdo.settings import EngineConfig
 from rdo.training.engine.torch_engine import TorchEngine
 from rdo.training.step import deal_step, training_step
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
-from rdo.artifacts import Provenance
 from rdo.data.loading import load_splits
-from rdo.schema import DatasetConfig
+from rdo.runtime.store import Provenance
+from rdo.settings import DatasetConfig
 
 QUERY_WORDS, RESPONSE_WORDS = 94, 39  # means of HH helpful-base
 

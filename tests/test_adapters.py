@@ -23,17 +23,17 @@ from transformers import (
 
 import rdo.models.lora
 from helpers import TEXTS, configuration, from_configuration, policy, relative_error, scorer, tokenizer
-from rdo.errors import UserError
 from rdo.models.given import given
 from rdo.models.lora import choose_trained, load_trained_state, trained_state
 from rdo.models.pretrained import load_policy, load_scorer, load_tokenizer, new_scorer, save_model
 from rdo.models.scorers import check_form
 from rdo.models.traits import head_names
-from rdo.schema import LoraConfig, ModelConfig
+from rdo.runtime.errors import UserError
 from rdo.sequences.forward import read_log_probabilities, read_scalars
 from rdo.sequences.layout import make_layout
 from rdo.sequences.preparation import set_layout
 from rdo.sequences.readout import Scalar, Span
+from rdo.settings import LoraConfig, ModelConfig
 from rdo.stages.align import aligned_policy
 from rdo.stages.eval import evaluate_policy
 from rdo.stages.scorer import scorer as scorer_artifact

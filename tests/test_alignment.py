@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from rdo.data.records import Preference, Record
-from rdo.errors import UserError
 from rdo.objectives.choice import choose_loss
 from rdo.objectives.losses import dpo
-from rdo.run import select
-from rdo.schema import RcConfig, TrainingConfig
+from rdo.runtime.errors import UserError
+from rdo.settings import RcConfig, TrainingConfig
 from rdo.stages.align import check_data, own_scores, rc_settings, supervision, weigh
 from rdo.stages.reference import partners
+from rdo.stages.run import select
 from rdo.stages.score import Scores, pairs_to_score
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from rdo.artifacts import ARTIFACT_VERSION, Artifact, MissingInput, Provenance, fingerprint, is_finished, produce
-from rdo.errors import UserError
-from rdo.files import append_json_line, read_json_lines, replace_file, replace_folder, write_json
 from rdo.models.given import given
+from rdo.runtime.errors import UserError
+from rdo.runtime.files import append_json_line, read_json_lines, replace_file, replace_folder, write_json
+from rdo.runtime.store import ARTIFACT_VERSION, Artifact, MissingInput, Provenance, fingerprint, is_finished, produce
 
 SETTINGS = {"learning_rate": 0.1, "data": {"split": "train", "records": "abc"}}
 BASE, OTHER = Artifact(Path("here"), "key of base"), Artifact(Path("here"), "other key")

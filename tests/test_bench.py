@@ -22,9 +22,9 @@ from launch.bench.theirs import rows
 from launch.bench.works import WORKS, Bench, made_records, make_bench, make_work, word_tokenizer
 
 from helpers import tree
-from rdo.errors import UserError
-from rdo.schema import EngineConfig, ModelConfig
+from rdo.runtime.errors import UserError
 from rdo.sequences.layout import Forest
+from rdo.settings import EngineConfig, ModelConfig
 
 CPU = torch.device("cpu")
 VOCABULARY = 300

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rdo.errors import UserError
 from rdo.objectives import losses
 from rdo.objectives.coefficients import NEGATIVE, coefficients, filter_only, mean_weight, shuffle, statistics
+from rdo.runtime.errors import UserError
 
 repeatable = settings(derandomize=True, deadline=None)  # the same cases everywhere, on slow machines too
 differences = st.lists(st.floats(-1e4, 1e4, allow_nan=False, width=32), min_size=1, max_size=20).map(torch.tensor)

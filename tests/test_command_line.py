@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 
 from rdo.checks import CONF, compose_config
-from rdo.errors import UserError
 from rdo.main import check_command_line, score
-from rdo.schema import Stage
+from rdo.runtime.errors import UserError
+from rdo.settings import Stage
 from rdo.stages.align import aligned_policy
 from rdo.stages.scorer import scorer
 from tiny import TINY, tiny_run, weights
@@ -174,7 +174,7 @@ def test_seeds_are_swept_like_rows(tmp_path, train_here, capsys):
 
 
 def test_neither_data_nor_training_loads_what_only_the_report_needs():
-    code = "import rdo.main, rdo.sweeps, sys; print({'matplotlib', 'pandas', 'wandb'} & sys.modules.keys())"
+    code = "import rdo.main, rdo.stages.comparison, sys; print({'matplotlib', 'pandas', 'wandb'} & sys.modules.keys())"
     path = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr

@@ -12,12 +12,12 @@ import rdo.objectives.losses
 from rdo import checks
 from rdo.checks import CONF, compose_config, setting_names, sweep_points, without_effect
 from rdo.data.templates import TEMPLATES
-from rdo.errors import UserError
 from rdo.models.scorers import DIFFERENCE_FORMS
 from rdo.objectives.choice import choose_loss
 from rdo.objectives.coefficients import NEGATIVE
-from rdo.schema import Config, DifferenceForm, Kernel, Negative, Template
+from rdo.runtime.errors import UserError
 from rdo.sequences.attention import KERNELS
+from rdo.settings import Config, DifferenceForm, Kernel, Negative, Template
 
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
@@ -258,7 +258,7 @@ def hinge(policy_chosen: torch.Tensor, policy_rejected: torch.Tensor, *, margin:
 
 def test_a_new_loss_is_one_function_and_one_file(tmp_path, monkeypatch):
     """And nothing else: it composes, is checked like the others, and trains a policy."""
-    from rdo.files import read_json_lines
+    from rdo.runtime.files import read_json_lines
     from rdo.stages.align import aligned_policy
     from tiny import tiny_run
 
@@ -288,6 +288,6 @@ def test_every_setting_is_read_somewhere():
 
 def code(file: Path) -> str:
     """A source file without its comments; nothing of the files that declare and check settings."""
-    if file.name in ("schema.py", "checks.py"):
+    if file.name in ("settings.py", "checks.py"):
         return ""
     return re.sub(r"#.*", "", file.read_text())

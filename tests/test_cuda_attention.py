@@ -18,7 +18,7 @@ import rdo.models
 import rdo.sequences.kernels.varlen
 from emulated import varlen_attn, varlen_attn_of_2_11
 from helpers import policy, relative_error, tree
-from rdo.errors import UserError
+from rdo.runtime.errors import UserError
 from rdo.sequences.attention import choose_kernel
 from rdo.sequences.forward import hidden_states
 from rdo.sequences.kernels.varlen import GatherRows, VarlenPlan, computed_dtype

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rdo.data.files import TextRow, content_hash, resolve, rows, state
-from rdo.errors import DataError
+from rdo.runtime.errors import DataError
 
 ROWS = [{"prompt": "What?", "chosen": "Ä, \"b\"\n'c'", "score": 1.5}, {"prompt": "Why?", "chosen": "no", "score": -2.0}]
 TEXTS = [{"prompt": "What?", "chosen": "Ä, \"b\"\n'c'"}, {"prompt": "Why?", "chosen": "no"}]

@@ -17,7 +17,7 @@ from rdo.data import encoding
 from rdo.data.encoding import MappedTokens, TruncationReport, encode, encode_into, order_fingerprint
 from rdo.data.records import Record
 from rdo.data.table import Records, write_records
-from rdo.errors import UserError
+from rdo.runtime.errors import UserError
 
 PAD, BOS, EOS, UNKNOWN, IM_START, IM_END = range(6)
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]

@@ -22,8 +22,8 @@ import pytest
 import torch
 
 from engine_worker import trained
-from rdo.artifacts import MANIFEST
-from rdo.files import read_json_lines
+from rdo.runtime.files import read_json_lines
+from rdo.runtime.store import MANIFEST
 from tiny import TINY
 
 HERE = Path(__file__).parent

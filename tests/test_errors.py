@@ -17,10 +17,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rdo import main
-from rdo.artifacts import MissingInput
 from rdo.checks import CONF, compose_config, setting_names
-from rdo.errors import NotFiniteError, UserError
 from rdo.main import check_arguments, check_command_line, check_run_dir, with_command
+from rdo.runtime.errors import NotFiniteError, UserError
+from rdo.runtime.store import MissingInput
 from tiny import TINY
 
 ROOT = Path(__file__).parents[1]

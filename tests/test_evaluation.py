@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from rdo.data.records import Preference, Record
-from rdo.errors import UserError
-from rdo.files import read_json, read_json_lines
 from rdo.report.tables import describe_policy, describe_scorer
-from rdo.schema import EvalConfig
+from rdo.runtime.errors import UserError
+from rdo.runtime.files import read_json, read_json_lines
+from rdo.settings import EvalConfig
 from rdo.stages.eval import EVALUATION, GENERATIONS, choose_prompts, evaluate_policy, evaluate_scorers
 from rdo.stages.scorer import load_kind, scorer
 from tiny import tiny_run

@@ -15,7 +15,7 @@ from rdo.data.columns import RowError
 from rdo.data.formats import FORMATS, columns_read, find_format, needed, read_row, structured
 from rdo.data.records import Record
 from rdo.data.templates import text_of
-from rdo.errors import DataError
+from rdo.runtime.errors import DataError
 
 DATA = Path(__file__).parent / "data"
 GOOD = [case for line in (DATA / "formats.jsonl").open() if "found" not in (case := json.loads(line))]

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from helpers import TEXTS, configuration, from_configuration, tokenizer
 from rdo.models.generation import Generation, cut, generate
-from rdo.schema import EvalConfig
 from rdo.sequences.preparation import set_layout
+from rdo.settings import EvalConfig
 
 TOKENIZER = tokenizer()
 END = TOKENIZER.eos_token_id

@@ -13,8 +13,8 @@ import pytest
 import torch
 from launch import gpu_check
 
-from rdo.schema import ModelConfig
 from rdo.sequences.attention import KERNELS
+from rdo.settings import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 # A machine with a GPU that is lent for minutes may have no more than PyTorch and transformers.

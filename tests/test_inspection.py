@@ -6,9 +6,9 @@ import re
 import numpy as np
 import pytest
 
+from rdo.data.inspection import cut_at, histogram, label_statistics, near_identical, summary
 from rdo.data.records import Preference, Record
 from rdo.data.table import Records
-from rdo.inspection import cut_at, histogram, label_statistics, near_identical, summary
 from rdo.stages.inspect import evenly, inspect_data
 from tiny import tiny_run
 

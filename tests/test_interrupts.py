@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from rdo.artifacts import is_finished
-from rdo.files import held
-from rdo.interrupts import Stopped, check, handled, postponed, requested, stoppable
+from rdo.runtime.files import held
+from rdo.runtime.stopping import Stopped, check, handled, postponed, requested, stoppable
+from rdo.runtime.store import is_finished
 from rdo.stages.eval import evaluate_policy
 from rdo.stages.reference import reference
 from rdo.stages.score import scores

@@ -24,12 +24,12 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from rdo import files
-from rdo.artifacts import MANIFEST, Artifact, is_finished
-from rdo.run import Run
+from rdo.runtime import files
+from rdo.runtime.store import MANIFEST, Artifact, is_finished
 from rdo.stages.align import aligned_policy
 from rdo.stages.eval import evaluate_policy
 from rdo.stages.reference import reference
+from rdo.stages.run import Run
 from rdo.stages.score import scores
 from rdo.stages.scorer import scorer
 from rdo.stages.sft import base_policy

@@ -13,10 +13,10 @@ from hydra import compose, initialize_config_dir
 from launch import status
 
 from hydra_plugins.rdo_slurm import names
-from rdo import slurm
-from rdo.artifacts import Provenance, produce
 from rdo.checks import CONF
-from rdo.errors import UserError
+from rdo.runtime import slurm
+from rdo.runtime.errors import UserError
+from rdo.runtime.store import Provenance, produce
 
 PROFILES = {"slurm": (1, 1, 1), "slurm_node": (1, 8, 8), "slurm_nodes": (2, 8, 8), "slurm_cpu": (1, None, 1)}
 

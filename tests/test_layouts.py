@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, MiniMaxConfig, PreTrainedModel
 
 import rdo.sequences.kernels.gathered
 from helpers import COMMON, GROUPED, configuration, policy, relative_error, scorer, tree, words
-from rdo.errors import UserError
+from rdo.runtime.errors import UserError
 from rdo.sequences.forward import hidden_states, read_log_probabilities, read_scalars
 from rdo.sequences.layout import Forest, make_layout
 from rdo.sequences.preparation import set_layout

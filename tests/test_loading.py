@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rdo.artifacts import Provenance, is_finished
 from rdo.data import files
 from rdo.data.loading import INVALID, PARQUET_BRANCH, Splits, load_splits
 from rdo.data.records import SPLITS, content_id, fingerprint_records, query_key
-from rdo.errors import DataError, UserError
-from rdo.schema import DatasetConfig, ToyConfig
+from rdo.runtime.errors import DataError, UserError
+from rdo.runtime.store import Provenance, is_finished
+from rdo.settings import DatasetConfig, ToyConfig
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 CONFIGURATIONS = Path(__file__).parents[1] / "conf" / "dataset"

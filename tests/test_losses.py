@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rdo.errors import UserError
 from rdo.objectives import losses
 from rdo.objectives.coefficients import coefficients, mean_weight
+from rdo.runtime.errors import UserError
 
 repeatable = settings(derandomize=True, deadline=None)  # the same cases everywhere, on slow machines too
 EXTREMES = torch.tensor([-1e4, -100.0, -1.0, 0.0, 1.0, 100.0, 1e4])

@@ -17,9 +17,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from helpers import configuration, policy, tokenizer
 from rdo.checks import compose_config
-from rdo.errors import UserError
 from rdo.models.pretrained import load_policy, load_scorer, load_tokenizer, new_scorer, save_model
-from rdo.schema import EngineConfig, ModelConfig
+from rdo.runtime.errors import UserError
+from rdo.settings import EngineConfig, ModelConfig
 from rdo.training.checkpoints import Checkpoints
 from rdo.training.engine.torch_engine import TorchEngine
 

@@ -19,14 +19,14 @@ from transformers import (
 )
 
 from helpers import COMMON, SIZES, TEXTS, configuration, policy, randomise, scorer, tokenizer
-from rdo.errors import UserError
 from rdo.models.pretrained import load_policy, load_scorer, load_tokenizer, new_policy, new_scorer, save_model
 from rdo.models.traits import check_vocabulary, head_names, without_dropout
-from rdo.schema import ModelConfig
+from rdo.runtime.errors import UserError
 from rdo.sequences.forward import hidden_states, read_log_probabilities, read_scalars
 from rdo.sequences.layout import make_layout
 from rdo.sequences.preparation import set_layout
 from rdo.sequences.readout import Scalar, Span
+from rdo.settings import ModelConfig
 from rdo.stages.eval import evaluate_policy
 from tiny import tiny_run
 

@@ -9,7 +9,7 @@ import pytest
 from rdo.data.files import TextRow
 from rdo.data.readers import Reading, read_records
 from rdo.data.records import Preference, Record
-from rdo.errors import DataError, UserError
+from rdo.runtime.errors import DataError, UserError
 
 ASK = "\n\nHuman: Which bread?\n\nAssistant: Rye.\n\nHuman: Why?\n\nAssistant:"
 HH = {"chosen": f"{ASK} It keeps.", "rejected": f"{ASK} No idea."}

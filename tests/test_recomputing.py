@@ -11,15 +11,15 @@ from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from helpers import policy, relative_error, scorer, tokenizer, tree
-from rdo.errors import UserError
 from rdo.models.lora import choose_trained
 from rdo.models.pretrained import load_policy, new_scorer, save_model
 from rdo.models.traits import recompute_activations, without_dropout
-from rdo.schema import LoraConfig, ModelConfig
+from rdo.runtime.errors import UserError
 from rdo.sequences.forward import read_log_probabilities, read_scalars
 from rdo.sequences.layout import make_layout
 from rdo.sequences.preparation import set_layout
 from rdo.sequences.readout import Scalar, Span
+from rdo.settings import LoraConfig, ModelConfig
 
 SEQUENCES = [ids for ids in tree(4, count=6, longest=24) if len(ids) > 1]
 CONFIG = ModelConfig(lora=LoraConfig(rank=8))

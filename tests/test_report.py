@@ -14,14 +14,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rdo.artifacts import Artifact, Provenance, produce
 from rdo.checks import compose_config, plain
-from rdo.errors import UserError
 from rdo.evaluation.scorers import evaluate_scorer
-from rdo.evaluation.statistics import mean_interval
-from rdo.files import append_json_line, write_json
+from rdo.objectives.intervals import mean_interval
 from rdo.report.results import Row, at_equal_kl, difference, frame_of, rows_of, sweeps
 from rdo.report.tables import number
+from rdo.runtime.errors import UserError
+from rdo.runtime.files import append_json_line, write_json
+from rdo.runtime.store import Artifact, Provenance, produce
 from rdo.stages.report import make_report
 
 EVIL = "<script>alert('x')</script> a|b $x$ `c` &amp; {{ 7 * 7 }} ![x](http://x) <!-- \x1b[2J\u202e"

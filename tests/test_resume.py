@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from engines import save_when_due, torch_engine
-from rdo.artifacts import Artifact, is_finished
-from rdo.errors import UserError
-from rdo.files import read_json_lines
-from rdo.run import Run
-from rdo.schema import EngineConfig
+from rdo.runtime.errors import UserError
+from rdo.runtime.files import read_json_lines
+from rdo.runtime.store import Artifact, is_finished
+from rdo.settings import EngineConfig
 from rdo.stages.align import aligned_policy
+from rdo.stages.run import Run
 from rdo.stages.scorer import scorer
 from rdo.stages.sft import base_policy
 from rdo.tracking import Tracker
@@ -109,7 +109,7 @@ def test_a_run_that_is_stopped_twice_and_before_any_checkpoint(run_dir, monkeypa
     assert metrics(whole) == wanted_metrics
 
 
-@pytest.mark.parametrize("where", ["rdo.stages.training.save_model", "rdo.artifacts.listed_files"])
+@pytest.mark.parametrize("where", ["rdo.stages.training.save_model", "rdo.runtime.store.listed_files"])
 def test_a_run_that_is_stopped_after_training_does_not_train_again(where, run_dir, monkeypatch):
     """Between the last step and the manifest: the last checkpoint serves, and the result is the same."""
     run = tiny_run(run_dir, OFTEN, "sft.max_steps=4")

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from rdo.artifacts import Provenance
 from rdo.data.loading import load_splits
 from rdo.data.readers import Reading, read_records
 from rdo.data.records import Record
-from rdo.errors import DataError
-from rdo.schema import DatasetConfig
+from rdo.runtime.errors import DataError
+from rdo.runtime.store import Provenance
+from rdo.settings import DatasetConfig
 
 HERE = Path(__file__).parent
 REAL = HERE.parents[1] / "shared" / "data"

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from rdo.errors import UserError, printable, single_line
 from rdo.report.tables import describe_policy
+from rdo.runtime.errors import UserError, printable, single_line
 from rdo.stages.sft import base_policy
 from rdo.tracking import Tracker
 from tiny import TINY, tiny_run

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from helpers import TEXTS, relative_error, scorer, tokenizer
 from rdo.data.encoding import encode
 from rdo.data.records import Preference, Record
-from rdo.errors import UserError
 from rdo.models.scorers import (
     FORMS,
     ComparisonTemplate,
@@ -23,6 +22,7 @@ from rdo.models.scorers import (
     merge,
     read_under,
 )
+from rdo.runtime.errors import UserError
 from rdo.sequences.forward import read_scalars
 from rdo.sequences.layout import LayoutName, make_layout
 from rdo.sequences.preparation import set_layout

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import rdo.stages.score
-from rdo.errors import UserError
-from rdo.shards import Shards
+from rdo.runtime.errors import UserError
+from rdo.runtime.parts import Shards
 from rdo.stages.score import read_scores, scores
 from tiny import tiny_run
 

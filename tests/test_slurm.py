@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from launch import throwaway_slurm
 
-from rdo.artifacts import Artifact
+from rdo.runtime.store import Artifact
 from tiny import TINY, metrics, weights
 
 pytestmark = pytest.mark.skipif(

@@ -4,14 +4,7 @@ import math
 
 import pytest
 
-from rdo.evaluation.statistics import (
-    empty_estimate,
-    mean_interval,
-    standard_deviation,
-    t_quantile,
-    wilson,
-    win_tie_lose,
-)
+from rdo.objectives.intervals import empty_estimate, mean_interval, standard_deviation, t_quantile, wilson, win_tie_lose
 
 
 def test_wilson_by_hand() -> None:

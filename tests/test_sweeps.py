@@ -11,13 +11,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from rdo.artifacts import Provenance, produce
 from rdo.checks import CONF, compose_config
-from rdo.errors import UserError
-from rdo.files import append_json_line, write_json
+from rdo.evaluation.metric import stage_metric
 from rdo.main import run_config
-from rdo.metric import stage_metric
-from rdo.sweeps import Comparison
+from rdo.runtime.errors import UserError
+from rdo.runtime.files import append_json_line, write_json
+from rdo.runtime.store import Provenance, produce
+from rdo.stages.comparison import Comparison
 from tiny import TINY
 
 ROOT = Path(__file__).parents[1]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from rdo.data.records import SPLITS, Message, Preference, Record, fingerprint_records
 from rdo.data.table import NUMBERS, Records, write_records
-from rdo.run import select
-from rdo.schema import TrainingConfig
+from rdo.settings import TrainingConfig
+from rdo.stages.run import select
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
 NUMBER = st.floats(allow_nan=False, allow_infinity=False)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from helpers import tokenizer
 from rdo.data.records import Message, Record
 from rdo.data.templates import TEMPLATES, render_prompt, text_of, turns
-from rdo.errors import UserError
+from rdo.runtime.errors import UserError
 
 TOKENIZER = tokenizer()
 CHATML = (

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from rdo.data import toy
 from rdo.data.records import Record
-from rdo.errors import DataError
-from rdo.schema import ToyConfig
+from rdo.runtime.errors import DataError
+from rdo.settings import ToyConfig
 
 SHORT_KIND_FARM = "human : please write a short kind note about the farm . assistant :"
 LONG_GRIM_SEA = "human : please write a long grim note about the sea . assistant :"

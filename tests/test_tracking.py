@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from rdo import distributed, tracking
-from rdo.errors import UserError
-from rdo.files import read_json, read_json_lines
-from rdo.interrupts import Stopped
-from rdo.schema import TrackerConfig
+from rdo import tracking
+from rdo.runtime import processes
+from rdo.runtime.errors import UserError
+from rdo.runtime.files import read_json, read_json_lines
+from rdo.runtime.stopping import Stopped
+from rdo.settings import TrackerConfig
 from rdo.stages.eval import evaluate_policy
 from rdo.stages.sft import base_policy
 from rdo.tracking import METRICS, Tracker
@@ -70,7 +71,7 @@ def test_the_effective_sample_size_of_a_step_by_hand(tmp_path):
 
 @pytest.mark.parametrize("config", [TrackerConfig(), WANDB])
 def test_only_the_first_process_writes(tmp_path, offline, monkeypatch, config):
-    monkeypatch.setattr(tracking, "world", lambda: distributed.World(rank=1, size=2))
+    monkeypatch.setattr(tracking, "world", lambda: processes.World(rank=1, size=2))
     with Tracker(config, tmp_path, "a run", {}) as tracker:
         tracker.resume(0)
         tracker.log(1, {"loss": 0.5})

@@ -20,14 +20,14 @@ from rdo.data.encoding import EncodedRecord
 from rdo.models.pretrained import load_tokenizer
 from rdo.objectives import losses
 from rdo.objectives.choice import choose_loss
-from rdo.run import Run, model_path
-from rdo.schema import EngineConfig, TrackerConfig, TrainingConfig
 from rdo.sequences.forward import read_log_probabilities
 from rdo.sequences.layout import make_layout
 from rdo.sequences.preparation import set_layout
 from rdo.sequences.readout import Span
+from rdo.settings import EngineConfig, TrackerConfig, TrainingConfig
 from rdo.stages.align import aligned_policy
 from rdo.stages.reference import reference
+from rdo.stages.run import Run, model_path
 from rdo.stages.scorer import scorer
 from rdo.stages.sft import base_policy
 from rdo.tracking import Tracker

@@ -13,9 +13,9 @@ import torch
 
 from rdo.data.records import Preference, Record
 from rdo.data.table import Records
-from rdo.errors import UserError
 from rdo.objectives.choice import LossChoice, choose_loss
-from rdo.schema import Config, DifferenceConfig, RcConfig, ScorerConfig, SftConfig, TrainingConfig
+from rdo.runtime.errors import UserError
+from rdo.settings import Config, DifferenceConfig, RcConfig, ScorerConfig, SftConfig, TrainingConfig
 from rdo.stages.align import aligned_policy, check_data, count_samples, supervision
 from rdo.stages.eval import evaluate_policy
 from rdo.stages.scorer import check_labels

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from helpers import TEXTS
 from rdo.data.encoding import encode
 from rdo.data.records import Record
-from rdo.errors import UserError
 from rdo.models.tokenizers import END, make_tokenizer
-from rdo.schema import ModelConfig
+from rdo.runtime.errors import UserError
+from rdo.settings import ModelConfig
 
 BYTE_PAIR = make_tokenizer(ModelConfig(tokenizer="byte_pair", vocabulary_size=280), TEXTS)
 odd_texts = st.lists(st.one_of(st.text(max_size=20), st.sampled_from([END, "<pad>", "<", "end>", " ", "\n"]))).map(

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from rdo.artifacts import Artifact, Provenance
 from rdo.checks import compose_config, plain
-from rdo.files import read_json_lines
 from rdo.main import prepare_process
-from rdo.run import Cache, Run
+from rdo.runtime.files import read_json_lines
+from rdo.runtime.store import Artifact, Provenance
+from rdo.stages.run import Cache, Run
 
 TINY = (
     "dataset.toy.pairs=64",

@@ -20,9 +20,9 @@ from launch.bench.theirs import imported
 from launch.bench.works import RIVALS, WORKS, make_bench
 
 from rdo.checks import compose_config
-from rdo.errors import UserError
-from rdo.files import write_json
 from rdo.main import prepare_process
+from rdo.runtime.errors import UserError
+from rdo.runtime.files import write_json
 from rdo.sequences import processor
 
 # A Llama of 46M parameters with random weights. Its vocabulary is small, so that the head's share of the work is more

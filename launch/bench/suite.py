@@ -32,7 +32,7 @@ from launch.bench.works import NEW_TOKENS, QUERY, WORKS, Bench, Work, made_recor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from rdo.files import write_json
+from rdo.runtime.files import write_json
 from rdo.sequences.forward import is_decoder_scorer
 from rdo.sequences.layout import Forest, TokenIds, count_unique
 from rdo.sequences.preparation import computing_in

@@ -16,7 +16,7 @@ from launch.bench.works import BETA, Bench, Work
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rdo.data.encoding import EncodedRecord
-from rdo.errors import UserError
+from rdo.runtime.errors import UserError
 
 
 def imported() -> Any:

@@ -30,11 +30,11 @@ from rdo.models.scorers import ComparisonTemplate, Reading, add_difference
 from rdo.models.traits import head_parameters
 from rdo.objectives.choice import choose_loss
 from rdo.objectives.losses import best_response, rrhf_pairs
-from rdo.schema import EngineConfig, EvalConfig, ModelConfig
 from rdo.sequences import forward
 from rdo.sequences.forward import read_under
 from rdo.sequences.layout import Flat, LayoutName, TokenIds
 from rdo.sequences.preparation import set_layout
+from rdo.settings import EngineConfig, EvalConfig, ModelConfig
 from rdo.training.alignment import AlignmentRecord, AlignmentTask, Pair
 from rdo.training.engine.surface import precision_of
 from rdo.training.engine.torch_engine import TorchEngine

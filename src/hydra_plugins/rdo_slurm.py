@@ -17,7 +17,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
 
-from rdo.errors import UserError
+from rdo.runtime.errors import UserError
 
 SOURCE = Path(__file__).parents[1]
 
@@ -27,7 +27,7 @@ class RdoSlurmLauncher(SlurmLauncher):
 
     def __call__(self, sweep_overrides: list[str], *others: Any) -> JobReturn:
         """What every process of a job runs; the first of them alone writes hydra's files."""
-        from rdo.distributed import found_world
+        from rdo.runtime.processes import found_world
 
         quiet = [] if found_world(os.environ).first else ["hydra.output_subdir=null"]
         returned = super().__call__([*sweep_overrides, *quiet], *others)
@@ -41,8 +41,8 @@ class RdoSlurmLauncher(SlurmLauncher):
         (hydra.sweeper.max_failure_rate), told to it. Where the cluster takes no job, and on Ctrl-C, which leaves the
         jobs alone, the process ends with one line.
         """
-        from rdo.main import FAILED, fail
-        from rdo.slurm import Jobs
+        from rdo.runtime.failing import FAILED, fail
+        from rdo.runtime.slurm import Jobs
 
         assert self.config is not None
         try:
@@ -60,7 +60,7 @@ class RdoSlurmLauncher(SlurmLauncher):
 
     def submit(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[Any]:
         """The submitit jobs of the points. Raises UserError where there is no SLURM, or it refuses them."""
-        from rdo.slurm import submitted
+        from rdo.runtime.slurm import submitted
 
         settings = {key: value for key, value in self.params.items() if value is not None}
         settings["setup"] = [*settings.get("setup", ()), f"export PYTHONPATH={SOURCE}:$PYTHONPATH"]

@@ -22,9 +22,9 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
-from rdo.errors import UserError
 from rdo.objectives.choice import LossChoice, choose_loss
-from rdo.schema import Config, LoraConfig
+from rdo.runtime.errors import UserError
+from rdo.settings import Config, LoraConfig
 
 CONF = Path(__file__).parents[2] / "conf"
 

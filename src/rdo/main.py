@@ -7,14 +7,12 @@ import re
 import shlex
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import NoReturn
 
 import huggingface_hub
 import torch
@@ -24,31 +22,26 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from rdo import distributed, interrupts
-from rdo.artifacts import Artifact, MissingInput, Provenance
 from rdo.checks import compose_config, plain, sweep_points, typed, without_effect
-from rdo.errors import UserError, described, printable
-from rdo.files import read_json
-from rdo.metric import stage_metric
+from rdo.evaluation.metric import stage_metric
 from rdo.objectives.choice import choose_loss
 from rdo.report.tables import describe_policy, describe_scorer
-from rdo.run import Cache, Run
-from rdo.schema import Config, EngineConfig
+from rdo.runtime import processes, stopping
+from rdo.runtime.errors import UserError, described
+from rdo.runtime.failing import DEBUG, FAILED, FULL_ERROR, fail, show
+from rdo.runtime.files import read_json
+from rdo.runtime.store import Artifact, MissingInput, Provenance
 from rdo.sequences import processor
+from rdo.settings import Config, EngineConfig
 from rdo.stages.align import aligned_policy, needed_scores
 from rdo.stages.eval import EVALUATION, evaluate_policy, evaluate_scorers
+from rdo.stages.run import Cache, Run
 from rdo.stages.score import scores
 from rdo.stages.scorer import STAGE_OF, scorer
 from rdo.stages.sft import base_policy
 
 # Points of one sweep in one process share loaded data.
 CACHE = Cache()
-# Points of it that could not run: their overrides, and why.
-FAILED: list[tuple[list[str], str]] = []
-# Our own option, and hydra's variable for the same: whole tracebacks.
-DEBUG, FULL_ERROR = "--debug", "HYDRA_FULL_ERROR"
-# How many seconds the other processes leave the first to show an error that may be everyone's.
-FIRST_SAYS_SO = 5.0
 
 
 def score(run: Run) -> Artifact:
@@ -78,7 +71,7 @@ STAGES: dict[str, Callable[[Run], Artifact]] = {
 }
 
 
-@interrupts.stoppable
+@stopping.stoppable
 def run_stage(composed: DictConfig) -> float | None:
     """Runs the stage that the config names; shows a mistake of the user's as one line and exits with 1, unless it is
     one point of a sweep here, whose other points run all the same.
@@ -94,16 +87,16 @@ def run_stage(composed: DictConfig) -> float | None:
         if not any(text.startswith(("loss=", "rc=")) for text in overrides):
             config = replace(config, row=hydra.runtime.choices["row"])
         value = run_config(config, overrides)
-        distributed.meet()  # one that ends early may take the others with it
+        processes.meet()  # one that ends early may take the others with it
         return value
     except MissingInput as error:
         failure: Exception = with_command(error, overrides)
     except Exception as error:
-        interrupts.check(described(error))  # a library may make another error of a stop
+        stopping.check(described(error))  # a library may make another error of a stop
         failure = error
     # On a cluster a point is a job of its own; one of several processes would leave the others in the middle of it.
     together = hydra.mode == RunMode.MULTIRUN and "BasicLauncher" in hydra.launcher._target_
-    if not together or distributed.world().size > 1:
+    if not together or processes.world().size > 1:
         fail(failure)
     show(failure)
     FAILED.append((overrides, described(failure)))
@@ -121,7 +114,7 @@ def run_config(config: Config, overrides: list[str]) -> float | None:
     provenance = Provenance(Path(config.run_dir), command, plain(config), config.build_inputs)
     run = Run(config, provenance, config.stage.name, CACHE)
     check_processes(config)
-    distributed.start(run.device().type)
+    processes.start(run.device().type)
     # These load what nothing else needs.
     if config.stage.name == "inspect":
         from rdo.stages.inspect import inspect_data
@@ -141,7 +134,7 @@ def run_config(config: Config, overrides: list[str]) -> float | None:
 
 def check_processes(config: Config) -> None:
     """Raises UserError where several processes were started for what one does."""
-    count = distributed.found_world(os.environ).size
+    count = processes.found_world(os.environ).size
     if count > 1 and config.stage.name in ("inspect", "report"):
         raise UserError(f"stage={config.stage.name} is one process's work, and {count} were started")
     if count > 1 and config.engine.name == "torch":
@@ -173,27 +166,6 @@ def prepare_process(config: EngineConfig) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def show(error: Exception) -> None:
-    """Shows an error as one line, with --debug its traceback before it."""
-    if os.environ.get(FULL_ERROR) == "1":
-        print(printable("".join(traceback.format_exception(error))), file=sys.stderr)
-    rank = distributed.found_world(os.environ).rank
-    print(f"error: {f'process {rank}: ' if rank else ''}{described(error)}", file=sys.stderr, flush=True)
-
-
-def fail(error: Exception) -> NoReturn:
-    """Shows an error, and exits with 1."""
-    rank = distributed.found_world(os.environ).rank
-    if distributed.peer_ended(error):
-        print(f"process {rank}: another process of this run has ended", file=sys.stderr, flush=True)
-        sys.exit(1)
-    if rank:
-        # What fails here mostly fails everywhere alike: once the first has said so, the launcher ends the others.
-        time.sleep(FIRST_SAYS_SO)
-    show(error)
-    sys.exit(1)
 
 
 def with_command(error: MissingInput, overrides: Sequence[str]) -> UserError:
@@ -250,7 +222,7 @@ def check_arguments(arguments: list[str]) -> list[str]:
         swept = options.multirun or stages <= {"stage=pipeline"}
         first = next(sweep_points(overrides)) if swept else overrides
         check_run_dir(Path(compose_config(first).run_dir))
-    if not distributed.found_world(os.environ).first:
+    if not processes.found_world(os.environ).first:
         overrides.append("hydra.output_subdir=null")  # which one process writes
         arguments = [*arguments, overrides[-1]]
     return sorted(arguments, key=lambda argument: argument in overrides)

@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rdo.distributed import world
-from rdo.errors import UserError
-from rdo.files import replace_file, synchronize
-from rdo.interrupts import Stopped
-from rdo.progress import warn
-from rdo.schema import TrackerConfig
+from rdo.runtime.errors import UserError
+from rdo.runtime.files import replace_file, synchronize
+from rdo.runtime.processes import world
+from rdo.runtime.progress import warn
+from rdo.runtime.stopping import Stopped
+from rdo.settings import TrackerConfig
 
 METRICS = "metrics.jsonl"
 

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from rdo.data.records import Record
-from rdo.errors import DataError
+from rdo.runtime.errors import DataError
 
 LONGEST_SHOWN = 60
 # What is said in place of pydantic's own words, by the type of its error.

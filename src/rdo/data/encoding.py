@@ -17,8 +17,8 @@ import numpy as np
 
 from rdo.data.records import Record
 from rdo.data.templates import render_prompt
-from rdo.errors import UserError
-from rdo.progress import progress_bar
+from rdo.runtime.errors import UserError
+from rdo.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
     import datasets

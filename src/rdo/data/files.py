@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 from fsspec.core import OpenFile
 from fsspec.implementations.local import LocalFileOpener
 
-from rdo.errors import DataError
-from rdo.progress import progress_bar
+from rdo.runtime.errors import DataError
+from rdo.runtime.progress import progress_bar
 
 CHUNK = 2**20  # bytes or characters that are read at a time
 BATCH = 256  # rows of a table that are Python objects at a time

@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 from fsspec.core import OpenFile
 
-from rdo.artifacts import Artifact, Provenance, produce
 from rdo.data.columns import RowError
 from rdo.data.files import content_hash, name_of, resolve, rows, state
 from rdo.data.readers import Reading, read_records
 from rdo.data.records import SPLITS, Record, content_id
 from rdo.data.table import Records, id_key, write_records
-from rdo.distributed import from_first
-from rdo.errors import DataError, UserError
-from rdo.files import replace_file
-from rdo.progress import progress_bar
-from rdo.schema import DatasetConfig
+from rdo.runtime.errors import DataError, UserError
+from rdo.runtime.files import replace_file
+from rdo.runtime.processes import from_first
+from rdo.runtime.progress import progress_bar
+from rdo.runtime.store import Artifact, Provenance, produce
+from rdo.settings import DatasetConfig
 
 logger = logging.getLogger(__name__)
 

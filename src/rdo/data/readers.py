@@ -18,7 +18,7 @@ from rdo.data.columns import RowError
 from rdo.data.files import TextRow
 from rdo.data.formats import FORMATS, columns_read, find_format, read_row, structured
 from rdo.data.records import Record
-from rdo.errors import DataError, UserError
+from rdo.runtime.errors import DataError, UserError
 
 BY_DESIGN = ("articles", "unranked", "separate_conversations")
 LEAVE_OUT = "; dataset.on_invalid=skip leaves such rows out and lists them"

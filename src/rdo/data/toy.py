@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rdo.data.records import SPLITS, Preference, Record, query_key
-from rdo.errors import DataError
-from rdo.schema import ToyConfig
+from rdo.runtime.errors import DataError
+from rdo.settings import ToyConfig
 
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<end>"
 

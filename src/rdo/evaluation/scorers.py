@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rdo.evaluation.statistics import Estimate, wilson
+from rdo.objectives.intervals import Estimate, wilson
 
 ORACLE_TIE = 1e-9  # true rewards closer than this differ by rounding only: no answer is the right one
 ORACLE_FIELDS = (

@@ -12,12 +12,12 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rdo.artifacts import stable_seed
-from rdo.schema import EvalConfig
+from rdo.runtime.parts import Shards
+from rdo.runtime.store import stable_seed
 from rdo.sequences.devices import to_device
 from rdo.sequences.forward import check_positions
 from rdo.sequences.preparation import set_layout
-from rdo.shards import Shards
+from rdo.settings import EvalConfig
 
 TABLE = pa.schema({"text": pa.string(), "ids": pa.list_(pa.int64()), "stopped": pa.bool_()})
 

@@ -6,11 +6,11 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-from rdo.artifacts import Artifact, fingerprint
-from rdo.distributed import from_first
-from rdo.errors import UserError
 from rdo.models.lora import adapter_base, is_adapter
-from rdo.progress import progress_bar
+from rdo.runtime.errors import UserError
+from rdo.runtime.processes import from_first
+from rdo.runtime.progress import progress_bar
+from rdo.runtime.store import Artifact, fingerprint
 
 
 def given(path: str, revision: str | None = None, setting: str = "model.path") -> Artifact:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from rdo.errors import UserError
-from rdo.files import write_json
 from rdo.models.traits import beside_backbone
-from rdo.schema import ModelConfig
+from rdo.runtime.errors import UserError
+from rdo.runtime.files import write_json
+from rdo.settings import ModelConfig
 
 CONFIG = "adapter_config.json"
 # What peft's format has no place for: a scorer's form, and where the base lies from here, for folders that move.

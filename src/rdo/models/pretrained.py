@@ -23,11 +23,11 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
-from rdo.errors import UserError
-from rdo.files import replace_folder
 from rdo.models.lora import NOTES, adapter_base, is_adapter, merge_saved, read_notes, save_adapter
 from rdo.models.traits import beside_backbone, check_logits, head_names, head_parameters, without_dropout
-from rdo.schema import ModelConfig
+from rdo.runtime.errors import UserError
+from rdo.runtime.files import replace_folder
+from rdo.settings import ModelConfig
 
 # Settings by which some decoders change logits after the head; we read the head itself, so they would be lost.
 LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}

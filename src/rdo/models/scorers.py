@@ -22,9 +22,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rdo import interrupts
 from rdo.data.encoding import EncodedRecord, begin_id
-from rdo.errors import UserError
+from rdo.runtime import stopping
+from rdo.runtime.errors import UserError
 from rdo.sequences.forward import is_decoder_scorer, read_scalars
 from rdo.sequences.layout import LayoutName, TokenIds, make_layout
 from rdo.sequences.packing import pack
@@ -132,7 +132,7 @@ def read_under(
     sequences: list[list[TokenIds]] = [list(reading.sequences) for reading in readings]
     with torch.no_grad():
         for batch in pack(sequences, layout, budget):
-            interrupts.check()
+            stopping.check()
             chosen = [readings[number] for number in batch]
             ids, values = merge(chosen)
             numbers = read_scalars(model, make_layout(layout, ids), values).tolist()

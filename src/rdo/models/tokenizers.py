@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rdo.data import toy
-from rdo.errors import UserError
 from rdo.models.pretrained import load_tokenizer
-from rdo.schema import ModelConfig
+from rdo.runtime.errors import UserError
+from rdo.settings import ModelConfig
 
 PAD, END = "<pad>", "<end>"
 

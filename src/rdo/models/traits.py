@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rdo.errors import UserError
+from rdo.runtime.errors import UserError
 from rdo.sequences.forward import input_embeddings
 from rdo.sequences.preparation import TRIAL
 

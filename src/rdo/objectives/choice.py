@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rdo.errors import UserError
 from rdo.objectives import losses
+from rdo.runtime.errors import UserError
 
 # What a loss may ask for, one value for each pair; log_ratio and desirable one for each sample, kl one for all.
 INPUTS = {

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rdo.errors import UserError
+from rdo.runtime.errors import UserError
 
 NEGATIVE = ("clip", "abs", "flip", "floor", "error")  # what `coefficients` can make of R < 0
 

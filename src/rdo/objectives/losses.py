@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rdo.errors import UserError
+from rdo.runtime.errors import UserError
 
 
 def _wide(values: Tensor) -> Tensor:

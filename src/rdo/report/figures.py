@@ -15,9 +15,9 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rdo.errors import printable
 from rdo.report.results import Row, sweeps, training_curves
 from rdo.report.tables import Number, number
+from rdo.runtime.errors import printable
 
 # Okabe and Ito's colours without the yellow ones, which are too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#B0568A", "#3A3A3A", "#8C6D1F")

@@ -11,12 +11,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from rdo.errors import printable
 from rdo.evaluation import GENERATIONS
-from rdo.files import read_json_lines
 from rdo.report import figures, tables
 from rdo.report.results import Row, at_equal_kl, difference, sweeps
 from rdo.report.tables import interval, number
+from rdo.runtime.errors import printable
+from rdo.runtime.files import read_json_lines
 
 RULES = (
     "Over several seeds a number is their mean with its 95 % t interval; with one seed its own 95 % interval, over "

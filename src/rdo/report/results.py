@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rdo.artifacts import MANIFEST, read_manifest
-from rdo.errors import UserError
 from rdo.evaluation import EVALUATION, GENERATIONS
-from rdo.evaluation.statistics import mean_interval
-from rdo.files import read_json, read_json_lines
-from rdo.lineage import SUBJECT, determinants
+from rdo.objectives.intervals import mean_interval
 from rdo.report.tables import Number, as_number
+from rdo.runtime.errors import UserError
+from rdo.runtime.files import read_json, read_json_lines
+from rdo.runtime.lineage import SUBJECT, determinants
+from rdo.runtime.store import MANIFEST, read_manifest
 from rdo.tracking import METRICS
 
 ENDS = ("low", "high")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import isnan, nan
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rdo.errors import printable
+from rdo.runtime.errors import printable
 
 if TYPE_CHECKING:  # which imports pandas
     from rdo.report.results import Row

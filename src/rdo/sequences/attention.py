@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AttentionInterface
 
-from rdo.errors import UserError
+from rdo.runtime.errors import UserError
 from rdo.sequences.kernels.contiguous import SpanPlan, why_not_spans
 from rdo.sequences.kernels.gathered import RectanglePlan
 from rdo.sequences.kernels.varlen import HALF, VarlenPlan, why_not_varlen

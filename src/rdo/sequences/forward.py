@@ -10,8 +10,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rdo import interrupts
-from rdo.errors import UserError
+from rdo.runtime import stopping
+from rdo.runtime.errors import UserError
 from rdo.sequences.attention import make_plan
 from rdo.sequences.devices import to_device
 from rdo.sequences.layout import Forest, Layout, LayoutName, TokenIds, make_layout
@@ -72,7 +72,7 @@ def read_under(
     results: list[list[float]] = [[] for _ in items]
     with torch.no_grad():
         for batch in pack(sequences, layout, budget):
-            interrupts.check()
+            stopping.check()
             flat = [ids for n in batch for ids in sequences[n]]
             starts = [len(items[n][0]) for n in batch for _ in sequences[n]]
             spans = [Span(number, start) for number, start in enumerate(starts)]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from rdo.errors import UserError
+from rdo.runtime.errors import UserError
 from rdo.sequences.attention import attention_name, choose_kernel, kernel_of
 from rdo.sequences.forward import hidden_states, input_embeddings
 from rdo.sequences.kernels.varlen import HALF

@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from rdo.artifacts import Artifact, produce, stable_seed
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Record
-from rdo.errors import UserError
 from rdo.models.lora import choose_trained, lora_settings
 from rdo.objectives import coefficients
 from rdo.objectives.choice import LossChoice, choose_loss
 from rdo.objectives.losses import best_response, rrhf_pairs
-from rdo.run import Run, select
-from rdo.schema import RcConfig
+from rdo.runtime.errors import UserError
+from rdo.runtime.store import Artifact, produce, stable_seed
+from rdo.settings import RcConfig
 from rdo.stages.reference import Reference, partners, read_reference, reference
+from rdo.stages.run import Run, select
 from rdo.stages.score import Scores, read_scores, scores
 from rdo.stages.scorer import STAGE_OF, check_labels
 from rdo.stages.sft import base_policy

@@ -15,25 +15,25 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rdo.artifacts import Artifact, produce, stable_seed
 from rdo.data import toy
 from rdo.data.encoding import EncodedRecord, encode
 from rdo.data.records import Record, query_key
 from rdo.data.table import Records
-from rdo.distributed import dealt, world
-from rdo.errors import UserError
 from rdo.evaluation import EVALUATION, GENERATIONS
 from rdo.evaluation.scorers import evaluate_scorer
-from rdo.evaluation.statistics import empty_estimate, mean_interval, win_tie_lose
-from rdo.files import read_json_lines, replace_file, write_json
 from rdo.models.generation import Generation, generate
 from rdo.models.scorers import ComparisonTemplate, Reading, add_difference, add_reward, check_form, read_under
-from rdo.progress import progress_bar
-from rdo.run import Run, select
-from rdo.schema import EvalConfig, TrainingConfig
+from rdo.objectives.intervals import empty_estimate, mean_interval, win_tie_lose
+from rdo.runtime.errors import UserError
+from rdo.runtime.files import read_json_lines, replace_file, write_json
+from rdo.runtime.processes import dealt, world
+from rdo.runtime.progress import progress_bar
+from rdo.runtime.store import Artifact, produce, stable_seed
 from rdo.sequences.preparation import set_layout
+from rdo.settings import EvalConfig, TrainingConfig
 from rdo.stages.align import aligned_policy
 from rdo.stages.reference import log_probabilities
+from rdo.stages.run import Run, select
 from rdo.stages.score import read_scores, scores
 from rdo.stages.scorer import check_labels, load_kind, scorer
 from rdo.stages.sft import base_policy

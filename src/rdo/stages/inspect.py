@@ -16,19 +16,19 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
 from rdo.data.encoding import RECORDS_PER_CALL, EncodedRecord, encode_batch
+from rdo.data.inspection import cut_at, histogram, label_statistics, summary
 from rdo.data.loading import INVALID, Splits
 from rdo.data.records import SPLITS, Record
 from rdo.data.table import Records
 from rdo.data.templates import is_dialogue
-from rdo.errors import printable
-from rdo.files import replace_file, write_json
-from rdo.inspection import cut_at, histogram, label_statistics, summary
 from rdo.models.given import given
 from rdo.models.pretrained import load_tokenizer
 from rdo.models.tokenizers import make_tokenizer, train_byte_pair
-from rdo.progress import progress_bar
 from rdo.report.figures import COLOURS, style
-from rdo.run import Run, model_path
+from rdo.runtime.errors import printable
+from rdo.runtime.files import replace_file, write_json
+from rdo.runtime.progress import progress_bar
+from rdo.stages.run import Run, model_path
 from rdo.stages.sft import training_texts
 
 EXAMPLES = 3

@@ -17,16 +17,16 @@ import pyarrow as pa
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rdo.artifacts import Artifact, produce
 from rdo.data.records import Record
 from rdo.data.table import Records
-from rdo.distributed import dealt
-from rdo.errors import UserError
-from rdo.progress import progress_bar
-from rdo.run import Run, select
+from rdo.runtime.errors import UserError
+from rdo.runtime.parts import Shards
+from rdo.runtime.processes import dealt
+from rdo.runtime.progress import progress_bar
+from rdo.runtime.store import Artifact, produce
 from rdo.sequences.forward import Prompted, read_under
 from rdo.sequences.preparation import set_layout
-from rdo.shards import Shards
+from rdo.stages.run import Run, select
 from rdo.stages.score import read_table
 from rdo.stages.sft import base_policy
 

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rdo.artifacts import code_revision
-from rdo.distributed import world
-from rdo.errors import UserError
-from rdo.files import replace_file
 from rdo.report import page
 from rdo.report.results import frame_of, rows_of
-from rdo.schema import Config
+from rdo.runtime.errors import UserError
+from rdo.runtime.files import replace_file
+from rdo.runtime.processes import world
+from rdo.runtime.store import code_revision
+from rdo.settings import Config
 
 
 def make_report(config: Config, failed: Mapping[str, str] | None = None) -> None:

@@ -15,14 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from rdo.artifacts import Artifact, found, produce
 from rdo.data.records import Record
-from rdo.errors import UserError
 from rdo.models.scorers import ComparisonTemplate, Reading, add_difference, add_reward, check_form, read_under
-from rdo.run import Run, select
-from rdo.schema import TrainingConfig
+from rdo.runtime.errors import UserError
+from rdo.runtime.parts import Shards
+from rdo.runtime.store import Artifact, found, produce
 from rdo.sequences.preparation import set_layout
-from rdo.shards import Shards
+from rdo.settings import TrainingConfig
+from rdo.stages.run import Run, select
 from rdo.stages.scorer import load_kind, scorer
 
 SCORES = "scores.parquet"

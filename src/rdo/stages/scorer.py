@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rdo.artifacts import Artifact, produce
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
-from rdo.errors import UserError
 from rdo.models.given import given
 from rdo.models.lora import choose_trained, lora_settings
 from rdo.models.pretrained import load_tokenizer, new_scorer
 from rdo.models.scorers import ComparisonTemplate, check_form
 from rdo.models.traits import check_vocabulary
-from rdo.run import Run, model_path, select
-from rdo.schema import DifferenceConfig, ScorerConfig
+from rdo.runtime.errors import UserError
+from rdo.runtime.store import Artifact, produce
+from rdo.settings import DifferenceConfig, ScorerConfig
+from rdo.stages.run import Run, model_path, select
 from rdo.stages.sft import base_policy
 from rdo.stages.training import finish, save_finished
 from rdo.training.loop import train

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from rdo.artifacts import Artifact, produce
 from rdo.data.records import Record
-from rdo.errors import UserError
 from rdo.models.given import given
 from rdo.models.lora import choose_trained, lora_settings
 from rdo.models.pretrained import load_policy, load_tokenizer, new_policy
 from rdo.models.tokenizers import make_tokenizer
 from rdo.models.traits import check_vocabulary
 from rdo.objectives.losses import best_response
-from rdo.run import Run, model_path, select
+from rdo.runtime.errors import UserError
+from rdo.runtime.store import Artifact, produce
+from rdo.stages.run import Run, model_path, select
 from rdo.stages.training import finish, save_finished
 from rdo.training.loop import train
 from rdo.training.tasks import ById, Demonstration, SftTask

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rdo import tracking
-from rdo.artifacts import Artifact
-from rdo.distributed import world
 from rdo.evaluation import EVALUATION, GENERATIONS
-from rdo.files import read_json, read_json_lines
-from rdo.lineage import swept
-from rdo.run import Run
+from rdo.runtime.files import read_json, read_json_lines
+from rdo.runtime.lineage import swept
+from rdo.runtime.processes import world
+from rdo.runtime.store import Artifact
+from rdo.stages.run import Run
 
 SAMPLES = 256  # rows of the table of samples
 Table = tuple[list[str], list[list[Any]]]

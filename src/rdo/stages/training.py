@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rdo import interrupts
-from rdo.distributed import meet, world
-from rdo.files import read_json_lines
 from rdo.models.pretrained import save_model
-from rdo.schema import Config
+from rdo.runtime import stopping
+from rdo.runtime.files import read_json_lines
+from rdo.runtime.processes import meet, world
+from rdo.settings import Config
 from rdo.tracking import METRICS
 
 
@@ -28,7 +28,7 @@ def save_finished(
 
     trained: what `choose_trained` returned; state: what `train` did.
     """
-    with interrupts.postponed():
+    with stopping.postponed():
         if world().first:
             save_model(trained, tokenizer, folder / "model", state, config.model.lora.merge)
         meet()

@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rdo.distributed import from_first, meet, world
-from rdo.files import Damaged
-from rdo.progress import say, warn
-from rdo.schema import EngineConfig
+from rdo.runtime.files import Damaged
+from rdo.runtime.processes import from_first, meet, world
+from rdo.runtime.progress import say, warn
+from rdo.settings import EngineConfig
 from rdo.training.engine.surface import Engine
 
 

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from rdo import interrupts
-from rdo.distributed import world
-from rdo.errors import NotFiniteError, UserError
 from rdo.models.traits import head_parameters, recompute_activations
-from rdo.progress import progress_bar
-from rdo.schema import EngineConfig, ScorerConfig, TrainingConfig
+from rdo.runtime import stopping
+from rdo.runtime.errors import NotFiniteError, UserError
+from rdo.runtime.processes import world
+from rdo.runtime.progress import progress_bar
 from rdo.sequences.forward import check_positions
 from rdo.sequences.layout import LayoutName
 from rdo.sequences.preparation import described_layout, set_layout
+from rdo.settings import EngineConfig, ScorerConfig, TrainingConfig
 from rdo.tracking import Tracker
 from rdo.training.checkpoints import Checkpoints
 from rdo.training.engine.surface import Engine, precision_of
@@ -78,15 +78,15 @@ def train(
     how = described_layout(model, layout) + described(engine_config)
     print(f"[{title}] {plan.records} records, {plan.steps} steps, layout {how}", flush=True)
     make_step = partial(dealt_step, task, plan, layout, engine_config.tokens_per_micro_batch)
-    with interrupts.postponed(), progress_bar(plan.steps, title, initial=done) as bar:
+    with stopping.postponed(), progress_bar(plan.steps, title, initial=done) as bar:
         for step, dealt in ahead(make_step, range(done, plan.steps)):
             started = time.perf_counter()
             set_learning_rates(engine.param_groups, learning_rate_factor(step, plan.steps, config))
-            wishes = Wishes(interrupts.requested(), checkpoints.is_due(step + 1))
+            wishes = Wishes(stopping.requested(), checkpoints.is_due(step + 1))
             try:
                 measured, wishes = training_step(task, engine, layout, dealt, wishes)
-            except interrupts.Stopped:
-                raise interrupts.stop(part(checkpoints, engine, step, plan)) from None
+            except stopping.Stopped:
+                raise stopping.stop(part(checkpoints, engine, step, plan)) from None
             measured["gradient_norm"] = update(engine, measured["loss"], dealt.items, step)
             seconds = time.perf_counter() - started
             rates = learning_rates(engine.param_groups)
@@ -95,7 +95,7 @@ def train(
             bar.set_postfix(loss=f"{measured['loss']:.4f}", refresh=False)
             if step + 1 < plan.steps:  # after the last, the model itself is saved
                 if wishes.stop:
-                    raise interrupts.stop(part(checkpoints, engine, step + 1, plan))
+                    raise stopping.stop(part(checkpoints, engine, step + 1, plan))
                 if wishes.save:
                     checkpoints.save(step + 1, engine)
         tracker.synchronize()

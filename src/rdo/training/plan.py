@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from rdo.artifacts import stable_seed
-from rdo.errors import UserError
-from rdo.schema import TrainingConfig
+from rdo.runtime.errors import UserError
+from rdo.runtime.store import stable_seed
+from rdo.settings import TrainingConfig
 
 
 @dataclass(frozen=True)

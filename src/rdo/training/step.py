@@ -18,8 +18,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from rdo import interrupts
-from rdo.distributed import gathered, total, world
+from rdo.runtime import stopping
+from rdo.runtime.processes import gathered, total, world
 from rdo.sequences.layout import LayoutName, TokenIds
 from rdo.sequences.packing import cost, deal
 from rdo.training.engine.surface import Engine
@@ -112,7 +112,7 @@ def training_step(
     sums = Sums()
     for number, batch in enumerate(batches):
         if world().size == 1:
-            interrupts.check()
+            stopping.check()
         work = partial(task.losses, layout=layout, items=batch, counts=counts, prepared=prepared)
         share, measures = engine.forward(work)
         # A process with fewer micro-batches than another runs one more for nothing, for all must run equally many.

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rdo.artifacts import stable_seed
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
 from rdo.models.scorers import ComparisonTemplate, Reading, add_difference, add_reward, merge
 from rdo.objectives import losses
+from rdo.runtime.store import stable_seed
 from rdo.sequences.devices import tensor_on
 from rdo.sequences.forward import read_log_probabilities, read_scalars
 from rdo.sequences.layout import LayoutName, make_layout

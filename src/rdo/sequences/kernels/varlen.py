@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rdo.errors import UserError
+from rdo.runtime.errors import UserError
 from rdo.sequences.devices import to_device
 from rdo.sequences.layout import Forest
 from rdo.sequences.readout import in_full_precision

@@ -23,11 +23,11 @@ import torch
 import torch.distributed
 from transformers import PreTrainedModel
 
-from rdo.distributed import from_first, meet, world
-from rdo.errors import UserError
-from rdo.files import Damaged, check_zip, move_folder, read_json, replace_file, synchronize, write_json
 from rdo.models.lora import has_adapter
-from rdo.schema import EngineConfig
+from rdo.runtime.errors import UserError
+from rdo.runtime.files import Damaged, check_zip, move_folder, read_json, replace_file, synchronize, write_json
+from rdo.runtime.processes import from_first, meet, world
+from rdo.settings import EngineConfig
 from rdo.training.engine.surface import precision_of
 from rdo.training.engine.torch_engine import foreign
 

@@ -13,8 +13,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from rdo.errors import UserError
-from rdo.schema import EngineConfig
+from rdo.runtime.errors import UserError
+from rdo.settings import EngineConfig
 
 T = TypeVar("T")
 

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from rdo.errors import UserError
-from rdo.files import Damaged, check_zip, replace_file
 from rdo.models.lora import load_trained_state, trained_state
-from rdo.schema import EngineConfig
+from rdo.runtime.errors import UserError
+from rdo.runtime.files import Damaged, check_zip, replace_file
+from rdo.settings import EngineConfig
 from rdo.training.engine.surface import precision_of
 
 T = TypeVar("T")

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from rdo.artifacts import Artifact
-from rdo.errors import UserError
 from rdo.evaluation import EVALUATION
-from rdo.files import read_json, read_json_lines
+from rdo.runtime.errors import UserError
+from rdo.runtime.files import read_json, read_json_lines
+from rdo.runtime.store import Artifact
 from rdo.tracking import METRICS
 
 LAST = 0.1  # of a training run's steps are averaged: one step alone is noise

@@ -10,8 +10,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from rdo.checks import compose_config, sweep_points
-from rdo.distributed import found_world
-from rdo.main import FAILED, fail
+from rdo.runtime.failing import FAILED, fail
+from rdo.runtime.processes import found_world
 
 
 class Comparison(Callback):

@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from rdo.progress import say
+from rdo.runtime.progress import say
 
 # What a process that was killed may leave behind; the last are those of `datasets`.
 LEFTOVERS = (".*.part", ".*.old", "tmp????????")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rdo.errors import UserError, described
+from rdo.runtime.errors import UserError, described
 
 # Until the processes have found each other, and until one must have come to where the others wait: the first may wait
 # for the folder that another run is training in.

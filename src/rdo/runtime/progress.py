@@ -7,7 +7,7 @@ import threading
 
 from tqdm import tqdm
 
-from rdo.distributed import world
+from rdo.runtime.processes import world
 
 # tqdm's own lock is shared with forked processes: one that is killed while it holds the lock would stop all others.
 tqdm.set_lock(threading.RLock())

@@ -19,7 +19,7 @@ from functools import wraps
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
-from rdo.distributed import world
+from rdo.runtime.processes import world
 
 NOTE = "what is finished is kept, and the same command goes on"
 

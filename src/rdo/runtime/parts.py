@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from rdo import interrupts
-from rdo.artifacts import fingerprint
-from rdo.distributed import from_first, meet, world
-from rdo.errors import NotFiniteError
-from rdo.files import replace_file
-from rdo.progress import progress_bar, say, warn
+from rdo.runtime import stopping
+from rdo.runtime.errors import NotFiniteError
+from rdo.runtime.files import replace_file
+from rdo.runtime.processes import from_first, meet, world
+from rdo.runtime.progress import progress_bar, say, warn
+from rdo.runtime.store import fingerprint
 
 FOLDER = "shards"  # one of artifacts.PARTIAL
 INPUTS = b"rdo_inputs"
@@ -52,14 +52,14 @@ class Shards:
         missing = [self.parts[n] for n in all_missing[world().rank :: world().size]]
         left = sum(map(len, missing))
         total = left + sum(len(part) for n, part in enumerate(self.parts) if n not in all_missing)
-        with interrupts.postponed(), progress_bar(total, title, total - left) as bar:
+        with stopping.postponed(), progress_bar(total, title, total - left) as bar:
             for part in missing:
                 try:
-                    interrupts.check()
+                    stopping.check()
                     made = rows(part, bar)
-                except interrupts.Stopped:
+                except stopping.Stopped:
                     kept = f"{done} of {len(self.parts)} shards are kept in {self.folder}"
-                    raise interrupts.stop(f"{kept}; the same command goes on from there") from None
+                    raise stopping.stop(f"{kept}; the same command goes on from there") from None
                 self.write(part, inputs(part), made)
                 done += 1
         meet()

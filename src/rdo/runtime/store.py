@@ -24,10 +24,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rdo import interrupts
-from rdo.distributed import from_first, meet, world
-from rdo.errors import UserError
-from rdo.files import held, read_json, remove_leftovers, write_json
+from rdo.runtime import stopping
+from rdo.runtime.errors import UserError
+from rdo.runtime.files import held, read_json, remove_leftovers, write_json
+from rdo.runtime.processes import from_first, meet, world
 
 MANIFEST = "manifest.json"
 # Raised whenever a stage's output changes its meaning, so that older folders are not mistaken for it.
@@ -116,11 +116,11 @@ def produce(
             "inputs": {name: {"folder": shown(a.folder, provenance), "key": a.key} for name, a in inputs.items()},
             "results": results,
         }
-        with interrupts.postponed():
+        with stopping.postponed():
             if first:
                 finish(folder, manifest, started, provenance)
             meet()
-        interrupts.check(f"{folder} is finished, and the same command goes on")
+        stopping.check(f"{folder} is finished, and the same command goes on")
     return artifact
 
 

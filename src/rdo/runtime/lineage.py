@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rdo.artifacts import MANIFEST
-from rdo.files import read_json
+from rdo.runtime.files import read_json
+from rdo.runtime.store import MANIFEST
 
 # The settings that sweeps run over, by their names in manifests, and as they are called on the command line.
 SWEPT = {

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rdo.artifacts import Artifact, Provenance, fingerprint, produce
 from rdo.data.encoding import EncodedRecord, MappedTokens, TruncationReport, encode, encode_into, order_fingerprint
 from rdo.data.loading import Splits, load_splits
 from rdo.data.records import Record
 from rdo.data.table import Records
-from rdo.distributed import world
-from rdo.errors import NotFiniteError, UserError
 from rdo.models.pretrained import load_policy, load_scorer, load_tokenizer
 from rdo.models.traits import check_vocabulary
-from rdo.schema import Config, TrainingConfig
+from rdo.runtime.errors import NotFiniteError, UserError
+from rdo.runtime.processes import world
+from rdo.runtime.store import Artifact, Provenance, fingerprint, produce
+from rdo.settings import Config, TrainingConfig
 from rdo.tracking import Tracker
 from rdo.training.engine.surface import precision_of
 

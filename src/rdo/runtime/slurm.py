@@ -16,9 +16,9 @@ from submitit import AutoExecutor
 from submitit.core.core import Job
 from submitit.core.utils import FailedJobError, FailedSubmissionError, pickle_load
 
-from rdo.errors import UserError
-from rdo.files import write_json
-from rdo.progress import say
+from rdo.runtime.errors import UserError
+from rdo.runtime.files import write_json
+from rdo.runtime.progress import say
 
 # How often the queue is asked, at first and in the long run.
 SHORTEST, LONGEST = 1.0, 30.0

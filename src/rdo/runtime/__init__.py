@@ -1,0 +1,1 @@
+"""What keeps long runs safe: results, parts, processes, signals, files, errors."""

@@ -1,0 +1,40 @@
+"""How a run fails: one line, an exit code, and, of a sweep, a list of the points that could not run."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from typing import NoReturn
+
+from rdo.runtime import processes
+from rdo.runtime.errors import described, printable
+
+# Points of a sweep that could not run: their overrides, and why.
+FAILED: list[tuple[list[str], str]] = []
+# Our own option, and hydra's variable for the same: whole tracebacks.
+DEBUG, FULL_ERROR = "--debug", "HYDRA_FULL_ERROR"
+# How many seconds the other processes leave the first to show an error that may be everyone's.
+FIRST_SAYS_SO = 5.0
+
+
+def show(error: Exception) -> None:
+    """Shows an error as one line, with --debug its traceback before it."""
+    if os.environ.get(FULL_ERROR) == "1":
+        print(printable("".join(traceback.format_exception(error))), file=sys.stderr)
+    rank = processes.found_world(os.environ).rank
+    print(f"error: {f'process {rank}: ' if rank else ''}{described(error)}", file=sys.stderr, flush=True)
+
+
+def fail(error: Exception) -> NoReturn:
+    """Shows an error, and exits with 1."""
+    rank = processes.found_world(os.environ).rank
+    if processes.peer_ended(error):
+        print(f"process {rank}: another process of this run has ended", file=sys.stderr, flush=True)
+        sys.exit(1)
+    if rank:
+        # What fails here mostly fails everywhere alike: once the first has said so, the launcher ends the others.
+        time.sleep(FIRST_SAYS_SO)
+    show(error)
+    sys.exit(1)
