@@ -6,7 +6,6 @@ Imports are read from the text of the modules, those within functions included; 
 from __future__ import annotations
 
 import ast
-from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -59,14 +58,24 @@ def reached(module: str) -> set[str]:
     return found
 
 
-def floors() -> int:
-    """The longest chain of imports, in modules. Raises ValueError where imports go in a circle."""
-    left, count = set(modules()), 0
-    while lowest := {name for name in left if not imports(name) & left}:
+def floors(names: dict[str, frozenset[str]]) -> int:
+    """The longest chain of imports, of modules or of rooms, given what each imports. Raises ValueError where imports go
+    in a circle."""
+    left, count = set(names), 0
+    while lowest := {name for name in left if not names[name] & left}:
         left, count = left - lowest, count + 1
     if left:
         raise ValueError(f"imports go in a circle among, or above, {', '.join(sorted(left))}")
     return count
+
+
+def rooms() -> dict[str, frozenset[str]]:
+    """What every room imports of other rooms."""
+    found: dict[str, frozenset[str]] = {}
+    for name in modules():
+        others = frozenset(room(other) for other in imports(name)) - {room(name)}
+        found[room(name)] = found.get(room(name), frozenset()) | others
+    return found
 
 
 def room(module: str) -> str:
@@ -80,11 +89,11 @@ def lines(names: set[str] | list[str]) -> int:
 
 
 def main() -> None:
-    rooms = Counter(room(name) for name in modules())
-    for name in sorted(rooms):
+    for name in sorted(rooms()):
         inside = [module for module in modules() if room(module) == name]
         print(f"{lines(inside):7,} {name} ({len(inside)} modules)")
-    print(f"{lines(list(modules())):7,} src in all, {floors()} floors of imports")
+    high, deep = floors(rooms()), floors({name: imports(name) for name in modules()})
+    print(f"{lines(list(modules())):7,} src in all; rooms on {high} floors, the longest chain of imports {deep}")
     longest = max(modules(), key=lambda name: lines([name]))
     print(f"{lines([longest]):7,} the longest file, {modules()[longest].relative_to(ROOT)}")
     align = reached("rdo.stages.align")
