@@ -34,7 +34,7 @@ def model(name: str = "llama-grouped", likelier: float = 2.0) -> PreTrainedModel
 def run(policy: PreTrainedModel, prompts=PROMPTS, seed: int = 0, **settings) -> list[Generation]:
     config = EvalConfig(**{"decoding": "greedy", "max_new_tokens": NEW, "batch_size": 4, **settings})
     with TemporaryDirectory() as folder:
-        return generate(policy, TOKENIZER, prompts, config, seed, Path(folder), 0.0, "generating")
+        return generate(policy, TOKENIZER, prompts, config, seed, Path(folder), "generating")
 
 
 def greedy(policy: PreTrainedModel, prompt: tuple[int, ...]) -> list[int]:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from rdo.data import toy
 from rdo.data.records import Record
-from rdo.errors import DataError, UserError
+from rdo.errors import DataError
 from rdo.schema import ToyConfig
 
 SHORT_KIND_FARM = "human : please write a short kind note about the farm . assistant :"
@@ -223,15 +223,6 @@ def test_demonstrations_and_their_reviews(world: dict[str, list[Record]]) -> Non
         note, _, review = record.responses[0].partition(f" {toy.END} ")
         query = next(query for query in toy.QUERIES if query.text == record.query)
         assert review in ("", toy._review(query, note))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"temperature": 0.0}, {"flip_share": 1.5}, {"candidates": 1}, {"pairs": 0}, {"test_pairs": 0}],
-)
-def test_impossible_settings_are_refused(change: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=next(iter(change))):
-        toy.load(replace(SMALL, **change))
 
 
 def test_tokenizer_round_trip_and_lengths(world: dict[str, list[Record]], tmp_path: Path) -> None:

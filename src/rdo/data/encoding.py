@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from rdo.data.records import Record
-from rdo.data.table import Records, as_records
 from rdo.data.templates import render_prompt
 from rdo.errors import UserError
 from rdo.progress import progress_bar
@@ -24,6 +23,8 @@ from rdo.progress import progress_bar
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
+
+    from rdo.data.table import Records
 
 RECORDS_PER_CALL = 500
 TOKENS = "tokens"
@@ -269,6 +270,8 @@ def encode_into(
 
 def tokenize_rows(columns: dict[str, list[Any]], **options: Any) -> dict[str, list[Any]]:
     """A batch of rows of the records' file as rows of the tokens' file."""
+    from rdo.data.table import as_records  # needs pyarrow, which what only computes has no use for
+
     made = [
         (record.id, record.prompt, record.responses, *cut)
         for record, cut in encode_batch(as_records(columns), **options)

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rdo.data.records import SPLITS, Preference, Record, query_key
-from rdo.errors import DataError, UserError
+from rdo.errors import DataError
 from rdo.schema import ToyConfig
 
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<end>"
@@ -268,14 +268,6 @@ def load(config: ToyConfig) -> dict[str, list[Record]]:
     Train records have two responses, the first `candidate_queries` of them `candidates`; each has one labelled pair,
     its last two. Validation has a quarter of `test_pairs`, at least 64. `Record.scores` are the true rewards.
     """
-    if config.temperature <= 0:
-        raise UserError(f"dataset.toy.temperature must be above 0, not {config.temperature}")
-    if not 0 <= config.flip_share <= 1:
-        raise UserError(f"dataset.toy.flip_share must lie between 0 and 1, not {config.flip_share}")
-    if config.candidates < 2:
-        raise UserError(f"dataset.toy.candidates must be at least 2, the labelled pair, not {config.candidates}")
-    if min(config.pairs, config.test_pairs, config.demonstrations) < 1:
-        raise UserError("dataset.toy.pairs, test_pairs and demonstrations must each be at least 1")
     return {
         "demonstrations": _demonstrations(config),
         "train": _pairs(config, "train", config.pairs, config.candidate_queries),
