@@ -150,7 +150,7 @@ def test_a_sweep_that_is_preempted_in_every_way_ends_as_one_that_is_not(cluster:
         said = launcher.communicate(timeout=2 * PATIENCE)[0]
     assert launcher.returncode == 1, said
     assert "#0 rc.alpha=0: failed: " in said
-    assert "error: 1 of 2 jobs failed" in said
+    assert "error: these points could not run: rc.alpha=0\n" in said
     with cluster.sweep(disturbed, ALPHAS[:1]) as launcher:
         said = launcher.communicate(timeout=2 * PATIENCE)[0]
     assert launcher.returncode == 0, said + logs(disturbed)
