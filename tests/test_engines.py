@@ -270,7 +270,7 @@ import runpy, sys
 sys.path[:0] = [{source!r}]
 import rdo.training.loop
 from rdo import distributed
-from rdo.errors import UserError
+from rdo.runtime.errors import UserError
 
 real = rdo.training.loop.training_step
 def failing(*arguments):

@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-
 from launch.size import ROOT, floors, imports, modules, room, rooms
 
 # From the ground up.

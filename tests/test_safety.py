@@ -47,7 +47,7 @@ def test_no_file_of_a_run_holds_a_secret_of_the_environment(tmp_path, monkeypatc
 TRACKED = """
 import os, sys
 from pathlib import Path
-from rdo.schema import TrackerConfig
+from rdo.settings import TrackerConfig
 from rdo.tracking import Tracker
 from test_safety import listeners
 

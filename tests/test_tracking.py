@@ -88,7 +88,7 @@ def test_only_the_first_process_writes(tmp_path, offline, monkeypatch, config):
 RUN = """
 import sys
 from pathlib import Path
-from rdo.schema import TrackerConfig
+from rdo.settings import TrackerConfig
 from rdo.tracking import Tracker
 
 with Tracker(TrackerConfig("wandb", "own", "group"), Path(sys.argv[1]), "a name", {"align": {"epochs": 3}}) as tracker:
