@@ -1,4 +1,4 @@
-"""The house has rooms, each of which imports only those below it; and reading data costs no plotting and no dashboards."""
+"""The house has rooms, each of which imports only those below it; reading data loads no dashboards."""
 
 import subprocess
 import sys
@@ -7,8 +7,10 @@ import pytest
 from launch.size import ROOT, floors, imports, modules, room, rooms
 
 # From the ground up.
-ROOMS = ("runtime", "settings", "objectives", "checks", "sequences", "data", "models", "tracking", "evaluation", "report",
-         "training", "stages", "main")  # fmt: skip
+ROOMS = (
+    "runtime", "settings", "objectives", "checks", "sequences", "data", "models", "tracking", "evaluation", "report",
+    "training", "stages", "main",
+)  # fmt: skip
 FLAT = {"settings", "checks", "tracking", "main"}
 
 
