@@ -111,13 +111,13 @@ def check_all(checks: Checks, device: torch.device) -> None:
         check_choices(checks, device)
     for mode in modes:
         for name in MODELS:
-            checks.run(f"{name} {mode} flat", partial(suite.check_flat, name, mode, device))
+            checks.run(f"{name} {mode} padded", partial(suite.check_padded, name, mode, device))
     for mode in modes:
         for kernel in KERNELS:
             check_kernel(checks, mode, kernel, MODELS, device)
     for mode in modes:
         for budget in (LOGITS_BUDGET, 20_000, 1_000):
-            check = partial(suite.check_model, "llama-grouped", mode, "rectangles", device, budget)
+            check = partial(suite.check_model, "llama-grouped", mode, "gathered", device, budget)
             checks.run(f"head {mode} {budget} logits", check)
     for precision in ("float32", "bfloat16") if gpu else ("float32",):
         for task in TASKS:
@@ -129,7 +129,7 @@ def check_all(checks: Checks, device: torch.device) -> None:
 
 
 def check_kernel(checks: Checks, mode: str, kernel: str, models: Sequence[str], device: torch.device) -> None:
-    """Models in a forest under a kernel, where the device has it."""
+    """Models in a tree under a kernel, where the device has it."""
     why_not = suite.obstacle(kernel, mode, device)
     if why_not is not None:
         return checks.leave_out(f"{mode} {kernel}", why_not)

@@ -1,8 +1,8 @@
 """What launch/gpu_check.py checks: numbers of a device against float32 on the CPU, waiting, transfers.
 
-Every check yields lines: what, an error, and how large it may be. What is wanted is the `flat` layout (one padded row a
+Every check yields lines: what, an error, and how large it may be. What is wanted is the `padded` layout (one row a
 sequence, transformers' own attention) on the CPU in float32. In half precision nothing comes close to that; so what the
-flat layout is off by on the device in the same precision is the yardstick.
+padded layout is off by on the device in the same precision is the yardstick.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 import emulated
 import rdo.sequences.kernels.varlen
-from helpers import policy, relative_error, scorer, tree, words
+from helpers import policy, random_tree, relative_error, scorer, words
 from made_tasks import SETTINGS, encoded, make_task
 from rdo.models.traits import recompute_activations
 from rdo.sequences.attention import OBSTACLES, attention_name, choose_kernel
@@ -43,7 +43,7 @@ MODES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
 }
 # Times the widths of the tests' tiny models: on a GPU heads of a width of 64, which every kernel takes.
 SCALES = {"cuda": 8, "cpu": 2}
-FACTOR = 1.5  # a forest's error over that of the flat layout on the same device, at most
+FACTOR = 1.5  # a tree's error over that of the padded layout on the same device, at most
 FLOOR = {"float32": 1e-5, "bfloat16": 2e-3, "float16": 5e-4, "autocast": 2e-3}  # errors below are rounding
 SANE = {"float32": 1e-4, "bfloat16": 0.2, "float16": 0.1, "autocast": 0.2}  # beyond it the yardstick itself is broken
 
@@ -73,7 +73,7 @@ def sequences() -> list[tuple[int, ...]]:
     """A tree of sequences that are long, and some that part late, early or not at all."""
     coin = random.Random(4)
     query, first, second = words(coin, 150), words(coin, 60), words(coin, 61)
-    return [*tree(11, count=10, longest=200), query + first, query + second, query, query + first, (7,)]
+    return [*random_tree(11, count=10, longest=200), query + first, query + second, query, query + first, (7,)]
 
 
 def numbers(
@@ -103,19 +103,19 @@ def made(name: str, mode: str, device: torch.device, scale: int) -> PreTrainedMo
 
 @cache
 def wanted(name: str, scale: int) -> Numbers:
-    """The flat layout in float32 on the CPU."""
+    """The padded layout in float32 on the CPU."""
     model = made(name, "float32", torch.device("cpu"), scale)
-    set_layout(model, "flat")
-    return numbers(model, "flat", None)
+    set_layout(model, "padded")
+    return numbers(model, "padded", None)
 
 
 @cache
 def yardstick(name: str, mode: str, device: torch.device) -> Errors:
-    """What the flat layout is off by on the device."""
+    """What the padded layout is off by on the device."""
     scale = SCALES[device.type]
     model = made(name, mode, device, scale)
-    set_layout(model, "flat")
-    return numbers(model, "flat", MODES[mode][1]).off(wanted(name, scale))
+    set_layout(model, "padded")
+    return numbers(model, "padded", MODES[mode][1]).off(wanted(name, scale))
 
 
 def compared(found: Errors, flat: Errors, mode: str, floor: float = 1.0) -> Lines:
@@ -125,14 +125,14 @@ def compared(found: Errors, flat: Errors, mode: str, floor: float = 1.0) -> Line
 
 
 def prepare(model: PreTrainedModel, kernel: str, mode: str) -> None:
-    """A forest under a kernel; an emulation would be refused on a CPU."""
+    """A tree under a kernel; an emulation would be refused on a CPU."""
     if kernel == "varlen" and model.device.type == "cpu":
         model.set_attn_implementation(attention_name(kernel))
     else:
-        set_layout(model, "forest", kernel, MODES[mode][1])
+        set_layout(model, "tree", kernel, MODES[mode][1])
 
 
-def check_flat(name: str, mode: str, device: torch.device) -> Lines:
+def check_padded(name: str, mode: str, device: torch.device) -> Lines:
     """The yardstick itself, which in float32 must agree with the CPU."""
     for part, error in yardstick(name, mode, device).items():
         yield part, error, SANE[mode]
@@ -141,14 +141,14 @@ def check_flat(name: str, mode: str, device: torch.device) -> Lines:
 def check_model(
     name: str, mode: str, kernel: str, device: torch.device, budget: int = LOGITS_BUDGET, recomputing: bool = False
 ) -> Lines:
-    """A forest under a kernel against the flat layout; with the head in chunks of so many logits, or with layers that
+    """A tree under a kernel against the padded layout; with the head in chunks of so many logits, or with layers that
     run again going backward."""
     flat, scale = yardstick(name, mode, device), SCALES[device.type]
     model = made(name, mode, device, scale)
     prepare(model, kernel, mode)
     if recomputing:
         recompute_activations(model)
-    found = numbers(model, "forest", MODES[mode][1], budget)
+    found = numbers(model, "tree", MODES[mode][1], budget)
     yield from compared(found.off(wanted(name, scale)), flat, mode)
 
 
@@ -183,30 +183,30 @@ def steps(task: str, layout: str, precision: str, device: torch.device, scale: i
 
 @cache
 def wanted_steps(task: str, scale: int) -> dict[str, list[torch.Tensor]]:
-    """The flat layout in float32 on the CPU."""
-    return steps(task, "flat", "float32", torch.device("cpu"), scale)
+    """The padded layout in float32 on the CPU."""
+    return steps(task, "padded", "float32", torch.device("cpu"), scale)
 
 
 def check_task(task: str, precision: str, device: torch.device) -> Lines:
-    """Steps in a forest, under the kernel that engine.attention=auto takes."""
+    """Steps in a tree, under the kernel that engine.attention=auto takes."""
     scale = SCALES[device.type]
     right = wanted_steps(task, scale)
     off = {}
-    for layout in ("flat", "forest"):
+    for layout in ("padded", "tree"):
         found = steps(task, layout, precision, device, scale)
         off[layout] = {part: relative_error(found[part], right[part]) for part in right}
     # Steps of Adam magnify what is rounded.
     mode = "float32" if precision == "float32" else "autocast"
-    yield from compared(off["forest"], off["flat"], mode, floor=10.0)
+    yield from compared(off["tree"], off["padded"], mode, floor=10.0)
 
 
 def check_waiting(task: str, kernel: str, precision: str, device: torch.device) -> Lines:
     """A micro-batch, forward and backward, in which the host never waits for the GPU (the first may)."""
     engine = engine_of(task, precision, device, SCALES[device.type])
-    set_layout(engine.model, "forest", kernel, engine.precision)
+    set_layout(engine.model, "tree", kernel, engine.precision)
     made_up, items = items_of(task)
     prepared = {"kl": torch.zeros((), device=device)} if task == "kto" else {}
-    work = partial(made_up.losses, layout="forest", items=items, counts=made_up.counts(items), prepared=prepared)
+    work = partial(made_up.losses, layout="tree", items=items, counts=made_up.counts(items), prepared=prepared)
     for mode in ("default", "error"):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(mode)
@@ -223,7 +223,7 @@ def check_choice(mode: str, expected: str | None, device: torch.device) -> Lines
     model = made("llama-grouped", mode, device, SCALES[device.type])
     weights, autocast = MODES[mode]
     kernel = choose_kernel("auto", device, autocast or weights, head_width(model))
-    set_layout(model, "forest", "auto", autocast)
+    set_layout(model, "tree", "auto", autocast)
     runs = model.config._attn_implementation
     right = runs == attention_name(kernel) and expected in (None, kernel)
     yield f"auto takes {kernel}, the model runs {runs}", float(not right), 0.0

@@ -139,7 +139,7 @@ def tokenizer(vocabulary_size: int = VOCABULARY) -> PreTrainedTokenizerBase:
     return train_byte_pair(TEXTS, vocabulary_size)
 
 
-def tree(seed: int, count: int = 8, longest: int = 20) -> list[tuple[int, ...]]:
+def random_tree(seed: int, count: int = 8, longest: int = 20) -> list[tuple[int, ...]]:
     """Random sequences, most of which go on from some prefix of an earlier one; some are prefixes or duplicates."""
     coin = random.Random(seed)
     sequences: list[tuple[int, ...]] = []

@@ -45,7 +45,7 @@ CONFIG = ModelConfig(lora=LoraConfig(rank=8))
 SEQUENCES = [(*TOKENIZER(text).input_ids, 1) for text in TEXTS]
 SPANS = [Span(s, 5) for s in range(len(SEQUENCES))]
 ENDS = [[Scalar(s, len(ids) - 1)] for s, ids in enumerate(SEQUENCES)]
-FLAT = make_layout("flat", SEQUENCES)
+FLAT = make_layout("padded", SEQUENCES)
 
 
 def saved(model: Any, folder: Path, **how: Any) -> Path:
@@ -86,7 +86,7 @@ def outputs(model: PreTrainedModel, layout: str = "auto") -> torch.Tensor:
 def plain_logits(model: Any) -> torch.Tensor:
     """The logits of padded rows through a model's own forward, as transformers and peft run it."""
     own = model.get_base_model() if isinstance(model, PeftModel) else model
-    set_layout(own, "flat")
+    set_layout(own, "padded")
     with torch.no_grad():
         return model.eval()(input_ids=FLAT.ids, attention_mask=FLAT.mask).logits
 
@@ -112,7 +112,7 @@ def test_an_adapter_is_trained_alone_and_what_is_saved_scores_the_same(tmp_path:
     model, trained = learned(model)
     wanted = outputs(model)
     assert not close(wanted, outputs(untouched), 0.05)
-    assert close(outputs(model, "forest"), outputs(model, "flat"))
+    assert close(outputs(model, "tree"), outputs(model, "padded"))
     assert all("lora_" in name for name in trained_state(model))
     kept = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
     assert all(torch.equal(kept[name], tensor) for name, tensor in start.items())
@@ -120,7 +120,7 @@ def test_an_adapter_is_trained_alone_and_what_is_saved_scores_the_same(tmp_path:
     folder = saved(trained, tmp_path / "saved", merge=merge)
     assert names_in(folder) >= ({"config.json", "model.safetensors"} if merge else ADAPTER)
     assert not merge or not ADAPTER & names_in(folder)
-    for layout in ("forest", "flat"):
+    for layout in ("tree", "padded"):
         assert close(outputs(load_policy(folder, CONFIG), layout), wanted)
     for alone in (AutoModelForCausalLM.from_pretrained(folder), *([] if merge else [by_peft(path, folder)])):
         assert close(plain_logits(alone), plain_logits(model))

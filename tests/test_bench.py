@@ -21,9 +21,9 @@ from launch.bench.suite import contestant, measure_work, path_length
 from launch.bench.theirs import rows
 from launch.bench.works import WORKS, Bench, made_records, make_bench, make_work, word_tokenizer
 
-from helpers import tree
+from helpers import random_tree
 from rdo.runtime.errors import UserError
-from rdo.sequences.layout import Forest
+from rdo.sequences.layout import PrefixTree
 from rdo.settings import EngineConfig, ModelConfig
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def test_all_layouts_of_a_work_compute_the_same(bench: Bench, name: str):
 
 def test_who_computes_anything_else_gets_no_ratio(bench: Bench):
     work = make_work("dpo", bench)
-    other = replace(work, run=lambda layout: work.run(layout) * (1.001 if layout == "flat" else 1.0))
+    other = replace(work, run=lambda layout: work.run(layout) * (1.001 if layout == "padded" else 1.0))
     for row in measure_work(other, bench):
         assert (row["time_ratio"], row["seconds_other"]) == (None, None)
         assert "more than 0.0001" in row["refused"]
@@ -84,8 +84,8 @@ def test_one_by_one_runs_every_sequence_alone(bench: Bench):
 
 
 def test_rows_of_the_bound_have_paths_as_long_as_ours():
-    sequences = [ids for ids in tree(3, count=30, longest=60) if ids]
-    ours = Forest(sequences).positions.double().mean()
+    sequences = [ids for ids in random_tree(3, count=30, longest=60) if ids]
+    ours = PrefixTree(sequences).positions.double().mean()
     assert abs(float(ours - torch.arange(path_length(sequences)).double().mean())) <= 0.5
 
 

@@ -1,4 +1,4 @@
-"""The GPU kernel of forest attention, as far as a CPU goes: varlen under an emulation of PyTorch's function,
+"""The GPU kernel of tree attention, as far as a CPU goes: varlen under an emulation of PyTorch's function,
 and which kernel is chosen where. launch/gpu_check.py checks it on a GPU.
 """
 
@@ -14,16 +14,16 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-import rdo.models
 import rdo.sequences.kernels.varlen
+import rdo.sequences.preparation
 from emulated import varlen_attn, varlen_attn_of_2_11
-from helpers import policy, relative_error, tree
+from helpers import policy, random_tree, relative_error
 from rdo.runtime.errors import UserError
 from rdo.sequences.attention import choose_kernel
 from rdo.sequences.forward import hidden_states
 from rdo.sequences.kernels.varlen import GatherRows, VarlenPlan, computed_dtype
-from rdo.sequences.layout import Forest, make_layout, subtree_ends
-from rdo.sequences.preparation import head_width, set_kernel, set_layout, why_not_forest
+from rdo.sequences.layout import PrefixTree, make_layout, subtree_ends
+from rdo.sequences.preparation import head_width, set_kernel, set_layout, why_not_tree
 from rdo.sequences.readout import span_log_probabilities
 from test_layouts import DECODERS, FLOAT32, FLOAT64, LISTS, Sequences, gradients, half_way
 
@@ -38,12 +38,12 @@ def emulate(monkeypatch: pytest.MonkeyPatch, function: Callable[..., torch.Tenso
 
 
 def read(model: PreTrainedModel, sequences: Sequences, kernel: str) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Hidden states of every sequence and log-probabilities, under a kernel, or in the flat layout."""
-    if kernel == "flat":
-        set_layout(model, "flat")
+    """Hidden states of every sequence and log-probabilities, under a kernel, or in the padded layout."""
+    if kernel == "padded":
+        set_layout(model, "padded")
     else:
-        assert why_not_forest(model, kernel, model.dtype) is None
-    layout = make_layout("flat" if kernel == "flat" else "forest", sequences)
+        assert why_not_tree(model, kernel, model.dtype) is None
+    layout = make_layout("padded" if kernel == "padded" else "tree", sequences)
     hidden = hidden_states(model, layout)
     states = [hidden[layout.index(s, np.arange(len(ids)))] for s, ids in enumerate(sequences)]
     sums, _ = span_log_probabilities(hidden, model.get_output_embeddings(), layout, half_way(sequences))
@@ -51,8 +51,8 @@ def read(model: PreTrainedModel, sequences: Sequences, kernel: str) -> tuple[lis
 
 
 def check(model: PreTrainedModel, sequences: Sequences, kernel: str, tolerance: float) -> None:
-    """Whether hidden states, log-probabilities and gradients under a kernel are those of the flat layout."""
-    wanted_states, wanted = read(model, sequences, "flat")
+    """Whether hidden states, log-probabilities and gradients under a kernel are those of the padded layout."""
+    wanted_states, wanted = read(model, sequences, "padded")
     wanted_gradients = gradients(model, wanted)
     states, found = read(model, sequences, kernel)
     assert relative_error(states, wanted_states) < tolerance
@@ -60,10 +60,10 @@ def check(model: PreTrainedModel, sequences: Sequences, kernel: str, tolerance: 
     assert relative_error(gradients(model, found), wanted_gradients) < tolerance
 
 
-def visible(forest: Forest, window: int | None = None) -> np.ndarray:
-    """Which rows see which, [tokens, tokens], by the paths that the forest itself gives."""
-    seen = np.zeros((len(forest), len(forest)), dtype=bool)
-    for rows in forest.rows:
+def visible(tree: PrefixTree, window: int | None = None) -> np.ndarray:
+    """Which rows see which, [tokens, tokens], by the paths that the tree itself gives."""
+    seen = np.zeros((len(tree), len(tree)), dtype=bool)
+    for rows in tree.rows:
         for position, row in enumerate(rows):
             first = 0 if window is None else max(0, position - window + 1)
             seen[row, rows[first : position + 1]] = True
@@ -91,9 +91,9 @@ def test_varlen_agrees_where_pytorch_knows_no_groups(monkeypatch: pytest.MonkeyP
 
 
 def test_varlen_gathers_nothing_where_nothing_is_shared():
-    apart = Forest([(2, 3, 4), (5, 6)])
+    apart = PrefixTree([(2, 3, 4), (5, 6)])
     assert VarlenPlan(apart, "cpu").rows is None
-    assert VarlenPlan(Forest([(2, 3, 4), (2, 6)]), "cpu").rows is not None
+    assert VarlenPlan(PrefixTree([(2, 3, 4), (2, 6)]), "cpu").rows is not None
 
 
 def test_varlen_computes_in_half_precision_under_autocast(monkeypatch: pytest.MonkeyPatch):
@@ -105,30 +105,30 @@ def test_varlen_computes_in_half_precision_under_autocast(monkeypatch: pytest.Mo
         return varlen_attn(query, *others, **options)
 
     model, sequences = policy("llama-grouped"), LISTS["six responses"]
-    exact = gradients(model, read(model, sequences, "flat")[1])
+    exact = gradients(model, read(model, sequences, "padded")[1])
     monkeypatch.setattr(rdo.sequences.kernels.varlen, "variable_length_attention", lambda: (noting, True))
-    assert why_not_forest(model, "varlen", torch.bfloat16) is None
+    assert why_not_tree(model, "varlen", torch.bfloat16) is None
     errors = {}
-    for kernel in ("flat", "varlen"):
-        if kernel == "flat":
-            set_layout(model, "flat")
+    for kernel in ("padded", "varlen"):
+        if kernel == "padded":
+            set_layout(model, "padded")
         else:
-            assert why_not_forest(model, "varlen", torch.bfloat16) is None
-        layout = make_layout("flat" if kernel == "flat" else "forest", sequences)
+            assert why_not_tree(model, "varlen", torch.bfloat16) is None
+        layout = make_layout("padded" if kernel == "padded" else "tree", sequences)
         with torch.autocast("cpu", torch.bfloat16):
             hidden = hidden_states(model, layout)
             sums, _ = span_log_probabilities(hidden, model.get_output_embeddings(), layout, half_way(sequences))
         errors[kernel] = relative_error(gradients(model, sums), exact)
     assert set(taken) == {torch.bfloat16}
-    assert 0 < errors["varlen"] < 1.5 * errors["flat"] < 0.15
+    assert 0 < errors["varlen"] < 1.5 * errors["padded"] < 0.15
 
 
 def test_varlen_refuses_to_compute_in_full_precision():
     model = policy()
-    reason = why_not_forest(model, "varlen", torch.float32)
+    reason = why_not_tree(model, "varlen", torch.float32)
     assert reason is not None
     assert "engine.attention=auto" in reason
-    assert set_layout(model, "auto") == "forest"
+    assert set_layout(model, "auto") == "tree"
 
 
 class Additions(TorchFunctionMode):
@@ -167,32 +167,32 @@ def test_attention_computes_in_what_autocast_says_or_the_values_are_in():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_subtrees_say_who_sees_whom(seed: int):
-    forest = Forest(tree(seed, count=12))
-    rows = np.arange(len(forest))
-    found = (rows[None] <= rows[:, None]) & (rows[:, None] < subtree_ends(forest.segments)[None])
-    assert (found == visible(forest)).all()
+    tree = PrefixTree(random_tree(seed, count=12))
+    rows = np.arange(len(tree))
+    found = (rows[None] <= rows[:, None]) & (rows[:, None] < subtree_ends(tree.segments)[None])
+    assert (found == visible(tree)).all()
 
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 FULL, BRAIN, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float16, torch.float64
 RULE: list[tuple[torch.device, torch.dtype, int, dict[str, Any], str]] = [
-    (CPU, FULL, 64, {}, "spans"),
-    (CPU, BRAIN, 64, {}, "spans"),
+    (CPU, FULL, 64, {}, "contiguous"),
+    (CPU, BRAIN, 64, {}, "contiguous"),
     (CUDA, BRAIN, 64, {}, "varlen"),
     (CUDA, HALF, 128, {}, "varlen"),
     (CUDA, BRAIN, 256, {"capability": (9, 0)}, "varlen"),
-    (CUDA, BRAIN, 256, {"capability": (8, 9)}, "rectangles"),
+    (CUDA, BRAIN, 256, {"capability": (8, 9)}, "gathered"),
     (CUDA, BRAIN, 192, {"capability": (8, 9)}, "varlen"),
-    (CUDA, BRAIN, 256, {"capability": (12, 0)}, "rectangles"),
-    (CUDA, BRAIN, 260, {}, "rectangles"),
-    (CUDA, BRAIN, 100, {}, "rectangles"),
-    (CUDA, HALF, 64, {"capability": (7, 5)}, "rectangles"),
-    (CUDA, BRAIN, 64, {"flash": False}, "rectangles"),
-    (CUDA, BRAIN, 64, {"cudnn": True}, "rectangles"),
-    (CUDA, BRAIN, 64, {"varlen": False}, "rectangles"),
-    (CUDA, BRAIN, 12, {}, "rectangles"),
-    (CUDA, FULL, 64, {}, "rectangles"),
-    (CUDA, DOUBLE, 64, {}, "rectangles"),
+    (CUDA, BRAIN, 256, {"capability": (12, 0)}, "gathered"),
+    (CUDA, BRAIN, 260, {}, "gathered"),
+    (CUDA, BRAIN, 100, {}, "gathered"),
+    (CUDA, HALF, 64, {"capability": (7, 5)}, "gathered"),
+    (CUDA, BRAIN, 64, {"flash": False}, "gathered"),
+    (CUDA, BRAIN, 64, {"cudnn": True}, "gathered"),
+    (CUDA, BRAIN, 64, {"varlen": False}, "gathered"),
+    (CUDA, BRAIN, 12, {}, "gathered"),
+    (CUDA, FULL, 64, {}, "gathered"),
+    (CUDA, DOUBLE, 64, {}, "gathered"),
 ]
 
 
@@ -219,8 +219,8 @@ def pretend(
 def test_the_kernel_is_chosen_by_one_rule(monkeypatch, device, dtype, width, machine, chosen):
     pretend(monkeypatch, **machine)
     assert choose_kernel("auto", device, dtype, width) == chosen
-    assert choose_kernel("rectangles", device, dtype, width) == "rectangles"
-    if chosen != "rectangles":
+    assert choose_kernel("gathered", device, dtype, width) == "gathered"
+    if chosen != "gathered":
         assert choose_kernel(chosen, device, dtype, width) == chosen
 
 
@@ -247,7 +247,7 @@ def test_on_a_cpu_the_gpu_kernel_is_refused():
     model = policy()
     with pytest.raises(UserError, match=r"engine\.attention=varlen needs a"):
         set_layout(model, "auto", "varlen")
-    assert set_layout(model, "flat", "varlen") == "flat"
+    assert set_layout(model, "padded", "varlen") == "padded"
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_on_a_cpu_the_gpu_kernel_is_refused():
 )
 def test_the_rule_is_asked_for_what_attention_computes_in(monkeypatch, weights, precision, computed):
     asked: list[Any] = []
-    monkeypatch.setattr(rdo.models, "choose_kernel", lambda *rule: asked.append(rule) or "rectangles")
+    monkeypatch.setattr(rdo.sequences.preparation, "choose_kernel", lambda *rule: asked.append(rule) or "gathered")
     model = policy("llama", weights)
     set_layout(model, "auto", "auto", precision)
     assert asked == [("auto", CPU, computed, 8)]
@@ -273,17 +273,17 @@ def test_a_kernel_that_the_model_itself_cannot_run_is_left_out_aloud(monkeypatch
 
     model = policy()
     emulate(monkeypatch, broken)
-    monkeypatch.setattr(rdo.models, "choose_kernel", lambda *rule: "varlen")
-    assert set_layout(model, "auto") == "forest"
-    assert model.config._attn_implementation == "rdo_forest_rectangles"
+    monkeypatch.setattr(rdo.sequences.preparation, "choose_kernel", lambda *rule: "varlen")
+    assert set_layout(model, "auto") == "tree"
+    assert model.config._attn_implementation == "rdo_tree_gathered"
     said = capsys.readouterr().out
-    assert "engine.attention=rectangles, because of varlen" in said
+    assert "engine.attention=gathered, because of varlen" in said
     assert "no kernel image" in said
     with pytest.raises(UserError, match=r"engine\.attention=varlen cannot run this model.*=auto.*no kernel image"):
         set_layout(model, "auto", "varlen")
     emulate(monkeypatch)
     set_kernel(model, "auto", torch.float32)
-    assert model.config._attn_implementation == "rdo_forest_varlen"
+    assert model.config._attn_implementation == "rdo_tree_varlen"
 
 
 def test_a_kernel_with_another_alignment_is_found_out(monkeypatch: pytest.MonkeyPatch):
@@ -295,6 +295,6 @@ def test_a_kernel_with_another_alignment_is_found_out(monkeypatch: pytest.Monkey
         return varlen_attn(query, key[own], value[own], others[0], others[0], others[2], others[2], **options)
 
     emulate(monkeypatch, top_left)
-    reason = why_not_forest(policy(), "varlen", torch.float32)
+    reason = why_not_tree(policy(), "varlen", torch.float32)
     assert reason is not None
     assert "more than their own path" in reason

@@ -39,7 +39,7 @@ def run(policy: PreTrainedModel, prompts=PROMPTS, seed: int = 0, **settings) -> 
 
 def greedy(policy: PreTrainedModel, prompt: tuple[int, ...]) -> list[int]:
     """The likeliest token again and again, every time from scratch."""
-    set_layout(policy, "flat")
+    set_layout(policy, "padded")
     ids = list(prompt)
     with torch.no_grad():
         while len(ids) < len(prompt) + NEW and (len(ids) == len(prompt) or ids[-1] != END):
@@ -53,8 +53,8 @@ def test_a_batch_says_what_each_prompt_would_say_alone(name: str, likelier: floa
     wanted = [greedy(policy, prompt) for prompt in PROMPTS]
     assert {ids[-1] == END for ids in wanted} == {True, False}
     for size in (1, 4, 100):
-        # Training leaves forest attention behind; generation must not run under it.
-        assert set_layout(policy, "forest") == "forest"
+        # Training leaves tree attention behind; generation must not run under it.
+        assert set_layout(policy, "tree") == "tree"
         assert [list(found.ids) for found in run(policy, batch_size=size)] == wanted
 
 

@@ -52,7 +52,7 @@ def test_a_cpu_runs_what_it_can_of_it_with_next_to_nothing_installed(tmp_path: P
         wanted = [f"{model} float32 {kernel}" for model in gpu_check.MODELS] + [f"recomputing float32 {kernel}"]
         assert {f"{name}: gradients" for name in wanted} <= names
     assert {f"task {task} float32: losses" for task in gpu_check.TASKS} <= names
-    # A forest that is not computed apart from what it is compared with would be off by nothing at all.
+    # A tree that is not computed apart from what it is compared with would be off by nothing at all.
     assert all(row["error"] > 0 for row in found["checks"] if row["name"].endswith("varlen: gradients"))
 
 
@@ -71,14 +71,14 @@ def test_it_goes_on_after_a_failure_and_ends_with_1(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(gpu_check.suite, "emulate", lambda: None)  # it is for the whole process
     monkeypatch.setattr(gpu_check.suite, "check_transfers", broken)
     monkeypatch.setattr(gpu_check.suite, "check_model", lambda *arguments, **others: iter([("numbers", math.nan, 1.0)]))
-    monkeypatch.setattr(gpu_check.suite, "check_flat", lambda *arguments: iter([("numbers", 0.5, 0.5)]))
+    monkeypatch.setattr(gpu_check.suite, "check_padded", lambda *arguments: iter([("numbers", 0.5, 0.5)]))
     monkeypatch.setattr(gpu_check.suite, "check_task", lambda *arguments: iter([("numbers", 0.6, 0.5)]))
     assert gpu_check.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
     rows = {row["name"]: row for row in written(tmp_path)["checks"]}
     assert rows["transfers: first"]["ok"]
     assert "no kernel image" in rows["transfers"]["trace"]
     assert not rows["transfers"]["ok"]
-    assert rows["gpt2 float32 flat: numbers"]["ok"]
+    assert rows["gpt2 float32 padded: numbers"]["ok"]
     assert rows["gpt2 float32 varlen: numbers"]["error"] == "nan"
     assert not rows["gpt2 float32 varlen: numbers"]["ok"]
     assert not rows["task dpo float32: numbers"]["ok"]

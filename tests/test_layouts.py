@@ -1,4 +1,4 @@
-"""Forest = flat = every sequence alone through the plain model: hidden states, log-probabilities and gradients.
+"""Tree = padded = every sequence alone through the plain model: hidden states, log-probabilities and gradients.
 
 The reference (`alone`) knows no layout: one unpadded sequence at a time, transformers' own attention, log_softmax of
 full logits. Errors are relative: norm of the difference over the norm of what is wanted. The worst of what follows is
@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, MiniMaxConfig, PreTrainedModel
 
 import rdo.sequences.kernels.gathered
-from helpers import COMMON, GROUPED, configuration, policy, relative_error, scorer, tree, words
+from helpers import COMMON, GROUPED, configuration, policy, random_tree, relative_error, scorer, words
 from rdo.runtime.errors import UserError
 from rdo.sequences.forward import hidden_states, read_log_probabilities, read_scalars
-from rdo.sequences.layout import Forest, make_layout
+from rdo.sequences.layout import PrefixTree, make_layout
 from rdo.sequences.preparation import set_layout
 from rdo.sequences.readout import Scalar, Span, span_log_probabilities
 
@@ -31,8 +31,8 @@ COIN = random.Random(3)
 QUERY, FIRST, SECOND, TURN = words(COIN, 12), words(COIN, 9), words(COIN, 11), words(COIN, 6)
 RESPONSES = [words(COIN, COIN.randint(3, 12)) for _ in range(6)]
 LISTS: dict[str, Sequences] = {
-    "tree": tree(1, count=10),
-    "other tree": tree(2, count=12, longest=30),
+    "tree": random_tree(1, count=10),
+    "other tree": random_tree(2, count=12, longest=30),
     "single tokens": [(5,), (6,), (5, 7)],
     "shared turns": [QUERY + FIRST, QUERY + FIRST + TURN + SECOND, QUERY + FIRST + TURN + RESPONSES[0]],
     "prefix and duplicate": [QUERY + FIRST, QUERY, QUERY + FIRST, QUERY + FIRST + SECOND],
@@ -51,7 +51,7 @@ def half_way(sequences: Sequences) -> list[Span]:
 
 def alone(model: PreTrainedModel, sequences: Sequences) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Hidden states of every sequence, and log-probabilities of `half_way`, in the slowest and most obvious way."""
-    set_layout(model, "flat")
+    set_layout(model, "padded")
     states = [model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0] for ids in sequences]
     sums = []
     for span in half_way(sequences):
@@ -86,7 +86,7 @@ def gradients(model: PreTrainedModel, sums: torch.Tensor) -> list[torch.Tensor]:
 def check(model: PreTrainedModel, sequences: Sequences, tolerance: float, budget: int = 2**20) -> None:
     wanted_states, wanted_sums = alone(model, sequences)
     wanted_gradients = gradients(model, torch.stack(wanted_sums))
-    for name in ("forest", "flat"):
+    for name in ("tree", "padded"):
         states, sums = laid_out(model, sequences, name, budget)
         assert relative_error(states, wanted_states) < tolerance, name
         assert relative_error(list(sums), wanted_sums) < tolerance, name
@@ -123,14 +123,14 @@ def test_other_decoders_agree_in_double_precision(model: str):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_layouts_agree_on_random_trees(seed: int):
-    check(policy("llama-grouped", torch.float64, seed), tree(seed + 100, count=9), FLOAT64)
+    check(policy("llama-grouped", torch.float64, seed), random_tree(seed + 100, count=9), FLOAT64)
 
 
 @pytest.mark.parametrize("call_cost", [0, 10**9])
 @pytest.mark.parametrize("model", ["llama-grouped", "mistral-window"])
 def test_how_segments_are_grouped_changes_nothing(monkeypatch: pytest.MonkeyPatch, model: str, call_cost: int):
     monkeypatch.setattr(rdo.sequences.kernels.gathered, "CALL_COST", call_cost)
-    segments = Forest(LISTS["thirty pairs"]).segments
+    segments = PrefixTree(LISTS["thirty pairs"]).segments
     groups = rdo.sequences.kernels.gathered.group_segments(segments)
     # Equal sizes always go together; at the most there is one call for the root and one for everything else.
     sizes = {(segment.shared > 0, len(segment.path), segment.stop - segment.start) for segment in segments}
@@ -145,8 +145,8 @@ def test_chunks_of_the_head_change_nothing(budget: int):
 
 def test_only_the_asked_tokens_count():
     model, ids = policy(), QUERY + FIRST
-    set_layout(model, "forest")
-    layout = make_layout("forest", [ids])
+    set_layout(model, "tree")
+    layout = make_layout("tree", [ids])
     whole, parts = read_log_probabilities(model, layout, [Span(0, 1), Span(0, len(QUERY)), Span(0, len(ids) - 1)])
     assert parts.tolist() == [len(ids) - 1, len(FIRST), 1]
     # Log-probabilities are negative: the fewer tokens, the higher.
@@ -155,26 +155,26 @@ def test_only_the_asked_tokens_count():
 
 def test_padding_changes_no_log_probability():
     model = policy()
-    set_layout(model, "flat")
+    set_layout(model, "padded")
     spans = [Span(0, len(QUERY))]
     with torch.no_grad():
-        tight, _ = read_log_probabilities(model, make_layout("flat", [QUERY + FIRST]), spans)
-        loose, _ = read_log_probabilities(model, make_layout("flat", [QUERY + FIRST, QUERY * 5]), spans)
+        tight, _ = read_log_probabilities(model, make_layout("padded", [QUERY + FIRST]), spans)
+        loose, _ = read_log_probabilities(model, make_layout("padded", [QUERY + FIRST, QUERY * 5]), spans)
     torch.testing.assert_close(tight, loose, rtol=FLOAT32, atol=0)
 
 
 def test_half_precision_is_read_in_full():
     model = policy("llama", torch.bfloat16)
     sequences = LISTS["pair"]
-    assert set_layout(model, "forest") == "forest"
-    found, _ = read_log_probabilities(model, make_layout("forest", sequences), half_way(sequences))
+    assert set_layout(model, "tree") == "tree"
+    found, _ = read_log_probabilities(model, make_layout("tree", sequences), half_way(sequences))
     assert found.dtype == torch.float32
     reward_model = scorer("llama", dtype=torch.bfloat16)
-    assert set_layout(reward_model, "forest") == "forest"
-    values = read_scalars(reward_model, make_layout("forest", sequences), [[Scalar(0, 3)], [Scalar(1, 3)]])
+    assert set_layout(reward_model, "tree") == "tree"
+    values = read_scalars(reward_model, make_layout("tree", sequences), [[Scalar(0, 3)], [Scalar(1, 3)]])
     assert values.dtype == torch.float32
     # Close to float32's own numbers, within what eight bits of mantissa allow.
-    set_layout(model, "flat")
+    set_layout(model, "padded")
     wanted = torch.stack(alone(model, sequences)[1])
     assert relative_error([found], [wanted]) < 0.05
 
@@ -182,20 +182,20 @@ def test_half_precision_is_read_in_full():
 @pytest.mark.parametrize("model", ENCODERS)
 def test_encoders_run_flat_and_padding_changes_no_score(model: str):
     encoder = scorer(model)
-    assert set_layout(encoder, "auto") == "flat"
+    assert set_layout(encoder, "auto") == "padded"
     sequences = [QUERY + FIRST, QUERY + SECOND + TURN, TURN]
     values = [[Scalar(s, len(ids) - 1)] for s, ids in enumerate(sequences)]
     with torch.no_grad():
-        found = read_scalars(encoder, make_layout("flat", sequences), values)
+        found = read_scalars(encoder, make_layout("padded", sequences), values)
         wanted = torch.stack([encoder(input_ids=torch.tensor([ids])).logits[0, 0] for ids in sequences])
     assert relative_error([found], [wanted]) < FLOAT32
     with pytest.raises(UserError, match=r"engine\.layout"):
-        set_layout(encoder, "forest")
+        set_layout(encoder, "tree")
     with pytest.raises(UserError, match=r"engine\.layout"):
-        read_scalars(encoder, make_layout("forest", sequences), values)
+        read_scalars(encoder, make_layout("tree", sequences), values)
     # The refusal leaves it usable.
     with torch.no_grad():
-        assert torch.equal(read_scalars(encoder, make_layout("flat", sequences), values), found)
+        assert torch.equal(read_scalars(encoder, make_layout("padded", sequences), values), found)
 
 
 def unsupported(name: str) -> PreTrainedModel:
@@ -208,26 +208,26 @@ def unsupported(name: str) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize(("name", "reason"), [("gemma2", "softcap"), ("minimax", "more than their own path")])
-def test_decoders_that_a_forest_would_falsify_are_refused_by_name(name: str, reason: str):
+def test_decoders_that_a_tree_would_falsify_are_refused_by_name(name: str, reason: str):
     """Gemma2 caps its attention's logits; MiniMax has recurrent layers, and declares the interface all the same."""
     model = unsupported(name)
     before = model.config._attn_implementation
-    with pytest.raises(UserError, match=rf"engine\.layout=flat.*{reason}|{reason}.*engine\.layout=flat"):
-        set_layout(model, "forest")
-    assert set_layout(model, "auto") == "flat"
+    with pytest.raises(UserError, match=rf"engine\.layout=padded.*{reason}|{reason}.*engine\.layout=padded"):
+        set_layout(model, "tree")
+    assert set_layout(model, "auto") == "padded"
     assert model.config._attn_implementation == before
     sequences = LISTS["pair"]
     with torch.no_grad():
-        found, _ = read_log_probabilities(model, make_layout("flat", sequences), half_way(sequences))
+        found, _ = read_log_probabilities(model, make_layout("padded", sequences), half_way(sequences))
         wanted = torch.stack(alone(model, sequences)[1])
     assert relative_error([found], [wanted]) < FLOAT32
 
 
-def test_a_forest_under_another_attention_is_never_reached():
+def test_a_tree_under_another_attention_is_never_reached():
     model = AutoModelForCausalLM.from_config(configuration("llama"))
-    assert set_layout(model, "forest") == "forest"
-    with pytest.raises(UserError, match=r"engine\.layout=flat"), torch.no_grad():
+    assert set_layout(model, "tree") == "tree"
+    with pytest.raises(UserError, match=r"engine\.layout=padded"), torch.no_grad():
         model(input_ids=torch.tensor([QUERY]))
-    assert set_layout(model, "flat") == "flat"
+    assert set_layout(model, "padded") == "padded"
     with torch.no_grad():
         model(input_ids=torch.tensor([QUERY]))

@@ -61,13 +61,13 @@ def scores(model: PreTrainedModel, layout: str) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["llama-grouped", "gpt2", "gemma3"])
 def test_a_policy_comes_back_as_it_was(tmp_path: Path, name: str):
     model = policy(name)
-    wanted = log_probabilities(model, "forest")
-    # Saved in the middle of a run, so under forest attention: none of that may reach the files.
+    wanted = log_probabilities(model, "tree")
+    # Saved in the middle of a run, so under tree attention: none of that may reach the files.
     path = saved(model, tmp_path / "policy")
-    assert "rdo_forest" not in (path / "config.json").read_text()
-    assert torch.equal(log_probabilities(load_policy(path, CONFIG), "forest"), wanted)
-    flat = make_layout("flat", SEQUENCES)
-    set_layout(model, "flat")
+    assert "rdo_tree" not in (path / "config.json").read_text()
+    assert torch.equal(log_probabilities(load_policy(path, CONFIG), "tree"), wanted)
+    flat = make_layout("padded", SEQUENCES)
+    set_layout(model, "padded")
     with torch.no_grad():
         ours = model(input_ids=flat.ids, attention_mask=flat.mask).logits  # type: ignore[union-attr]
         plain = AutoModelForCausalLM.from_pretrained(path)
@@ -94,7 +94,7 @@ def test_a_scorer_comes_back_as_it_was_and_transformers_reads_the_same_score(tmp
     for parameter in loaded.parameters():
         parameter.data = parameter.data.clone()
     assert torch.equal(scores(loaded, "auto"), wanted)
-    flat = make_layout("flat", SEQUENCES)
+    flat = make_layout("padded", SEQUENCES)
     plain = AutoModelForSequenceClassification.from_pretrained(path).eval()
     with torch.no_grad():
         # Padding on the right, with id 0: transformers finds the last token that is not padding by its id.
@@ -107,7 +107,7 @@ def test_a_new_scorer_starts_at_zero_on_the_policys_backbone(folder: Path, form:
     model = new_scorer(folder, form, CONFIG, seed=0)
     assert model.config.rdo_form == form
     assert model.score.weight.shape == (outputs, 32)
-    assert torch.equal(scores(model, "forest"), torch.zeros(len(SEQUENCES)))
+    assert torch.equal(scores(model, "tree"), torch.zeros(len(SEQUENCES)))
     for name, parameter in load_policy(folder, CONFIG).model.named_parameters():
         assert torch.equal(model.get_parameter(f"model.{name}"), parameter)
 
@@ -139,7 +139,7 @@ def test_ids_without_an_embedding_are_refused():
     """Which would otherwise end in an index out of range in the middle of training."""
     for model, read in ((policy(), hidden_states), (scorer("bert"), partial(read_scalars, values=ENDS))):
         with pytest.raises(UserError, match=r"the token id 300, but .* has 300 embeddings only"):
-            read(model, make_layout("flat", [(*SEQUENCES[0][:-1], 300), *SEQUENCES[1:]]))
+            read(model, make_layout("padded", [(*SEQUENCES[0][:-1], 300), *SEQUENCES[1:]]))
     check_vocabulary(policy(), TOKENIZER, "here")
     with pytest.raises(UserError, match="301 ids, the model only 300"):
         check_vocabulary(policy(), tokenizer(301), "here")
@@ -169,7 +169,7 @@ def test_dropout_is_off_even_in_training_mode(tmp_path: Path, name: str):
     for key in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"):
         if hasattr(config, key):
             setattr(config, key, 0.5)
-    layout = make_layout("flat", SEQUENCES)
+    layout = make_layout("padded", SEQUENCES)
     model = randomise(AutoModelForCausalLM.from_config(config)).train()
     assert not torch.equal(hidden_states(model, layout), hidden_states(model, layout))
     path = saved(model, tmp_path / "policy")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from helpers import policy, relative_error, tree
+from helpers import policy, random_tree, relative_error
 from rdo.sequences import processor
 from rdo.sequences.forward import read_log_probabilities
 from rdo.sequences.layout import make_layout
@@ -16,7 +16,7 @@ from rdo.sequences.preparation import set_layout
 from rdo.sequences.readout import Span
 
 HERE = platform.machine() == "x86_64" and torch.backends.mkldnn.is_available()
-SEQUENCES = [ids for ids in tree(1, count=8) if len(ids) > 1]
+SEQUENCES = [ids for ids in random_tree(1, count=8) if len(ids) > 1]
 SPANS = [Span(s, 1) for s in range(len(SEQUENCES))]
 
 
@@ -44,7 +44,7 @@ def test_a_layer_and_its_gradients_are_as_before(pays: None, shape: tuple[int, .
         assert one.numel() == 0 or float((one - other).norm()) <= 1e-6 * float(other.norm())
 
 
-@pytest.mark.parametrize("layout", ["forest", "flat"])
+@pytest.mark.parametrize("layout", ["tree", "padded"])
 def test_a_model_computes_the_same(pays: None, layout: str, monkeypatch: pytest.MonkeyPatch):
     """Log-probabilities and all gradients, in both layouts; twice prepared is as once."""
     results = {}
@@ -65,7 +65,7 @@ def test_other_precisions_are_left_to_torch(pays: None, monkeypatch: pytest.Monk
     double, single = policy("llama", torch.float64), policy("llama")
     for model in (double, single):
         processor.prepare_products(model)
-    layout = make_layout("flat", SEQUENCES)
+    layout = make_layout("padded", SEQUENCES)
     with torch.no_grad():
         assert read_log_probabilities(double, layout, SPANS)[0].dtype == torch.float64
         with torch.autocast("cpu", torch.bfloat16):

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from helpers import policy, relative_error, scorer, tokenizer, tree
+from helpers import policy, random_tree, relative_error, scorer, tokenizer
 from rdo.models.lora import choose_trained
 from rdo.models.pretrained import load_policy, new_scorer, save_model
 from rdo.models.traits import recompute_activations, without_dropout
@@ -21,7 +21,7 @@ from rdo.sequences.preparation import set_layout
 from rdo.sequences.readout import Scalar, Span
 from rdo.settings import LoraConfig, ModelConfig
 
-SEQUENCES = [ids for ids in tree(4, count=6, longest=24) if len(ids) > 1]
+SEQUENCES = [ids for ids in random_tree(4, count=6, longest=24) if len(ids) > 1]
 CONFIG = ModelConfig(lora=LoraConfig(rank=8))
 
 
@@ -74,11 +74,11 @@ def measured(model: PreTrainedModel, layout: str) -> tuple[float, list[torch.Ten
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
-@pytest.mark.parametrize("layout", ["forest", "flat"])
+@pytest.mark.parametrize("layout", ["tree", "padded"])
 @pytest.mark.parametrize("name", ["llama-grouped", "gpt2", "mistral-window", "qwen2", "gemma3", "scorer", "bert"])
 def test_layers_run_again_and_nothing_else_changes(tmp_path: Path, name: str, layout: str, lora: bool):
-    if name == "bert" and layout == "forest":
-        pytest.skip("an encoder runs flat")
+    if name == "bert" and layout == "tree":
+        pytest.skip("an encoder runs padded")
     of_scorer = name in ("scorer", "bert")
     model = scorer("llama" if name == "scorer" else name) if of_scorer else policy(name)
     if lora:
@@ -112,10 +112,10 @@ def test_dropout_stays_off_in_layers_that_run_again():
         attention_dropout=0.5, layerdrop=0.5, max_position_embeddings=64, word_embed_proj_dim=32,
     )  # fmt: skip
     model = without_dropout(AutoModelForCausalLM.from_config(config))
-    set_layout(model, "flat")
-    loss, gradients, _ = measured(model, "flat")
+    set_layout(model, "padded")
+    loss, gradients, _ = measured(model, "padded")
     recompute_activations(model)
-    again, found, _ = measured(model, "flat")
+    again, found, _ = measured(model, "padded")
     assert again == pytest.approx(loss, rel=1e-6)
     assert relative_error(found, gradients) < 1e-6
 

@@ -31,7 +31,7 @@ from rdo.training.tasks import learns_from
 
 TOLERANCE = 1e-5
 COMPARING = ["paper", "antisymmetric", "residual"]
-LAYOUTS: list[LayoutName] = ["forest", "flat"]
+LAYOUTS: list[LayoutName] = ["tree", "padded"]
 
 TOKENIZER = tokenizer()
 END = TOKENIZER.eos_token_id
@@ -63,7 +63,7 @@ def ids(*texts: str) -> list[int]:
 
 def last_outputs(model: PreTrainedModel, sequence: list[int]) -> torch.Tensor:
     """Every output of the head at the last token of one sequence, run alone under transformers' own attention."""
-    set_layout(model, "flat")
+    set_layout(model, "padded")
     with torch.no_grad():
         states = model.base_model(input_ids=torch.tensor([sequence])).last_hidden_state[0]
         return torch.stack([(states[-1] * row).sum() for row in model.score.weight])
@@ -127,7 +127,7 @@ def test_a_response_against_itself_is_zero_and_turning_round_negates(form: str, 
 
 def test_the_paper_form_has_neither_property():
     model = scorer("llama-grouped", "paper")
-    forward, backward, same = read(model, "forest", differences("paper", 0, [(0, 1), (1, 0), (2, 2)])).tolist()
+    forward, backward, same = read(model, "tree", differences("paper", 0, [(0, 1), (1, 0), (2, 2)])).tolist()
     assert abs(forward + backward) > 0.01
     assert abs(same) > 0.01
 
@@ -137,7 +137,7 @@ def test_residual_without_a_comparison_is_the_difference_of_its_rewards():
     model = scorer("llama-grouped", "residual")
     with torch.no_grad():
         model.score.weight[1].zero_()
-    values = read(model, "forest", differences("residual", 0, [(a, b) for a in range(6) for b in range(6)])).view(6, 6)
+    values = read(model, "tree", differences("residual", 0, [(a, b) for a in range(6) for b in range(6)])).view(6, 6)
     # Differences of one number a response: every triangle closes.
     torch.testing.assert_close(values, values[:, :1] - values[:, :1].T, rtol=0, atol=1e-5)
     assert values.abs().max() > 0.1
@@ -147,8 +147,8 @@ def test_residual_without_a_comparison_is_the_difference_of_its_rewards():
 def test_order_budget_and_layout_change_no_score(form: str):
     model = scorer("llama-grouped", form)
     readings = [differences(form, number, pairs) for number in range(3) for pairs in (PAIRS, PAIRS[:1], PAIRS[2:5])]
-    set_layout(model, "forest")
-    wanted = read_under(tqdm(disable=True), model, "forest", readings, 100_000)
+    set_layout(model, "tree")
+    wanted = read_under(tqdm(disable=True), model, "tree", readings, 100_000)
     assert [len(values) for values in wanted] == [len(reading.values) for reading in readings]
     order = list(range(len(readings)))
     random.Random(5).shuffle(order)
@@ -175,7 +175,7 @@ def test_encoders_score_flat(name: str, form: str):
     model = scorer(name, form)
     assert check_form(model) == form
     reading = differences(form, 1)
-    found = read(model, "flat", reading)
+    found = read(model, "padded", reading)
     wanted = []
     with torch.no_grad():
         for value in reading.values:

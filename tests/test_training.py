@@ -84,10 +84,10 @@ def assert_same_gradient(first: dict[str, torch.Tensor], second: dict[str, torch
 
 @pytest.mark.parametrize("name", TASKS)
 def test_any_budget_and_layout_gives_the_same_step(name: str) -> None:
-    """One record a micro-batch, all at once, forest or flat: accumulation 8x1 = 1x8, KTO's KL included."""
+    """One record a micro-batch, all at once, tree or padded: accumulation 8x1 = 1x8, KTO's KL included."""
     records = encoded(8, 6 if name == "rrhf" else 2)
-    expected, gradient = step(name, records, "flat", 10**9)
-    for layout in ("flat", "forest"):
+    expected, gradient = step(name, records, "padded", 10**9)
+    for layout in ("padded", "tree"):
         for budget in (1, 60, 10**9):
             measures, other = step(name, records, layout, budget)
             assert measures == pytest.approx(expected, rel=2e-5, abs=2e-6)
@@ -97,10 +97,10 @@ def test_any_budget_and_layout_gives_the_same_step(name: str) -> None:
 @pytest.mark.parametrize("name", TASKS)
 def test_order_of_records_changes_nothing(name: str) -> None:
     records = encoded(8, 2)
-    expected, gradient = step(name, records, "forest", 60)
+    expected, gradient = step(name, records, "tree", 60)
     shuffled = list(records)
     random.Random(5).shuffle(shuffled)
-    measures, other = step(name, shuffled, "forest", 60)
+    measures, other = step(name, shuffled, "tree", 60)
     assert measures == expected  # records are sorted by id, so not one bit differs
     assert all(torch.equal(gradient[n], other[n]) for n in gradient)
 
@@ -108,7 +108,7 @@ def test_order_of_records_changes_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", ["kto", "rrhf", "paper"])
 def test_weights_after_training_do_not_depend_on_the_budget(name: str, tmp_path) -> None:
     weights = []
-    for budget, layout in ((1, "forest"), (10**9, "forest"), (10**9, "flat")):
+    for budget, layout in ((1, "tree"), (10**9, "tree"), (10**9, "padded")):
         model = model_of(name)
         folder = tmp_path / f"{budget}-{layout}"
         folder.mkdir()
@@ -138,7 +138,7 @@ def test_loss_is_ln2_where_policy_is_the_reference() -> None:
     """At step 0 every pair's DPO loss is ln 2, its implicit reward margin 0, and accuracy counts ties as half."""
     records = encoded(6, 2)
     model = llama()
-    layout = set_layout(model, "forest")
+    layout = set_layout(model, "tree")
     items = []
     for record in records:
         sequences = [(*record.prompt, *ids) for ids in record.responses]
@@ -156,7 +156,7 @@ def test_loss_is_ln2_where_policy_is_the_reference() -> None:
 def test_kto_estimates_its_kl_over_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """z0 = max(0, mean over ALL mismatched responses), not a mean of each micro-batch's maximum."""
     model = llama()
-    layout = set_layout(model, "flat")
+    layout = set_layout(model, "padded")
     task = alignment_task("kto", encoded(6, 2))
     records = list(task.records)
     seen: list[torch.Tensor] = []
@@ -182,7 +182,7 @@ def test_kto_estimates_its_kl_over_the_whole_step(monkeypatch: pytest.MonkeyPatc
 
 
 def test_dpo_step_equals_the_naive_formula() -> None:
-    """The whole path (packing, forest, read-outs, weights, means) against a loop over plain forward passes."""
+    """The whole path (packing, tree, read-outs, weights, means) against a loop over plain forward passes."""
     model = llama()
     task = alignment_task("dpo", encoded(5, 2))
     expected = 0.0
@@ -196,7 +196,7 @@ def test_dpo_step_equals_the_naive_formula() -> None:
             sums.append(float(logits.gather(-1, row[0, 1:, None])[len(item.encoded.prompt) - 1 :].sum()))
         margin = (sums[0] - item.reference[0]) - (sums[1] - item.reference[1])
         expected += item.pairs[0].weight * math.log1p(math.exp(-0.2 * margin)) / 5
-    layout = set_layout(model, "forest")
+    layout = set_layout(model, "tree")
     assert one_step(task, model, layout, items, 50)["loss"] == pytest.approx(expected, rel=1e-5)
 
 

@@ -78,7 +78,7 @@ ARRANGED = {
 def test_a_step_golden(arranged: str, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However the samples come, loss, gradient and z0 are KTO's; pairs are measured where there are some."""
     known, items = KnownRatios(monkeypatch), ARRANGED[arranged]
-    measures = one_step(task_of(items, kto()), None, "flat", items, budget)
+    measures = one_step(task_of(items, kto()), None, "padded", items, budget)
     assert measures["loss"] == pytest.approx(0.518573, abs=6e-7)
     assert measures["alignment_loss"] == pytest.approx(sum(GOLDEN) / 4, abs=6e-7)
     assert measures["kl_estimate"] == pytest.approx(0.75)
@@ -102,7 +102,7 @@ def test_a_step_golden_with_lambda(
 ) -> None:
     KnownRatios(monkeypatch)
     items = ARRANGED["unpaired"]
-    measures = one_step(task_of(items, kto(**settings)), None, "flat", items, 10**6)
+    measures = one_step(task_of(items, kto(**settings)), None, "padded", items, 10**6)
     assert measures["loss"] == pytest.approx(expected, abs=6e-7)
 
 
@@ -110,7 +110,7 @@ def test_only_pairs_carry_coefficients(monkeypatch: pytest.MonkeyPatch) -> None:
     """[2 (0.493750 + 0.456361) + 0.543639 + 0.580542] / 4: both members of the pair, and no one else."""
     KnownRatios(monkeypatch)
     items = [golden_item("a", [0, 2], (Pair(0, 1, 2.0),)), golden_item("b", [1]), golden_item("c", [3])]
-    measures = one_step(task_of(items, kto()), None, "flat", items, 10**6)
+    measures = one_step(task_of(items, kto()), None, "padded", items, 10**6)
     assert measures["loss"] == pytest.approx(0.756101, abs=6e-7)
     assert measures["weight_mean"] == 1.5
 
@@ -119,7 +119,7 @@ def test_only_pairs_carry_coefficients(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_of_one_kind_only(number: int, label: str, monkeypatch: pytest.MonkeyPatch) -> None:
     known = KnownRatios(monkeypatch)
     items = [golden_item("a", [number])]
-    measures = one_step(task_of(items, kto()), None, "flat", items, 10**6)
+    measures = one_step(task_of(items, kto()), None, "padded", items, 10**6)
     z0 = max(0.0, MISMATCHED[number])
     ratio, desirable = SAMPLES[number]
     expected = 1 / (1 + math.exp(0.1 * (ratio - z0) * (1 if desirable else -1)))
@@ -175,8 +175,8 @@ def mixed_items() -> list[AlignmentRecord]:
 @pytest.mark.parametrize("sft_weight", [0.0, 0.5])
 def test_any_budget_and_layout_gives_the_same_step_of_mixed_data(sft_weight: float) -> None:
     loss = kto(sft_weight=sft_weight)
-    expected, gradient = step(mixed_items(), "flat", 10**9, loss)
-    for layout in ("flat", "forest"):
+    expected, gradient = step(mixed_items(), "padded", 10**9, loss)
+    for layout in ("padded", "tree"):
         for budget in (1, 60, 10**9):
             measures, other = step(mixed_items(), layout, budget, loss)
             assert measures == pytest.approx(expected, rel=2e-5, abs=2e-6)
@@ -184,16 +184,16 @@ def test_any_budget_and_layout_gives_the_same_step_of_mixed_data(sft_weight: flo
 
 
 def test_order_of_mixed_records_changes_nothing() -> None:
-    expected, gradient = step(mixed_items(), "forest", 60, kto())
+    expected, gradient = step(mixed_items(), "tree", 60, kto())
     shuffled = mixed_items()
     random.Random(5).shuffle(shuffled)
-    measures, other = step(shuffled, "forest", 60, kto())
+    measures, other = step(shuffled, "tree", 60, kto())
     assert measures == expected
     assert all(torch.equal(gradient[name], other[name]) for name in gradient)
 
 
 def test_step_of_mixed_data_equals_the_naive_formula() -> None:
-    """Packing, forest, read-outs, z0, weights, means and the cross-entropy against a loop over plain forward passes."""
+    """Packing, tree, read-outs, z0, weights, means and the cross-entropy against a loop over plain forward passes."""
     model, items = llama(), mixed_items()
 
     def log_probability(prompt: tuple[int, ...], ids: tuple[int, ...]) -> float:
@@ -217,11 +217,11 @@ def test_step_of_mixed_data_equals_the_naive_formula() -> None:
             imitated.append(-log_probability(item.encoded.prompt, ids) / len(ids))
     assert (len(losses), len(imitated)) == (3 * 2 + 3 * 2 + 3, 3)
     expected = sum(losses) / len(losses) + 0.5 * sum(imitated) / len(imitated)
-    measures, _ = step(items, "forest", 50, kto(sft_weight=0.5))
+    measures, _ = step(items, "tree", 50, kto(sft_weight=0.5))
     assert measures["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["flat", "forest"])
+@pytest.mark.parametrize("layout", ["padded", "tree"])
 def test_pairs_split_up_give_the_step_of_the_pairs(layout: str) -> None:
     """With rc=none, and each half paired with its half of the mismatched responses."""
     records = encoded(6, 2)

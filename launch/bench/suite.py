@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 
 from rdo.runtime.files import write_json
 from rdo.sequences.forward import is_decoder_scorer
-from rdo.sequences.layout import Forest, TokenIds, count_unique
+from rdo.sequences.layout import PrefixTree, TokenIds, count_unique
 from rdo.sequences.preparation import computing_in
 from rdo.sequences.readout import in_full_precision
 
@@ -79,10 +79,10 @@ def contestant(name: str, work: Work, bench: Bench) -> Contestant:
     """Somebody who does a work: ours, padded, unpadded, trl or trl_best."""
     if name.startswith("trl"):
         return trl_contestant(name, work, bench)
-    layout = "forest" if name == "ours" else "flat"
+    layout = "tree" if name == "ours" else "padded"
 
     def run() -> torch.Tensor:
-        work.model.set_attn_implementation(bench.attention[layout if work.sequences else "flat"])
+        work.model.set_attn_implementation(bench.attention[layout if work.sequences else "padded"])
         with one_by_one() if name == "unpadded" else nullcontext():
             return work.run(layout)
 
@@ -124,8 +124,8 @@ def compared(ours: Contestant, other: Contestant, tolerance: float) -> dict[str,
 
 
 def path_length(sequences: Sequence[TokenIds]) -> int:
-    """The length of equal rows whose tokens attend to as many others as those of the forest do on average."""
-    return 1 + round(2 * float(Forest(sequences).positions.double().mean()))
+    """The length of equal rows whose tokens attend to as many others as those of the tree do on average."""
+    return 1 + round(2 * float(PrefixTree(sequences).positions.double().mean()))
 
 
 def dense_passes(work: Work, bench: Bench) -> dict[str, Contestant]:
@@ -146,7 +146,7 @@ def dense_pass(work: Work, bench: Bench, length: int, trained: bool) -> Contesta
     ids, head = ids.to(model.device), head_of(model)
 
     def run() -> torch.Tensor:
-        model.set_attn_implementation(bench.attention["flat"])
+        model.set_attn_implementation(bench.attention["padded"])
         with torch.set_grad_enabled(trained), computing_in(bench.precision, model):
             states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             outputs = in_full_precision(head(states[:, -read:].flatten(0, 1)))

@@ -32,7 +32,7 @@ from rdo.objectives.choice import choose_loss
 from rdo.objectives.losses import best_response, rrhf_pairs
 from rdo.sequences import forward
 from rdo.sequences.forward import read_under
-from rdo.sequences.layout import Flat, LayoutName, TokenIds
+from rdo.sequences.layout import LayoutName, Padded, TokenIds
 from rdo.sequences.preparation import set_layout
 from rdo.settings import EngineConfig, EvalConfig, ModelConfig
 from rdo.training.alignment import AlignmentRecord, AlignmentTask, Pair
@@ -133,7 +133,7 @@ def make_bench(model: ModelConfig, engine: EngineConfig, device: torch.device, *
         save_model(reference, tokenizer, folder / "reference")
         save_model(reward, tokenizer, folder / "reward")
         subjects = {"policy": policy, "reference": reference, "reward": load_scorer(folder / "reward", model)}
-        for subject, wanted in product(subjects.values(), ("auto", "flat")):
+        for subject, wanted in product(subjects.values(), ("auto", "padded")):
             layout = set_layout(subject.to(device), wanted, engine.attention, precision)
             attention[layout] = str(subject.config._attn_implementation)
         shared = {"engine": engine, "device": device, "folder": folder, "precision": precision, "attention": attention}
@@ -172,9 +172,9 @@ def make_work(name: str, bench: Bench, records: list[EncodedRecord] | None = Non
 
 @contextmanager
 def one_by_one() -> Iterator[None]:
-    """Under it the flat layout runs every sequence alone, in a row of its own length: no padding, nothing shared."""
+    """Under it the padded layout runs every sequence alone, in a row of its own length: no padding, nothing shared."""
 
-    def alone(model: PreTrainedModel, layout: Flat) -> torch.Tensor:
+    def alone(model: PreTrainedModel, layout: Padded) -> torch.Tensor:
         rows = [torch.from_numpy(ids)[None].to(model.device) for ids in layout.sequences]
         states = [model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0] for ids in rows]
         return pad_sequence(states, batch_first=True).flatten(0, 1)
@@ -220,11 +220,11 @@ def alignment_task(
         mismatched = list(zip(shifted[: len(records)], shifted[len(records) :], strict=True))
     known = [[0.0] * len(record.responses) for record in records]
     if loss.needs_reference:
-        bench.reference.set_attn_implementation(bench.attention["flat"])
+        bench.reference.set_attn_implementation(bench.attention["padded"])
         read = [
             (record.prompt, (*record.responses, *others)) for record, others in zip(records, mismatched, strict=True)
         ]
-        known = read_under(tqdm(disable=True), bench.reference, "flat", read, bench.engine.tokens_per_micro_batch)
+        known = read_under(tqdm(disable=True), bench.reference, "padded", read, bench.engine.tokens_per_micro_batch)
     items = []
     for record, others, values in zip(records, mismatched, known, strict=True):
         count = len(record.responses)
@@ -263,15 +263,15 @@ def reading_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Work:
 
 
 def generation_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Work:
-    """Greedy responses to all prompts at once, as stage eval makes them, or (flat) one by one. What must agree are the
+    """Greedy responses to all prompts at once, as stage eval makes them, or one by one. What must agree are the
     first tokens: later ones follow from earlier ones, and a tie may break either way."""
     from rdo.models.generation import generate_batch, no_generation_defaults  # needs pyarrow
 
     config = EvalConfig(decoding="greedy", max_new_tokens=NEW_TOKENS)
 
     def run(layout: LayoutName) -> torch.Tensor:
-        size, made = 1 if layout == "flat" else config.batch_size, []
-        bench.policy.set_attn_implementation(bench.attention["flat"])
+        size, made = 1 if layout == "padded" else config.batch_size, []
+        bench.policy.set_attn_implementation(bench.attention["padded"])
         with torch.no_grad(), no_generation_defaults(bench.policy):
             for start in range(0, len(records), size):
                 prompts = [record.prompt for record in records[start : start + size]]

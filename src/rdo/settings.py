@@ -26,7 +26,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[^/\\.][^/\\]{0,99}$")]
 Template = Literal["raw", "hh", "alpaca", "tldr", "chat"]
 DifferenceForm = Literal["paper", "antisymmetric", "residual"]
 Negative = Literal["clip", "abs", "flip", "floor", "error"]
-Kernel = Literal["auto", "rectangles", "spans", "varlen"]
+Kernel = Literal["auto", "gathered", "contiguous", "varlen"]
 Stage = Literal["sft", "rm", "diffmodel", "score", "align", "eval", "report", "inspect"]
 Judge = Literal["oracle", "reward", "diff"]
 
@@ -193,8 +193,8 @@ class EngineConfig:
     precision: Literal["float32", "bfloat16", "float16", "auto"] = (
         "float32"  # of a training step: float32 | bfloat16 | float16 | auto: the best that the device has
     )
-    layout: Literal["auto", "forest", "flat"] = "auto"  # auto | forest | flat
-    attention: Kernel = "auto"  # of a forest: auto | rectangles | spans | varlen (the last on a GPU)
+    layout: Literal["auto", "tree", "padded"] = "auto"  # auto | tree | padded
+    attention: Kernel = "auto"  # of a tree: auto | gathered | contiguous | varlen (the last on a GPU)
     gradient_checkpointing: bool = False  # less memory for about a third more time: layers run again going backward
     tokens_per_micro_batch: Count = 16384
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto | cpu | cuda

@@ -44,7 +44,7 @@ def generate(
 
     Finished batches are kept in the folder, for a run that is interrupted to go on from; raises as `Shards.make` does.
     """
-    set_layout(model, "flat")
+    set_layout(model, "padded")
     longest = max(map(len, prompts)) + config.max_new_tokens
     check_positions(model, longest, "lower dataset.max_length or eval.max_new_tokens")
 

@@ -1,7 +1,7 @@
 """Forms of scorer: which sequences a comparison f(a, b) reads, and how the reads add up.
 
 Every form is a linear read-out over plain token sequences, so training, scoring and reports treat all alike; the
-forest finds what the sequences of a query share.
+tree finds what the sequences of a query share.
 
 | form | f(a, b) |
 |---|---|

@@ -1,10 +1,10 @@
-"""Forest attention: a token attends to its own path from the root and to nothing else.
+"""Tree attention: a token attends to its own path from the root and to nothing else.
 
-Registered with transformers' AttentionInterface, one name a kernel (`rectangles`: rectangles.py; `spans`: spans.py;
-`varlen`: cuda_attention.py), so that every decoder that goes through the interface works unpatched: the forest
-travels to the attention layers as the extra forward argument `forest`, as the plan of the kernel that runs it.
+Registered with transformers' AttentionInterface, one name a kernel (`gathered`: rectangles.py; `contiguous`: spans.py;
+`varlen`: cuda_attention.py), so that every decoder that goes through the interface works unpatched: the tree
+travels to the attention layers as the extra forward argument `tree`, as the plan of the kernel that runs it.
 
-No mask function is registered: transformers then builds no mask, which is what a forest wants. Padded rows (`Flat`)
+No mask function is registered: transformers then builds no mask, which is what a tree wants. Padded rows (`Padded`)
 need their mask and therefore never run under this attention (see models.set_layout).
 """
 
@@ -17,18 +17,18 @@ import torch
 from transformers import AttentionInterface
 
 from rdo.runtime.errors import UserError
-from rdo.sequences.kernels.contiguous import SpanPlan, why_not_spans
-from rdo.sequences.kernels.gathered import RectanglePlan
+from rdo.sequences.kernels.contiguous import ContiguousPlan, why_not_contiguous
+from rdo.sequences.kernels.gathered import GatheredPlan
 from rdo.sequences.kernels.varlen import HALF, VarlenPlan, why_not_varlen
-from rdo.sequences.layout import Forest
+from rdo.sequences.layout import PrefixTree
 
 # What a decoder may pass beside query, key and value without changing what attention means.
 HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "is_causal"}
-PREFIX = "rdo_forest_"
+PREFIX = "rdo_tree_"
 
 
 class Plan(Protocol):
-    """How a kernel runs the attention of one forest; made once for a micro-batch and shared by all layers."""
+    """How a kernel runs the attention of one tree; made once for a micro-batch and shared by all layers."""
 
     def attend(
         self,
@@ -43,22 +43,22 @@ class Plan(Protocol):
         path a token sees, itself included; null for all. The dtypes may differ, under autocast."""
 
 
-KERNELS: dict[str, Callable[[Forest, torch.device], Plan]] = {
-    "rectangles": RectanglePlan,
-    "spans": SpanPlan,
+KERNELS: dict[str, Callable[[PrefixTree, torch.device], Plan]] = {
+    "gathered": GatheredPlan,
+    "contiguous": ContiguousPlan,
     "varlen": VarlenPlan,
 }
-# What keeps a kernel from a device, a dtype and a head width; `rectangles` runs everywhere.
+# What keeps a kernel from a device, a dtype and a head width; `gathered` runs everywhere.
 OBSTACLES: dict[str, Callable[[torch.device, torch.dtype, int], str | None]] = {
-    "spans": why_not_spans,
+    "contiguous": why_not_contiguous,
     "varlen": why_not_varlen,
 }
 
 
 def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype, head_width: int) -> str:
-    """The kernel that runs a forest under engine.attention. dtype: what attention computes in, under autocast, too.
+    """The kernel that runs a tree under engine.attention. dtype: what attention computes in, under autocast, too.
 
-    auto: on a CPU spans, on a GPU in half precision varlen, where they run, else rectangles. Raises UserError where
+    auto: on a CPU contiguous, on a GPU in half precision varlen, where they run, else gathered. Raises UserError where
     what is demanded does not run.
     """
     if wanted in OBSTACLES:
@@ -71,11 +71,11 @@ def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype, head_wi
         for kernel, why_not in OBSTACLES.items():
             if why_not(device, dtype, head_width) is None:
                 return kernel
-    return "rectangles"
+    return "gathered"
 
 
 def attention_name(kernel: str) -> str:
-    """The name of a kernel's forest attention in transformers' AttentionInterface."""
+    """The name of a kernel's tree attention in transformers' AttentionInterface."""
     return f"{PREFIX}{kernel}"
 
 
@@ -84,13 +84,13 @@ def kernel_of(implementation: str) -> str | None:
     return implementation.removeprefix(PREFIX) if implementation.startswith(PREFIX) else None
 
 
-def make_plan(implementation: str, forest: Forest, device: torch.device) -> Plan | None:
+def make_plan(implementation: str, tree: PrefixTree, device: torch.device) -> Plan | None:
     """The plan of a model's attention implementation, or None where it is none of ours."""
     kernel = kernel_of(implementation)
-    return None if kernel is None else KERNELS[kernel](forest, device)
+    return None if kernel is None else KERNELS[kernel](tree, device)
 
 
-def forest_attention(
+def tree_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -99,22 +99,22 @@ def forest_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    forest: Plan | None = None,
+    tree: Plan | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """What attention layers call: shapes as in `Plan.attend`.
 
-    Raises UserError where a model asks for something that forest attention does not do (soft caps, attention sinks,
+    Raises UserError where a model asks for something that tree attention does not do (soft caps, attention sinks,
     learned biases), naming the way out.
     """
     unknown = sorted(name for name, given in others.items() if given is not None and name not in HARMLESS)
-    if forest is None or attention_mask is not None or dropout or unknown:
+    if tree is None or attention_mask is not None or dropout or unknown:
         what = (
             f"passes {', '.join(unknown)} to its attention" if unknown else "needs a mask or dropout in its attention"
         )
-        raise UserError(f"{type(module).__name__} {what}, which engine.layout=forest cannot do; use engine.layout=flat")
-    return forest.attend(query, key, value, scaling, sliding_window), None
+        raise UserError(f"{type(module).__name__} {what}, which engine.layout=tree cannot do; use engine.layout=padded")
+    return tree.attend(query, key, value, scaling, sliding_window), None
 
 
 for name in KERNELS:
-    AttentionInterface.register(attention_name(name), forest_attention)
+    AttentionInterface.register(attention_name(name), tree_attention)

@@ -14,7 +14,7 @@ from rdo.runtime import stopping
 from rdo.runtime.errors import UserError
 from rdo.sequences.attention import make_plan
 from rdo.sequences.devices import to_device
-from rdo.sequences.layout import Forest, Layout, LayoutName, TokenIds, make_layout
+from rdo.sequences.layout import Layout, LayoutName, PrefixTree, TokenIds, make_layout
 from rdo.sequences.packing import pack
 from rdo.sequences.readout import Scalar, Span, combine, in_full_precision, scalar_values, span_log_probabilities
 
@@ -28,12 +28,12 @@ def hidden_states(model: PreTrainedModel, layout: Layout) -> torch.Tensor:
     check_positions(model, max(map(len, layout.sequences)))
     check_ids(model, layout)
     device = model.device
-    if isinstance(layout, Forest):
+    if isinstance(layout, PrefixTree):
         output = backbone(
             input_ids=to_device(layout.ids[None], device),
             position_ids=to_device(layout.positions[None], device),
             use_cache=False,
-            forest=make_plan(model.config._attn_implementation or "", layout, device),
+            tree=make_plan(model.config._attn_implementation or "", layout, device),
         )
         return output.last_hidden_state[0]
     ids, mask = to_device(layout.ids, device), to_device(layout.mask, device)
@@ -53,8 +53,8 @@ def read_scalars(model: PreTrainedModel, layout: Layout, values: Sequence[Sequen
     head = decoder_head(model)
     if head is not None:
         return scalar_values(hidden_states(model, layout), head, layout, values)
-    if isinstance(layout, Forest):
-        raise UserError(f"{type(model).__name__} cannot run in a forest; use engine.layout=flat")
+    if isinstance(layout, PrefixTree):
+        raise UserError(f"{type(model).__name__} cannot run in a tree; use engine.layout=padded")
     check_positions(model, max(map(len, layout.sequences)))
     check_ids(model, layout)
     ids, mask = to_device(layout.ids, model.device), to_device(layout.mask, model.device)

@@ -1,4 +1,4 @@
-"""The two layouts of a micro-batch: `Forest` (every shared prefix once) and `Flat` (one padded row a sequence).
+"""The two layouts of a micro-batch: `PrefixTree` (every shared prefix once) and `Padded` (one padded row a sequence).
 
 Stages list token sequences naively and say what to read where; a layout turns them into what a model runs on and
 translates (sequence, position) into a row of the hidden states. Sharing is discovered, never declared.
@@ -14,13 +14,13 @@ from typing import Literal
 import numpy as np
 import torch
 
-LayoutName = Literal["forest", "flat"]
+LayoutName = Literal["tree", "padded"]
 TokenIds = Sequence[int]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The part of one sequence that no earlier sequence of the forest brought along.
+    """The part of one sequence that no earlier sequence of the tree brought along.
 
     Its tokens lie in the flat rows [start, stop); `path` lists the rows of the whole sequence up to its last own
     token, so the last `stop - start` entries of `path` are the segment itself.
@@ -36,7 +36,7 @@ class Segment:
         return len(self.path) - (self.stop - self.start)
 
 
-class Forest:
+class PrefixTree:
     """A radix trie over the sequences of a micro-batch, laid out in depth-first order as one flat row.
 
     Sorted sequences visit the trie depth first, and what each adds to it is exactly its tail beyond the longest
@@ -76,8 +76,8 @@ class Forest:
         return np.atleast_1d(self.rows[sequence][positions])
 
 
-class Flat:
-    """One right-padded row a sequence: the obvious layout, and the reference every forest test compares with."""
+class Padded:
+    """One right-padded row a sequence: the obvious layout, and the reference every tree test compares with."""
 
     def __init__(self, sequences: Sequence[TokenIds]):
         self.sequences = [np.asarray(ids, dtype=np.int64) for ids in sequences]
@@ -101,11 +101,11 @@ class Flat:
         return np.atleast_1d(sequence * self.width + np.asarray(positions))
 
 
-Layout = Forest | Flat
+Layout = PrefixTree | Padded
 
 
 def subtree_ends(segments: Sequence[Segment]) -> np.ndarray:
-    """For every row of a forest, one more than the last row that descends from it, [tokens]."""
+    """For every row of a tree, one more than the last row that descends from it, [tokens]."""
     ends = np.empty(segments[-1].stop, dtype=np.int64)
     for segment in segments:
         ends[segment.path] = segment.stop  # depth first: of those below a row, the last segment comes last
@@ -114,7 +114,7 @@ def subtree_ends(segments: Sequence[Segment]) -> np.ndarray:
 
 def make_layout(name: LayoutName, sequences: Sequence[TokenIds]) -> Layout:
     """Lays a micro-batch of non-empty sequences out."""
-    return Forest(sequences) if name == "forest" else Flat(sequences)
+    return PrefixTree(sequences) if name == "tree" else Padded(sequences)
 
 
 def common_prefix_length(first: np.ndarray, second: np.ndarray) -> int:
@@ -125,7 +125,7 @@ def common_prefix_length(first: np.ndarray, second: np.ndarray) -> int:
 
 
 def count_unique(sequences: Sequence[TokenIds]) -> int:
-    """Tokens of the forest of these sequences, without building it."""
+    """Tokens of the tree of these sequences, without building it."""
     arrays = [np.asarray(ids, dtype=np.int64) for ids in sorted(map(tuple, sequences))]
     shared = sum(common_prefix_length(a, b) for a, b in pairwise(arrays))
     return sum(len(ids) for ids in arrays) - shared

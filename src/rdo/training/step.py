@@ -146,7 +146,7 @@ def ahead(make: Callable[[int], T], numbers: Iterable[int]) -> Iterator[tuple[in
 
 
 def computed_tokens(items: Sequence[Any], layout: LayoutName) -> int:
-    """Tokens that the model computes of a micro-batch: unique ones of a forest, padded rows of the flat layout."""
+    """Tokens that the model computes of a micro-batch: unique ones of a tree, padded rows of the padded layout."""
     sequences = [ids for item in items for ids in item.sequences]
     return cost(sequences, layout)[0]
 

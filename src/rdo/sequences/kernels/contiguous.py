@@ -1,4 +1,4 @@
-"""Forest attention on a CPU, by rectangles of contiguous rows: nothing is gathered, padded or masked.
+"""Tree attention on a CPU, by rectangles of contiguous rows: nothing is gathered, padded or masked.
 
 In depth-first order a segment's rows are contiguous, and so are all rows that descend from a token. So two kinds of
 rectangle (rows of queries x rows of keys) cover every token's path exactly once:
@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from rdo.sequences.kernels.gathered import RectanglePlan
-from rdo.sequences.layout import Forest, subtree_ends
+from rdo.sequences.kernels.gathered import GatheredPlan
+from rdo.sequences.layout import PrefixTree, subtree_ends
 
 # Below so many tokens a segment, on average, padding segments together is faster than a call each (measured at widths
 # 64 to 512 on one core: 1.4 times at 30 tokens, equal at 60, 0.95 at 145 and more).
@@ -57,11 +57,11 @@ def causal_rectangles(start: int, stop: int) -> list[Rectangle]:
     return [*causal_rectangles(start, middle), *causal_rectangles(middle, stop), Rectangle(middle, stop, start, middle)]
 
 
-def contiguous_rectangles(forest: Forest) -> list[Rectangle]:
-    """The rectangles of a forest, the causal ones first."""
-    ends = subtree_ends(forest.segments)
-    found = [r for segment in forest.segments for r in causal_rectangles(segment.start, segment.stop)]
-    for segment in forest.segments:
+def contiguous_rectangles(tree: PrefixTree) -> list[Rectangle]:
+    """The rectangles of a tree, the causal ones first."""
+    ends = subtree_ends(tree.segments)
+    found = [r for segment in tree.segments for r in causal_rectangles(segment.start, segment.stop)]
+    for segment in tree.segments:
         own = ends[segment.start : segment.stop]
         borders = np.flatnonzero(np.diff(own, prepend=-1, append=-1)).tolist()
         for first, last in pairwise(borders):
@@ -71,19 +71,19 @@ def contiguous_rectangles(forest: Forest) -> list[Rectangle]:
     return sorted(found, key=lambda r: not r.causal)
 
 
-class SpanPlan:
+class ContiguousPlan:
     """See `attention.Plan`."""
 
-    def __init__(self, forest: Forest, device: torch.device):
-        self.rectangles = contiguous_rectangles(forest)
-        self.longest = max(len(segment.path) for segment in forest.segments)
-        self.short = len(forest) < SHORT * len(forest.segments)
-        self.forest, self.device = forest, device
+    def __init__(self, tree: PrefixTree, device: torch.device):
+        self.rectangles = contiguous_rectangles(tree)
+        self.longest = max(len(segment.path) for segment in tree.segments)
+        self.short = len(tree) < SHORT * len(tree.segments)
+        self.tree, self.device = tree, device
 
     @cached_property
-    def padded(self) -> RectanglePlan:
+    def padded(self) -> GatheredPlan:
         """What runs short segments, and windows that cut a path, which need masks."""
-        return RectanglePlan(self.forest, self.device)
+        return GatheredPlan(self.tree, self.device)
 
     def attend(
         self,
@@ -100,10 +100,10 @@ class SpanPlan:
         key, value = (tensor.to(query.dtype) for tensor in (key, value))
         if groups > 1:
             key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-        return SpanAttention.apply(query, key, value, self.rectangles, scaling)
+        return ContiguousAttention.apply(query, key, value, self.rectangles, scaling)
 
 
-class SpanAttention(torch.autograd.Function):
+class ContiguousAttention(torch.autograd.Function):
     """query, key and value [1, heads, tokens, width] -> [1, tokens, heads, width]."""
 
     @staticmethod
@@ -157,7 +157,7 @@ def rows_first(like: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(like.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
-def why_not_spans(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+def why_not_contiguous(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     """What keeps the kernel from a device, or None."""
     if device.type != "cpu":
         return f"runs on a CPU, and the model is on {device.type}"

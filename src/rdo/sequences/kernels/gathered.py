@@ -1,6 +1,6 @@
-"""Forest attention by PyTorch's scaled dot product: any device, any dtype; what runs on a CPU.
+"""Tree attention by PyTorch's scaled dot product: any device, any dtype; what runs on a CPU.
 
-Every segment of a forest is one rectangle: its own tokens as queries, its whole path as keys, causal from the bottom
+Every segment of a tree is one rectangle: its own tokens as queries, its whole path as keys, causal from the bottom
 right. Small rectangles are padded together into one call, because on a CPU a call costs more than a little padding.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from rdo.sequences.devices import to_device
-from rdo.sequences.layout import Forest, Segment
+from rdo.sequences.layout import PrefixTree, Segment
 
 # One more call is worth about this many query-key cells (measured at widths 64 to 512 on one CPU core).
 CALL_COST = 4096
@@ -44,15 +44,15 @@ class Rectangles:
         return allowed[:, None]
 
 
-class RectanglePlan:
-    """How the rectangles of a forest are run; made once for a micro-batch and shared by all layers."""
+class GatheredPlan:
+    """How the rectangles of a tree are run; made once for a micro-batch and shared by all layers."""
 
-    def __init__(self, forest: Forest, device: torch.device | str = "cpu"):
-        groups = group_segments(forest.segments)
+    def __init__(self, tree: PrefixTree, device: torch.device | str = "cpu"):
+        groups = group_segments(tree.segments)
         self.rectangles = [make_rectangles(group, device) for group in groups]
         order = np.concatenate([np.arange(s.start, s.stop) for group in groups for s in group])
         self.inverse = to_device(np.argsort(order), device)
-        self.longest = max(len(segment.path) for segment in forest.segments)
+        self.longest = max(len(segment.path) for segment in tree.segments)
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
 
     def mask(self, number: int, window: int | None) -> torch.Tensor | None:

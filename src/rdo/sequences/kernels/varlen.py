@@ -1,4 +1,4 @@
-"""Forest attention on a GPU (`varlen`): one variable-length flash attention over all segments, in half precision; the
+"""Tree attention on a GPU (`varlen`): one variable-length flash attention over all segments, in half precision; the
 keys of a path are gathered.
 
 It has not been run on a GPU yet; launch/gpu_check.py compares it with the CPU there. It is not in every PyTorch, so
@@ -19,7 +19,7 @@ import torch
 
 from rdo.runtime.errors import UserError
 from rdo.sequences.devices import to_device
-from rdo.sequences.layout import Forest
+from rdo.sequences.layout import PrefixTree
 from rdo.sequences.readout import in_full_precision
 
 HALF = (torch.float16, torch.bfloat16)
@@ -57,15 +57,15 @@ class VarlenPlan:
     The last own token sees the whole path, the one before it a key less: causal, aligned at the bottom right.
     """
 
-    def __init__(self, forest: Forest, device: torch.device | str):
-        own = [segment.stop - segment.start for segment in forest.segments]
-        keys = [len(segment.path) for segment in forest.segments]
+    def __init__(self, tree: PrefixTree, device: torch.device | str):
+        own = [segment.stop - segment.start for segment in tree.segments]
+        keys = [len(segment.path) for segment in tree.segments]
         self.longest_own, self.longest_path = max(own), max(keys)
         self.query_offsets = to_device(offsets(own), device)
         self.key_offsets = to_device(offsets(keys), device)
         # Where nothing is shared, the paths are the rows themselves.
-        shared = sum(keys) > len(forest)
-        self.rows = to_device(np.concatenate([s.path for s in forest.segments]), device) if shared else None
+        shared = sum(keys) > len(tree)
+        self.rows = to_device(np.concatenate([s.path for s in tree.segments]), device) if shared else None
 
     def attend(
         self,

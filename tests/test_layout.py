@@ -1,4 +1,4 @@
-"""Forest and flat layouts against an obvious account of them: a forest holds every distinct prefix exactly once."""
+"""Tree and padded layouts against an obvious account of them: a tree holds every distinct prefix exactly once."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import tree, words
-from rdo.sequences.layout import Flat, Forest, common_prefix_length, count_unique, make_layout
+from helpers import random_tree, words
+from rdo.sequences.layout import Padded, PrefixTree, common_prefix_length, count_unique, make_layout
 
 Sequences = list[tuple[int, ...]]
 
@@ -37,71 +37,71 @@ def random_trees(draw: st.DrawFn) -> Sequences:
     if draw(st.booleans()):
         sequence = st.lists(st.integers(0, 2), min_size=1, max_size=8).map(tuple)
         return draw(st.lists(sequence, min_size=1, max_size=12))
-    return tree(draw(st.integers(0, 10_000)), count=draw(st.integers(1, 15)))
+    return random_tree(draw(st.integers(0, 10_000)), count=draw(st.integers(1, 15)))
 
 
 def distinct_prefixes(sequences: Sequences) -> set[tuple[int, ...]]:
     return {ids[: end + 1] for ids in sequences for end in range(len(ids))}
 
 
-def check_forest(sequences: Sequences) -> None:
-    forest = Forest(sequences)
+def check_tree(sequences: Sequences) -> None:
+    tree = PrefixTree(sequences)
     prefixes = distinct_prefixes(sequences)
-    assert len(forest) == len(prefixes) == len(forest.ids) == len(forest.positions)
+    assert len(tree) == len(prefixes) == len(tree.ids) == len(tree.positions)
     row_of: dict[tuple[int, ...], int] = {}
     for s, ids in enumerate(sequences):
-        assert len(forest.rows[s]) == len(ids)
-        assert forest.sequences[s].tolist() == list(ids)
-        for position, row in enumerate(forest.rows[s].tolist()):
+        assert len(tree.rows[s]) == len(ids)
+        assert tree.sequences[s].tolist() == list(ids)
+        for position, row in enumerate(tree.rows[s].tolist()):
             assert row_of.setdefault(ids[: position + 1], row) == row
-            assert forest.ids[row] == ids[position]
-            assert forest.positions[row] == position
-            assert forest.index(s, position).tolist() == [row]
+            assert tree.ids[row] == ids[position]
+            assert tree.positions[row] == position
+            assert tree.index(s, position).tolist() == [row]
     # One row a prefix and one prefix a row.
     assert sorted(row_of.values()) == list(range(len(prefixes)))
-    check_segments(forest, row_of)
+    check_segments(tree, row_of)
 
 
-def check_segments(forest: Forest, row_of: dict[tuple[int, ...], int]) -> None:
+def check_segments(tree: PrefixTree, row_of: dict[tuple[int, ...], int]) -> None:
     """Every row lies in one segment, whose path is the rows of the prefixes of its last token."""
     prefix_of = {row: prefix for prefix, row in row_of.items()}
-    covered = [row for segment in forest.segments for row in range(segment.start, segment.stop)]
-    assert covered == list(range(len(forest)))
-    for segment in forest.segments:
+    covered = [row for segment in tree.segments for row in range(segment.start, segment.stop)]
+    assert covered == list(range(len(tree)))
+    for segment in tree.segments:
         last = prefix_of[segment.stop - 1]
         assert segment.path.tolist() == [row_of[last[: end + 1]] for end in range(len(last))]
         assert segment.path[segment.shared :].tolist() == list(range(segment.start, segment.stop))
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_a_forest_holds_every_distinct_prefix_once(name: str):
-    check_forest(EXAMPLES[name])
+def test_a_tree_holds_every_distinct_prefix_once(name: str):
+    check_tree(EXAMPLES[name])
 
 
 @given(random_trees())
-def test_a_random_forest_holds_every_distinct_prefix_once(sequences: Sequences):
-    check_forest(sequences)
+def test_a_random_tree_holds_every_distinct_prefix_once(sequences: Sequences):
+    check_tree(sequences)
 
 
 @given(random_trees())
-def test_the_count_needs_no_forest(sequences: Sequences):
-    assert count_unique(sequences) == len(Forest(sequences)) == len(distinct_prefixes(sequences))
+def test_the_count_needs_no_tree(sequences: Sequences):
+    assert count_unique(sequences) == len(PrefixTree(sequences)) == len(distinct_prefixes(sequences))
 
 
 @given(random_trees(), st.randoms(use_true_random=False))
 def test_the_order_of_the_list_does_not_matter(sequences: Sequences, coin: random.Random):
     order = list(range(len(sequences)))
     coin.shuffle(order)
-    forest, shuffled = Forest(sequences), Forest([sequences[s] for s in order])
-    assert torch.equal(forest.ids, shuffled.ids)
-    assert torch.equal(forest.positions, shuffled.positions)
+    tree, shuffled = PrefixTree(sequences), PrefixTree([sequences[s] for s in order])
+    assert torch.equal(tree.ids, shuffled.ids)
+    assert torch.equal(tree.positions, shuffled.positions)
     for place, s in enumerate(order):
-        assert np.array_equal(shuffled.rows[place], forest.rows[s])
+        assert np.array_equal(shuffled.rows[place], tree.rows[s])
 
 
 @given(random_trees())
 def test_flat_rows_hold_their_sequences_and_nothing_else_counts(sequences: Sequences):
-    flat = Flat(sequences)
+    flat = Padded(sequences)
     assert flat.ids.shape == flat.mask.shape == (len(sequences), max(map(len, sequences)))
     assert len(flat) == flat.ids.numel()
     for s, ids in enumerate(sequences):
@@ -125,5 +125,5 @@ def test_common_prefix_length(first: list[int], second: list[int]):
 
 
 def test_layouts_go_by_name():
-    assert isinstance(make_layout("forest", [QUERY]), Forest)
-    assert isinstance(make_layout("flat", [QUERY]), Flat)
+    assert isinstance(make_layout("tree", [QUERY]), PrefixTree)
+    assert isinstance(make_layout("padded", [QUERY]), Padded)
