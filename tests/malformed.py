@@ -142,8 +142,8 @@ setting("beta0 negative", r"diffmodel\.beta0=-1", "diffmodel.beta0=-1")
 setting("a learning rate of 0", r"align\.learning_rate=0", "align.learning_rate=0")
 setting("regularisers of an antisymmetric form", r"diffmodel\.beta0=0", "diffmodel.form=antisymmetric")
 setting("no fine-tuning and no model", r"model\.path", "sft.enabled=false")
-setting("a control without coefficients", r"rc\.control=shuffle", "rc.control=shuffle")
-setting("the true reward of real data", r"rc=oracle", "rc=oracle", "dataset=file", "dataset.path=x", "model=small")
+setting("an ablation without coefficients", r"rc\.ablation=shuffle", "rc.ablation=shuffle")
+setting("the true reward of real data", r"rc=gold", "rc=gold", "dataset=file", "dataset.path=x", "model=small")
 setting("no file named", r"dataset\.path", "dataset=file", "model=small")
 setting(
     "shares that leave nothing",

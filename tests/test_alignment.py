@@ -69,9 +69,9 @@ def test_flip_swaps_the_pair_that_the_scorer_contradicts() -> None:
     assert total == pytest.approx(0.544135, abs=5e-7)
 
 
-def test_controls() -> None:
-    assert weights(RcConfig("diff", control="filter"), 3.0, -1.0) == [1.0, 0.0]
-    shuffled = {tuple(weights(RcConfig("diff", alpha=1.0, control="shuffle"), 3.0, 7.0)) for _ in range(3)}
+def test_ablations() -> None:
+    assert weights(RcConfig("diff", ablation="filter"), 3.0, -1.0) == [1.0, 0.0]
+    shuffled = {tuple(weights(RcConfig("diff", alpha=1.0, ablation="shuffle"), 3.0, 7.0)) for _ in range(3)}
     assert shuffled in ({(3.0, 7.0)}, {(7.0, 3.0)})  # the same permutation every time
 
 
@@ -90,9 +90,9 @@ def test_order_forward_and_antisymmetric() -> None:
     assert rewards.difference("x", 0, 1) == 1.5
 
 
-def test_oracle_reads_the_scores_of_the_data() -> None:
+def test_gold_reads_the_scores_of_the_data() -> None:
     records = [pair_record("one", scores=(1.0, 0.25)), pair_record("two", scores=(1.0, -3.0))]
-    weighted, _ = weigh(IDS, PAIRS, RcConfig("oracle", alpha=1.0), {"oracle": own_scores(records)}, seed=0)
+    weighted, _ = weigh(IDS, PAIRS, RcConfig("gold", alpha=1.0), {"gold": own_scores(records)}, seed=0)
     assert [pair.weight for group in weighted for pair in group] == [0.75, 4.0]
 
 
@@ -101,8 +101,8 @@ def test_settings_without_effect_do_not_make_another_run() -> None:
     assert rc_settings(RcConfig("reward", order="antisymmetric")) == rc_settings(RcConfig("reward"))
     assert rc_settings(RcConfig("diff", order="antisymmetric")) != rc_settings(RcConfig("diff"))
     assert rc_settings(RcConfig("reward", alpha=1.0)) != rc_settings(RcConfig("reward"))
-    assert rc_settings(RcConfig("reward", alpha=1.0, control="filter")) == rc_settings(
-        RcConfig("reward", control="filter")
+    assert rc_settings(RcConfig("reward", alpha=1.0, ablation="filter")) == rc_settings(
+        RcConfig("reward", ablation="filter")
     )
 
 
@@ -148,8 +148,8 @@ def test_data_that_cannot_serve_the_loss_is_refused_before_any_work() -> None:
     with pytest.raises(UserError, match=r"loss\.ranking=scores: record one"):
         check_data(data_run([scored_record, RECORDS[0]]), rrhf("scores"))  # type: ignore[arg-type]
     check_data(data_run([scored_record]), rrhf("scores"))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="rc=oracle: record one"):
-        check_data(data_run(RECORDS, rc="oracle"), rrhf("reward"))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="rc=gold: record one"):
+        check_data(data_run(RECORDS, rc="gold"), rrhf("reward"))  # type: ignore[arg-type]
     bare = Record("bare", "q", ("a", "b"), scores=(1.0, 0.0))
     with pytest.raises(UserError, match="loss=dpo compares labelled pairs"):
         check_data(data_run([bare]), choose_loss({"name": "dpo", "beta": 0.1}))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Coefficients: R -> w and what R < 0 means, the scale, the statistics and the controls."""
+"""Coefficients: R -> w and what R < 0 means, the scale, the statistics and the ablations."""
 
 from __future__ import annotations
 

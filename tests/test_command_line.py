@@ -91,7 +91,7 @@ def test_a_pipeline_reports_every_row(pipeline):
     assert row["prompts.value"] == 8
     assert (row["data"], row["loss"], row["rc"], row["seed"]) == ("toy", "dpo", "diff", 0)
     assert row["baseline"] == found.set_index("name").loc["dpo", "folder"]
-    numbers = ("rewards.oracle", "rewards.reward", "difference.oracle", "kl", "against_base.diff.win")
+    numbers = ("rewards.gold", "rewards.reward", "difference.gold", "kl", "against_base.diff.win")
     assert row[[f"{name}.{part}" for name in numbers for part in ("value", "low", "high")]].notna().all()
     assert not list(pipeline.rglob("*.part"))
     assert not list(pipeline.rglob("checkpoints"))
@@ -143,9 +143,7 @@ def test_a_report_alone_makes_nothing_and_shows_what_is_finished(copied, train_h
 def test_a_point_that_fails_costs_no_other(tmp_path, train_here, capsys):
     """The first row cannot run (a head on no such folder); the other is reported, and the end is an error."""
     with pytest.raises(SystemExit) as ended:
-        train_here(
-            *PIPELINE, f"run_dir={tmp_path}", "row=reward_model,base", "eval.judges=[oracle]", "rm.path=./nowhere"
-        )
+        train_here(*PIPELINE, f"run_dir={tmp_path}", "row=reward_model,base", "eval.judges=[gold]", "rm.path=./nowhere")
     assert ended.value.code == 1
     said = capsys.readouterr().err.splitlines()
     assert "error: rm.path=./nowhere: there is no such folder" in said
@@ -155,22 +153,22 @@ def test_a_point_that_fails_costs_no_other(tmp_path, train_here, capsys):
 
 
 def test_seeds_are_swept_like_rows(tmp_path, train_here, capsys):
-    short = ["align.max_steps=2", "eval.judges=[oracle]"]
-    train_here(*TINY, *short, f"run_dir={tmp_path}", "row=dpo,dpo_oracle", "seed=0,1")
+    short = ["align.max_steps=2", "eval.judges=[gold]"]
+    train_here(*TINY, *short, f"run_dir={tmp_path}", "row=dpo,dpo_gold", "seed=0,1")
     found = results(tmp_path)
     policies = found[found["kind"] == "policy"]
     assert sorted(zip(policies["name"], policies["seed"], strict=True)) == [
-        ("dpo", 0), ("dpo", 1), ("dpo_oracle", 0), ("dpo_oracle", 1)
+        ("dpo", 0), ("dpo", 1), ("dpo_gold", 0), ("dpo_gold", 1)
     ]  # fmt: skip
     baselines = policies.set_index("folder")["name"].reindex(policies["baseline"].dropna())
     assert list(baselines) == ["dpo", "dpo"]
-    assert "(over 2 seeds)" not in capsys.readouterr().out  # the true reward's coefficients are a control
+    assert "(over 2 seeds)" not in capsys.readouterr().out  # the true reward's coefficients are an ablation
     # The words of any sweep: rows are one of the things that are swept. What is finished is reported, too.
     train_here("-m", "stage=eval", *TINY, *short, f"run_dir={tmp_path}", "row=dpo,kto", "loss.beta=0.1,0.3")
     policies = results(tmp_path).query("kind == 'policy'")
     assert len(policies) == 8
     assert {"kto, loss.beta=0.1", "kto, loss.beta=0.3", "dpo, loss.beta=0.2"} <= set(policies["name"])
-    assert "loss.beta, by rewards.oracle: " in capsys.readouterr().out
+    assert "loss.beta, by rewards.gold: " in capsys.readouterr().out
 
 
 def test_neither_data_nor_training_loads_what_only_the_report_needs():

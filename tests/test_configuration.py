@@ -66,7 +66,7 @@ def test_every_row_of_every_experiment_is_a_row(experiment):
 def test_rows_say_what_their_names_say():
     """A row changes its loss, coefficients, and settings of its own; one builds upon another."""
     config = compose_config(["row=rrhf_six_reward_shuffled"])
-    assert (config.loss["name"], config.rc.name, config.rc.control) == ("rrhf", "reward", "shuffle")
+    assert (config.loss["name"], config.rc.name, config.rc.ablation) == ("rrhf", "reward", "shuffle")
     assert config.align.min_responses == 6
     assert compose_config(["row=dpo_1e-3", "align.learning_rate=1e-5"]).align.learning_rate == 1e-5
     assert compose_config(["experiment=sweep_beta", "row=kto"]).loss["name"] == "kto"
@@ -94,7 +94,7 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("xyzzy=1",): "xyzzy: there is no such setting; see --cfg job",
     ("+rc.alphax=1",): "rc.alphax: there is no such setting",
     ("+dataset.toy.pairsx=1",): "dataset.toy.pairsx: there is no such setting",
-    ("rc=rewrad",): "rc=rewrad: must be one of diff, none, oracle, reward (did you mean reward?)",
+    ("rc=rewrad",): "rc=rewrad: must be one of diff, none, gold, reward (did you mean reward?)",
     ("dataset=tdlr",): "(did you mean tldr?)",
     ("rcx=none",): "rcx",
     ("rc=null",): "rc",
@@ -115,7 +115,7 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("align.epochs=null",): "align.epochs=None: must be a valid integer",
     ("dataset.max_length=2",): "dataset.max_length=2: must be greater than or equal to 3",
     ("model.vocabulary_size=200",): "model.vocabulary_size=200: must be greater than or equal to 258",
-    ("eval.judges=[orcale]",): "eval.judges=orcale: must be one of oracle, reward, diff (did you mean oracle?)",
+    ("eval.judges=[orcale]",): "eval.judges=orcale: must be one of gold, reward, diff (did you mean gold?)",
     ("engine.attention=varlem",): "(did you mean varlen?)",
     ("stage.name=evall",): "(did you mean eval?)",
     ("diffmodel.form=pointwise",): "diffmodel.form=pointwise: must be one of paper, antisymmetric, residual",
@@ -152,12 +152,12 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("model.lora.rank=8", "stage=sft"): "set model.path",
     (*LORA, "model.lora.target_modules=[]"): "model.lora.target_modules is empty",
     # Scorers and coefficients
-    ("rc=oracle", "dataset=hh", "model=small"): "rc=oracle",
-    ("rc.control=shuffle",): "rc.control=shuffle has no effect with rc.name=none",
+    ("rc=gold", "dataset=hh", "model=small"): "rc=gold",
+    ("rc.ablation=shuffle",): "rc.ablation=shuffle has no effect with rc.name=none",
     ("rc=reward", "rc.order=antisymmetric"): "rc.order=antisymmetric has no effect with rc.name=reward",
     ("rc=diff", "rc.epsilon=0.01"): "rc.epsilon=0.01 has no effect with rc.negative=clip",
-    ("rc=diff", "rc.control=filter", "rc.negative=abs"): "rc.negative must be clip",
-    ("rc=diff", "rc.control=filter", "rc.scale=mean"): "rc.scale must be none",
+    ("rc=diff", "rc.ablation=filter", "rc.negative=abs"): "rc.negative must be clip",
+    ("rc=diff", "rc.ablation=filter", "rc.scale=mean"): "rc.scale must be none",
     ("diffmodel.form=antisymmetric",): "diffmodel.beta0=0.1 has no effect with diffmodel.form=antisymmetric",
     ("diffmodel.form=residual", "diffmodel.beta0=0"): "set diffmodel.beta1=0.0",
     ("rm.path=a/b", "rm.backbone=c/d"): "rm.path is a finished scorer",
@@ -184,7 +184,7 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("loss.name=best_response",): "loss.name=best_response",
     # Evaluation, tracking, reports
     ("eval.decoding=greedy", "eval.temperature=0.5"): "eval.temperature=0.5 has no effect with eval.decoding=greedy",
-    ("eval.judges=[oracle,oracle]",): "eval.judges=oracle,oracle: names a judge twice",
+    ("eval.judges=[gold,gold]",): "eval.judges=gold,gold: names a judge twice",
     ("tracker.group=mine",): "tracker.group=mine has no effect with tracker.name=none",
     ("report.folder=../elsewhere",): "report.folder=../elsewhere",
     ("stage=inspect", "metric=loss"): "stage=inspect returns nothing",
@@ -222,7 +222,7 @@ def test_a_misspelt_key_in_a_file_is_named(tmp_path, monkeypatch, file, line, ke
         ("stage=inspect", "dataset=file", "dataset.path=[a.jsonl,b.jsonl]", "dataset.template=chat"),
         ("tracker=wandb", "tracker.project=mine"),
         ("dataset=file", "dataset.path=pairs.jsonl", "model=toy", "model.path=someone/model"),
-        ("rc=diff", "rc.control=filter"),
+        ("rc=diff", "rc.ablation=filter"),
         ("diffmodel.form=residual", "diffmodel.beta0=0", "diffmodel.beta1=0"),
         ("loss=rrhf", "loss.ranking=labels", "align.min_responses=2"),
         ("align.max_steps=null", "align.max_gradient_norm=null", "model.name=7"),
@@ -268,9 +268,9 @@ def test_a_new_loss_is_one_function_and_one_file(tmp_path, monkeypatch):
     monkeypatch.setattr(rdo.objectives.losses, "hinge", hinge, raising=False)
     assert "margin" in refusal("loss=hinge", "loss.margins=1")
     assert "hinge" in refusal("loss=nonsense")
-    run = tiny_run(tmp_path, "loss=hinge", "align.max_steps=1", "sft.max_steps=1", "rc=oracle")
+    run = tiny_run(tmp_path, "loss=hinge", "align.max_steps=1", "sft.max_steps=1", "rc=gold")
     made = aligned_policy(run)
-    assert made.folder.name.startswith("hinge-oracle-0.5-")
+    assert made.folder.name.startswith("hinge-gold-0.5-")
     assert len(read_json_lines(made.folder / "metrics.jsonl")) == 1
 
 

@@ -41,7 +41,7 @@ def policy(tmp_path_factory):
 def test_the_same_response_is_a_tie_for_every_judge(policy) -> None:
     _, artifact = policy
     evaluation = read_json(artifact.folder / EVALUATION)
-    assert set(evaluation["against_base"]) == {"oracle", "reward", "diff"}
+    assert set(evaluation["against_base"]) == {"gold", "reward", "diff"}
     for judge in evaluation["against_base"].values():
         assert judge["tie"]["value"] == 1.0
 
@@ -75,7 +75,7 @@ def test_a_scorer_of_the_other_kind_is_refused(policy) -> None:
 def test_what_the_terminal_says(policy) -> None:
     run, artifact = policy
     said = describe_policy(read_json(artifact.folder / EVALUATION))
-    assert "mean reward by oracle" in said
+    assert "mean reward by gold" in said
     assert "win / tie / lose against the base policy by diff: 0 / 100 / 0 %" in said
     said = describe_scorer(read_json(evaluate_scorers(run, "diff").folder / EVALUATION))
     assert "label accuracy 0." in said

@@ -187,7 +187,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_finished_shards_are_kept_and_used(name, run_dir, monkeypatch):
-    settings = ["rm.max_steps=2", "engine.records_per_shard=8", "eval.batch_size=2", "eval.judges=[oracle]"]
+    settings = ["rm.max_steps=2", "engine.records_per_shard=8", "eval.batch_size=2", "eval.judges=[gold]"]
     run = tiny_run(run_dir, *settings)
     scorer(run, "reward")
     whole = STAGES[name](run)

@@ -46,7 +46,7 @@ ALWAYS = (
     *(f"{section}.max_steps=4" for section in ("sft", "rm", "diffmodel", "align")),
     *(f"{section}.batch_size=8" for section in ("rm", "diffmodel", "align")),
     "eval.batch_size=2",
-    "eval.judges=[oracle]",
+    "eval.judges=[gold]",
 )
 
 
@@ -63,7 +63,7 @@ STAGES: dict[str, Stage] = {
     "sft": Stage(base_policy, inputs=()),
     "rm": Stage(lambda run: scorer(run, "reward")),
     "diffmodel": Stage(lambda run: scorer(run, "diff")),
-    "dpo": Stage(aligned_policy, ("loss=dpo", "rc=oracle"), ("sft", "reference")),
+    "dpo": Stage(aligned_policy, ("loss=dpo", "rc=gold"), ("sft", "reference")),
     "kto": Stage(aligned_policy, ("loss=kto", "rc=none"), ("sft", "reference")),
     "score-reward": Stage(lambda run: scores(run, "reward", "train", False, None), inputs=("sft", "rm")),
     "score-diff": Stage(lambda run: scores(run, "diff", "train", True, None), inputs=("sft", "diffmodel")),

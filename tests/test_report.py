@@ -56,7 +56,7 @@ class Folder:
         kl: float = 0.5,
         seed: int = 0,
         rc: dict[str, Any] | None = None,
-        judges: Sequence[str] = ("oracle",),
+        judges: Sequence[str] = ("gold",),
         scores: Sequence[str] = (),
         split: str = "test",
         loss: str = "dpo",
@@ -125,7 +125,7 @@ class Folder:
         return html, markdown
 
 
-REWARD = {"name": "reward", "alpha": 0.5, "control": "none"}
+REWARD = {"name": "reward", "alpha": 0.5, "ablation": "none"}
 
 
 @pytest.fixture
@@ -135,11 +135,11 @@ def folder(tmp_path: Path) -> Folder:
 
 @pytest.fixture
 def full(folder: Folder) -> Folder:
-    """Two seeds of a baseline, a row and a control, two of a swept setting, and scorers; hostile names throughout."""
+    """Two seeds of a baseline, a row and an ablation, two of a swept setting, and scorers; hostile names throughout."""
     for seed in range(2):
         folder.policy("dpo", 2.0, 0.5, seed)
         folder.policy(f"dpo {EVIL}", 2.5 + 0.01 * seed, 0.6, seed, REWARD)
-        folder.policy("dpo shuffled", 1.9, 0.4, seed, {**REWARD, "control": "shuffle"})
+        folder.policy("dpo shuffled", 1.9, 0.4, seed, {**REWARD, "ablation": "shuffle"})
         folder.policy("none", 2.8, 0.9, seed, REWARD, learning_rate=1e-3)
         folder.scorer(f"_scorer {EVIL}", seed)
     return folder
@@ -153,7 +153,7 @@ SHARED = {"scores": ["reward"]}
 BASELINES: list[tuple[str, dict[str, Any], bool]] = [
     ("the same", {}, True),
     ("more scores than it reads", {"scores": []}, True),
-    ("other judges", {"judges": ["oracle", "reward"]}, True),
+    ("other judges", {"judges": ["gold", "reward"]}, True),
     ("another loss", {"loss": "kto"}, False),
     ("a setting of the loss", {"beta": 0.3}, False),
     ("another rate", {"learning_rate": 1e-3}, False),
@@ -179,7 +179,7 @@ def test_the_baseline_is_the_same_without_coefficients(
 def test_one_seed_is_compared_prompt_by_prompt_and_several_seed_by_seed(folder: Folder) -> None:
     folder.policy("dpo", 1.0)
     folder.policy("dpo_reward", 1.25, rc=REWARD)
-    change = folder.rows()["dpo_reward"].number("difference.oracle")
+    change = folder.rows()["dpo_reward"].number("difference.gold")
     assert change == (0.25, 0.25, 0.25)  # the same on every prompt
     for seed, (base, gain) in enumerate([(5.0, 0.2), (9.0, 0.3)], start=1):
         folder.policy("dpo", base, seed=seed)
@@ -187,7 +187,7 @@ def test_one_seed_is_compared_prompt_by_prompt_and_several_seed_by_seed(folder: 
     row = folder.rows()["dpo_reward"]
     assert row.baseline is not None
     assert row.baseline.name == "dpo"
-    change, reward = row.number("difference.oracle"), row.number("rewards.oracle")
+    change, reward = row.number("difference.gold"), row.number("rewards.gold")
     assert change is not None
     half = 4.30265 * 0.05 / math.sqrt(3)  # t of two degrees, standard deviation over seeds
     assert change == pytest.approx((0.25, 0.25 - half, 0.25 + half), abs=1e-4)
@@ -229,10 +229,10 @@ def test_a_sweep_has_lines_of_what_differs_in_one_setting_and_a_conclusion(folde
         assert len({row.settings["loss.beta"] for row in line}) == len({row.rc for row in line}) == 1
     line = next(line for line in lines["align.learning_rate"] if line[0].rc == "reward")
     # Both rise by 0.1 a nat, the row's from 0.3 nats later on: 0.5 - 0.03 more at the same KL.
-    assert at_equal_kl(line, "oracle") == pytest.approx((0.47, 0.4, 1.0))
-    assert difference(line[1], line[0], "rewards.oracle") == pytest.approx((0.09, 0.09, 0.09))
+    assert at_equal_kl(line, "gold") == pytest.approx((0.47, 0.4, 1.0))
+    assert difference(line[1], line[0], "rewards.gold") == pytest.approx((0.09, 0.09, 0.09))
     _, text = folder.report()
-    assert r"align.learning\_rate, by rewards.oracle: 0.001 is best" in text
+    assert r"align.learning\_rate, by rewards.gold: 0.001 is best" in text
     assert "distinguishable from 0.0001." in text
     assert "At equal KL (0.40 to 1.00 nats)" in text
 
@@ -242,9 +242,9 @@ def test_results_are_saved_as_a_table(full: Folder) -> None:
     saved = pd.read_parquet(full.run_dir / "report" / "results.parquet")
     assert len(saved) == 10
     assert len(pd.read_csv(full.run_dir / "report" / "results.csv")) == 10
-    assert {"settings.align.learning_rate", "settings.rc.control"} <= set(saved)
+    assert {"settings.align.learning_rate", "settings.rc.ablation"} <= set(saved)
     assert "settings.loss.beta" not in saved  # which is the same in all
-    assert saved.groupby("name")["rewards.oracle.value"].mean()["dpo"] == pytest.approx(2.0)
+    assert saved.groupby("name")["rewards.gold.value"].mean()["dpo"] == pytest.approx(2.0)
     assert saved["coefficients.effective_sample_size.value"].dropna().unique() == [31.0]
 
 
@@ -329,8 +329,8 @@ def test_the_sentences_say_what_the_numbers_say(full: Folder) -> None:
     html, text = full.report()
     assert "the coefficient helps in 1 of 1 rows, harms in 0" in text
     assert r"at KL 0.60 \[" in text
-    assert "Controls: dpo shuffled −0.10" in text
-    assert "control: R shuffled over pairs" in html
+    assert "Ablations: dpo shuffled −0.10" in text
+    assert "ablation: R shuffled over pairs" in html
     assert "over 2 seeds" in html
     # The answer and its picture come before everything else.
     assert html.index("the coefficient helps") < html.index("<svg") < html.index("<table")

@@ -36,7 +36,7 @@ RUNS: dict[str, tuple[Callable[[Run], Artifact], list[str]]] = {
     "sft": (base_policy, ["sft.max_steps=7", "sft.batch_size=48"]),  # the last batch of an epoch is smaller
     "rm": (lambda run: scorer(run, "reward"), [f"rm.{setting}" for setting in SCORER]),
     "diffmodel": (lambda run: scorer(run, "diff"), [f"diffmodel.{setting}" for setting in SCORER]),
-    "dpo": (aligned_policy, ["loss=dpo", "rc=oracle", *ALIGN]),
+    "dpo": (aligned_policy, ["loss=dpo", "rc=gold", *ALIGN]),
     "kto": (aligned_policy, ["loss=kto", "rc=none", *ALIGN]),
     "rrhf": (aligned_policy, ["loss=rrhf", "loss.ranking=scores", "rc=none", "align.min_responses=6", *ALIGN]),
 }

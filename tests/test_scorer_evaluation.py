@@ -15,7 +15,7 @@ def test_a_model_that_knows_only_the_position_is_a_coin() -> None:
     assert found["accuracy_chosen_first"]["value"] == 1.0
     assert found["accuracy_chosen_second"]["value"] == 0.0
     assert found["label_accuracy"]["value"] == pytest.approx(0.5, abs=0.03)
-    assert found["oracle_accuracy"] == found["label_accuracy"]
+    assert found["gold_accuracy"] == found["label_accuracy"]
     assert found["label_accuracy_both_orders"]["value"] == 0.5
     assert found["first_preferred_share"]["value"] == 1.0
     assert found["antisymmetry_gap"] == 2.0
@@ -50,36 +50,36 @@ def test_pointwise_scores_do_not_depend_on_the_order_shown() -> None:
         assert found["differences"] == forward.tolist()
 
 
-def test_without_an_oracle_its_fields_are_none() -> None:
+def test_without_an_gold_its_fields_are_none() -> None:
     found = evaluate_scorer([1.0], [-1.0], [1.0])
-    for name in ("oracle_accuracy", "oracle_accuracy_both_orders", "labels_oracle_accuracy"):
+    for name in ("gold_accuracy", "gold_accuracy_both_orders", "labels_gold_accuracy"):
         assert found[name] is None
     assert found["mislabelled_share_where_contradicted"] is None
     assert found["mislabelled_share_elsewhere"] is None
-    assert found["by_confidence"][0]["oracle_accuracy"] is None
+    assert found["by_confidence"][0]["gold_accuracy"] is None
 
 
-def test_oracle_by_hand() -> None:
+def test_gold_by_hand() -> None:
     forward = np.array([1.0, -1.0, 2.0, -3.0, 4.0, 5.0, 6.0])
     labels = np.array([1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 1.0])
-    # labels: right, wrong, wrong, right, (equal under the oracle), (a tie), (unknown)
-    oracle = [0.7, -0.2, -1.0, 0.3, 0.0, 2.0, None]
+    # labels: right, wrong, wrong, right, (equal under the gold), (a tie), (unknown)
+    gold = [0.7, -0.2, -1.0, 0.3, 0.0, 2.0, None]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = evaluate_scorer(forward, -forward, labels, oracle, seed=3)
-    # scorer against the oracle on the four pairs with an answer: right, right, wrong, wrong
-    assert found["oracle_accuracy"]["value"] == 0.5
-    assert found["oracle_accuracy"]["count"] == 4
-    assert found["oracle_accuracy_both_orders"]["value"] == 0.5
-    assert found["labels_oracle_accuracy"]["value"] == 0.5
+        found = evaluate_scorer(forward, -forward, labels, gold, seed=3)
+    # scorer against the gold on the four pairs with an answer: right, right, wrong, wrong
+    assert found["gold_accuracy"]["value"] == 0.5
+    assert found["gold_accuracy"]["count"] == 4
+    assert found["gold_accuracy_both_orders"]["value"] == 0.5
+    assert found["labels_gold_accuracy"]["value"] == 0.5
     # contradicted labels: the second (mislabelled) and the fourth (right); elsewhere: the first and the third
     assert found["mislabelled_share_where_contradicted"]["value"] == 0.5
     assert found["mislabelled_share_elsewhere"]["value"] == 0.5
     assert found["mislabelled_share_elsewhere"]["count"] == 2
     assert found["label_accuracy"]["value"] == pytest.approx(4 / 6)
-    # six decided pairs by |f|: {1, 1}, {2, 3}, {4}, {6}; the last two have no oracle answer
+    # six decided pairs by |f|: {1, 1}, {2, 3}, {4}, {6}; the last two have no gold answer
     assert [part["count"] for part in found["by_confidence"]] == [2, 2, 1, 1]
-    assert [part["oracle_accuracy"]["value"] for part in found["by_confidence"]] == [1.0, 0.0, None, None]
+    assert [part["gold_accuracy"]["value"] for part in found["by_confidence"]] == [1.0, 0.0, None, None]
 
 
 def test_both_orders_cancels_a_position_bias() -> None:
@@ -87,8 +87,8 @@ def test_both_orders_cancels_a_position_bias() -> None:
     truth = random.normal(size=3000)
     forward, backward = truth + 2.0, -truth + 2.0  # knows the truth, but leans to the first response
     found = evaluate_scorer(forward, backward, np.ones(3000), truth)
-    assert found["oracle_accuracy_both_orders"]["value"] == 1.0
-    assert found["oracle_accuracy"]["value"] < 0.6
+    assert found["gold_accuracy_both_orders"]["value"] == 1.0
+    assert found["gold_accuracy"]["value"] < 0.6
     assert found["antisymmetry_gap"] == pytest.approx(4.0)
     assert found["accuracy_chosen_first"]["value"] > 0.95
     assert found["accuracy_chosen_second"]["value"] < 0.05
@@ -123,7 +123,7 @@ def test_bad_input_is_refused() -> None:
         evaluate_scorer([1.0], [-1.0], [0.0])
     with pytest.raises(ValueError, match=r"backward\[1\]"):
         evaluate_scorer([1.0, 1.0], [1.0, np.nan], [1.0, 1.0])
-    with pytest.raises(ValueError, match="oracle values"):
+    with pytest.raises(ValueError, match="gold values"):
         evaluate_scorer([1.0], [-1.0], [1.0], [1.0, 2.0])
     with pytest.raises(ValueError, match="shape"):
         evaluate_scorer(np.ones((1, 2)), [-1.0], [1.0])

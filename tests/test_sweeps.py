@@ -63,7 +63,7 @@ def test_a_point_that_cannot_run_is_refused_before_any_runs(capsys):
 
 def test_a_bayesian_sweep_finds_the_same_points_again(tmp_path):
     settings = [f"run_dir={tmp_path}", *TINY, "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2"]
-    settings += ["metric=rewards.oracle", f"hydra.sweep.dir={tmp_path}/sweep"]
+    settings += ["metric=rewards.gold", f"hydra.sweep.dir={tmp_path}/sweep"]
     command = [sys.executable, "train.py", "experiment=sweep_bayes", *settings]
     said, found = [], []
     for _ in range(2):
@@ -88,7 +88,7 @@ def artifact(folder: Path, **results: Any):
     def make(made: Path) -> dict[str, Any]:
         for step in range(1, 21):
             append_json_line(made / "metrics.jsonl", {"step": step, "loss": float(step), "seconds": 1.0})
-        rewards = {"oracle": {"value": 1.5, "low": 1.0, "high": 2.0}}
+        rewards = {"gold": {"value": 1.5, "low": 1.0, "high": 2.0}}
         write_json(made / "evaluation.json", {"rewards": rewards, "kl": {"value": None}, "pairs": 7, "text": "x"})
         return results
 
@@ -98,7 +98,7 @@ def artifact(folder: Path, **results: Any):
 def test_a_metric_is_any_number_that_the_folder_says(tmp_path):
     made = artifact(tmp_path, metric=1.5, coefficients={"mean": 0.25}, last={"loss": 9.0})
     assert stage_metric(made, None) == 1.5
-    assert stage_metric(made, "rewards.oracle") == 1.5
+    assert stage_metric(made, "rewards.gold") == 1.5
     assert stage_metric(made, "pairs") == 7
     assert stage_metric(made, "coefficients.mean") == 0.25
     assert stage_metric(made, "loss") == 19.5  # of the last two steps of 20
@@ -107,7 +107,7 @@ def test_a_metric_is_any_number_that_the_folder_says(tmp_path):
 def test_a_metric_that_is_not_there_is_answered_with_those_that_are(tmp_path):
     made = artifact(tmp_path)
     assert stage_metric(made, None) is None
-    with pytest.raises(UserError, match=r"metric=rewards: there is no such .* it has kl, loss, pairs, rewards.oracle$"):
+    with pytest.raises(UserError, match=r"metric=rewards: there is no such .* it has kl, loss, pairs, rewards.gold$"):
         stage_metric(made, "rewards")
     with pytest.raises(UserError, match="metric=kl has no value"):
         stage_metric(made, "kl")
@@ -120,7 +120,7 @@ def test_every_stage_returns_what_the_config_names_also_when_it_was_done_already
         "diffmodel": "gradient_norm",
         "score": "records",
         "align": "coefficients.mean",
-        "eval": "rewards.oracle",
+        "eval": "rewards.gold",
     }
     for stage, metric in wanted.items():
         overrides = [*TINY, f"run_dir={tmp_path}", f"stage={stage}", "rc=reward", f"metric={metric}"]

@@ -170,7 +170,7 @@ def test_a_login_that_is_missing_is_one_line_and_costs_no_finished_stage(tmp_pat
         base_policy(tiny_run(tmp_path, *SHORT))
     assert "\n" not in str(caught.value)
     base_policy(tiny_run(tmp_path))
-    artifact = evaluate_policy(tiny_run(tmp_path, "tracker=wandb", "eval.judges=[oracle]"), "base")
+    artifact = evaluate_policy(tiny_run(tmp_path, "tracker=wandb", "eval.judges=[gold]"), "base")
     assert (artifact.folder / "manifest.json").exists()
     assert "is finished, but not shown in wandb: tracker=wandb:" in capsys.readouterr().err
 
@@ -190,10 +190,10 @@ def test_results_reach_wandb(tmp_path, offline):
     folder = tmp_path / "eval" / "dpo-123"
     folder.mkdir(parents=True)
     table = (["name", "value"], [["kl", 0.5], ["reward", None]])
-    tracking.show(WANDB, folder, {}, {"rewards/oracle": 1.5}, {"tables/x": table})
+    tracking.show(WANDB, folder, {}, {"rewards/gold": 1.5}, {"tables/x": table})
     summaries = [record.summary for record in records_in(folder) if record.WhichOneof("record_type") == "summary"]
     found = {item.key: item.value_json for summary in summaries for item in summary.update}
-    assert found["rewards/oracle"] == "1.5"
+    assert found["rewards/gold"] == "1.5"
     assert any(name.startswith("tables/x") for step in steps_in(folder) for name in step)
     files = list(folder.glob("wandb/offline-run-*/files/media/table/tables/x*.json"))
     assert [read_json(file)["data"] for file in files] == [table[1]]
@@ -258,8 +258,8 @@ def test_an_evaluated_policy_comes_with_numbers_samples_and_tables():
         read_json(logged.folder / "evaluation.json"),
         read_json_lines(logged.folder / "generations.jsonl"),
     )
-    reward = evaluation["rewards"]["oracle"]
-    assert logged.summary["reward"] == logged.summary["rewards/oracle"] == reward["value"]
+    reward = evaluation["rewards"]["gold"]
+    assert logged.summary["reward"] == logged.summary["rewards/gold"] == reward["value"]
     assert logged.summary["reward_low"] == reward["low"]
     assert logged.summary["against_base/diff/win"] == evaluation["against_base"]["diff"]["win"]["value"]
     assert logged.summary["prompts"] == 8
@@ -269,13 +269,13 @@ def test_an_evaluated_policy_comes_with_numbers_samples_and_tables():
         "global_step", "tables/evaluation", "tables/against_base", "tables/samples",
     }  # fmt: skip
     samples = shown["tables/samples"]
-    assert samples.columns == ["id", "query", "response", "stopped", "reward/oracle", "reward/reward"]
+    assert samples.columns == ["id", "query", "response", "stopped", "reward/gold", "reward/reward"]
     assert [row[:4] for row in samples.data] == [
         [line["id"], line["query"], line["response"], line["stopped"]] for line in lines
     ]
     rows = {row[0]: row[1:] for row in shown["tables/evaluation"].data}
-    assert rows["rewards/oracle"] == [reward["value"], reward["low"], reward["high"], reward["count"]]
-    assert [row[0] for row in shown["tables/against_base"].data] == ["diff", "oracle", "reward"]
+    assert rows["rewards/gold"] == [reward["value"], reward["low"], reward["high"], reward["count"]]
+    assert [row[0] for row in shown["tables/against_base"].data] == ["diff", "gold", "reward"]
     assert "reward" not in the_run("eval", "base").summary  # no point of a sweep
 
 

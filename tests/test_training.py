@@ -259,7 +259,7 @@ def test_no_stage_holds_the_texts_or_token_ids_of_all_records(
 ) -> None:
     """Of 64 records at most those of two batches are alive at once, and the texts of a few being read."""
     sections = [f"{section}.{key}" for section in STAGES for key in ("batch_size=4", "max_steps=3", "max_records=64")]
-    run = tiny_run(tmp_path, "dataset.toy.demonstrations=64", "loss=kto", "rc=oracle", "model=small", *sections)
+    run = tiny_run(tmp_path, "dataset.toy.demonstrations=64", "loss=kto", "rc=gold", "model=small", *sections)
     split = "demonstrations" if name == "sft" else "train"
     records = run.records(split)
     tokenizer = load_tokenizer(model_path(base_policy(run)), run.config.model)

@@ -132,7 +132,7 @@ def test_losses_over_pairs_take_the_pairs_of_mixed_data() -> None:
 
 
 @pytest.mark.parametrize("records", [UNPAIRED, [PAIR, *UNPAIRED]])
-@pytest.mark.parametrize("rc", ["reward", "diff", "oracle"])
+@pytest.mark.parametrize("rc", ["reward", "diff", "gold"])
 def test_coefficients_are_refused(rc: str, records: list[Record]) -> None:
     sections = {"rm": ScorerConfig(path="finished"), "diffmodel": DifferenceConfig(path="finished")}
     with pytest.raises(UserError, match=rf"rc={rc} .* difference of its two rewards, .* record good .* use rc=none"):

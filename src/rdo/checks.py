@@ -39,7 +39,7 @@ READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
     "dataset.on_invalid": ("dataset.source", ("file", "hub")),
     "dataset.max_invalid_share": ("dataset.on_invalid", ("skip",)),
     "rc.order": ("rc.name", ("diff",)),
-    "rc.control": ("rc.name", ("reward", "diff", "oracle")),
+    "rc.ablation": ("rc.name", ("reward", "diff", "gold")),
     "rc.epsilon": ("rc.negative", ("floor",)),
     "rc.scores": ("rc.name", ("reward", "diff")),
     "eval.temperature": ("eval.decoding", ("sample",)),
@@ -331,12 +331,12 @@ def model_problems(config: Config, _: LossChoice) -> Iterator[str]:
 def scorer_problems(config: Config, _: LossChoice) -> Iterator[str]:
     """Coefficients, and where scorers come from."""
     rc = config.rc
-    if rc.name == "oracle" and config.dataset.source != "toy":
-        yield "rc=oracle knows the true reward, which only dataset=toy has; use rc=reward or rc=diff"
-    if rc.control == "filter" and rc.negative != "clip":
-        yield "rc.control=filter drops the pairs with R < 0, so rc.negative must be clip"
-    if rc.control == "filter" and rc.scale != "none":
-        yield "rc.control=filter weighs no pair, so rc.scale must be none"
+    if rc.name == "gold" and config.dataset.source != "toy":
+        yield "rc=gold knows the true reward, which only dataset=toy has; use rc=reward or rc=diff"
+    if rc.ablation == "filter" and rc.negative != "clip":
+        yield "rc.ablation=filter drops the pairs with R < 0, so rc.negative must be clip"
+    if rc.ablation == "filter" and rc.scale != "none":
+        yield "rc.ablation=filter weighs no pair, so rc.scale must be none"
     if rc.scores and config.stage.name == "score":
         yield "stage=score makes scores, but rc.scores names finished ones: leave one out"
     for name in ("rm", "diffmodel"):

@@ -28,7 +28,7 @@ DifferenceForm = Literal["paper", "antisymmetric", "residual"]
 Negative = Literal["clip", "abs", "flip", "floor", "error"]
 Kernel = Literal["auto", "gathered", "contiguous", "varlen"]
 Stage = Literal["sft", "rm", "diffmodel", "score", "align", "eval", "report", "inspect"]
-Judge = Literal["oracle", "reward", "diff"]
+Judge = Literal["gold", "reward", "diff"]
 
 
 @dataclass(config=SECTION)
@@ -153,7 +153,7 @@ class DifferenceConfig(ScorerConfig):
 class RcConfig:
     """Reward difference coefficients: w = R^alpha."""
 
-    name: Literal["none", "reward", "diff", "oracle"] = "none"  # none | reward | diff | oracle (toy world)
+    name: Literal["none", "reward", "diff", "gold"] = "none"  # none | reward | diff | gold (toy world)
     alpha: Share = 0.5
     negative: Negative = "clip"  # clip | abs | flip | floor | error: what R < 0 becomes
     epsilon: Positive = 1e-3  # of negative=floor
@@ -161,7 +161,7 @@ class RcConfig:
     order: Literal["forward", "antisymmetric"] = (
         "forward"  # forward | antisymmetric: which f of the difference model is R
     )
-    control: Literal["none", "shuffle", "filter"] = "none"  # none | shuffle | filter: controls of the toy study
+    ablation: Literal["none", "shuffle", "filter"] = "none"  # none | shuffle | filter: ablations of the toy study
     scores: Text | None = None  # the finished folder of a stage=score to read R from, instead of making it
 
 
@@ -174,7 +174,7 @@ class EvalConfig:
     temperature: Positive = 1.0
     max_new_tokens: Count = 128
     batch_size: Count = 64
-    judges: list[Judge] = field(default_factory=lambda: ["oracle", "reward", "diff"])
+    judges: list[Judge] = field(default_factory=lambda: ["gold", "reward", "diff"])
     samples: FromZero = 8  # of a policy, handed to the report
 
 

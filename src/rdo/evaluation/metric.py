@@ -16,7 +16,7 @@ LAST = 0.1  # of a training run's steps are averaged: one step alone is noise
 
 
 def stage_metric(artifact: Artifact, name: str | None) -> float | None:
-    """The number of a finished artifact that a sweep compares: of its evaluation (`rewards.oracle`), its training log
+    """The number of a finished artifact that a sweep compares: of its evaluation (`rewards.gold`), its training log
     (`loss`) or its manifest's results (`coefficients.mean`). None: the stage's own, where it has one.
 
     Raises UserError where there is none of this name, or it has no value.

@@ -13,11 +13,11 @@ import numpy as np
 
 from rdo.objectives.intervals import Estimate, wilson
 
-ORACLE_TIE = 1e-9  # true rewards closer than this differ by rounding only: no answer is the right one
-ORACLE_FIELDS = (
-    "oracle_accuracy",
-    "oracle_accuracy_both_orders",
-    "labels_oracle_accuracy",
+GOLD_TIE = 1e-9  # true rewards closer than this differ by rounding only: no answer is the right one
+GOLD_FIELDS = (
+    "gold_accuracy",
+    "gold_accuracy_both_orders",
+    "labels_gold_accuracy",
     "mislabelled_share_where_contradicted",
     "mislabelled_share_elsewhere",
 )
@@ -32,15 +32,15 @@ def evaluate_scorer(
     forward: Sequence[float] | Numbers,
     backward: Sequence[float] | Numbers,
     labels: Sequence[float] | Numbers,
-    oracle: Sequence[float | None] | Numbers | None = None,
+    gold: Sequence[float | None] | Numbers | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Everything the report says about a scorer, from its outputs on labelled pairs (chosen, rejected).
 
     forward: f(chosen, rejected). backward: f(rejected, chosen); for a pointwise model it is -forward.
     labels: target for "chosen is preferred": 1.0, or 0.5 for a tie (counted, and left out of every accuracy).
-    oracle: true reward of chosen minus that of rejected, None where unknown. Pairs that are equal under the oracle
-    have no right answer and are left out of the oracle's accuracies. An output of exactly 0 counts as half right.
+    gold: true reward of chosen minus that of rejected, None where unknown. Pairs that are equal under the gold
+    have no right answer and are left out of the gold's accuracies. An output of exactly 0 counts as half right.
     """
     ahead, behind = _outputs(forward, "forward"), _outputs(backward, "backward")
     targets = np.asarray(labels, dtype=np.float64)
@@ -48,7 +48,7 @@ def evaluate_scorer(
         raise ValueError(f"{len(ahead)} forward, {len(behind)} backward values and {len(targets)} labels")
     if not np.all((targets == 1.0) | (targets == 0.5)):
         raise ValueError("labels must be 1.0 (chosen is preferred) or 0.5 (a tie)")
-    truth = None if oracle is None else _oracle(oracle, len(ahead))
+    truth = None if gold is None else _gold(gold, len(ahead))
 
     random = np.random.default_rng(seed)
     chosen_first = random.random(len(ahead)) < 0.5
@@ -70,7 +70,7 @@ def evaluate_scorer(
         "by_confidence": _by_confidence(for_chosen, decided, truth),
         "differences": _sample(ahead, random),
     }
-    result.update(_against_oracle(ahead, for_chosen, both_orders, decided, truth))
+    result.update(_against_gold(ahead, for_chosen, both_orders, decided, truth))
     return result
 
 
@@ -83,10 +83,10 @@ def _outputs(values: Sequence[float] | Numbers, name: str) -> Numbers:
     return array
 
 
-def _oracle(values: Sequence[float | None] | Numbers, count: int) -> Numbers:
+def _gold(values: Sequence[float | None] | Numbers, count: int) -> Numbers:
     array = np.array([np.nan if value is None else float(value) for value in values], dtype=np.float64)
     if len(array) != count:
-        raise ValueError(f"{len(array)} oracle values for {count} pairs")
+        raise ValueError(f"{len(array)} gold values for {count} pairs")
     return array
 
 
@@ -101,25 +101,25 @@ def _share(credit: Numbers, mask: Mask) -> Estimate:
 
 def _with_answer(decided: Mask, truth: Numbers) -> Mask:
     """Pairs that have both a label and a right answer: one set for scorer and labels, so the two compare."""
-    return decided & (np.abs(truth) > ORACLE_TIE)  # NaN (unknown) compares as False
+    return decided & (np.abs(truth) > GOLD_TIE)  # NaN (unknown) compares as False
 
 
-def _oracle_credit(opinion: Numbers, truth: Numbers) -> Numbers:
+def _gold_credit(opinion: Numbers, truth: Numbers) -> Numbers:
     return _credit(opinion * np.sign(truth))
 
 
-def _against_oracle(
+def _against_gold(
     ahead: Numbers, for_chosen: Numbers, both_orders: Numbers, decided: Mask, truth: Numbers | None
 ) -> dict[str, Estimate | None]:
     """The fields that need the true reward; all None without it."""
     if truth is None:
-        return dict.fromkeys(ORACLE_FIELDS)
+        return dict.fromkeys(GOLD_FIELDS)
     known = _with_answer(decided, truth)
     mislabelled = _credit(-truth)
     return {
-        "oracle_accuracy": _share(_oracle_credit(for_chosen, truth), known),
-        "oracle_accuracy_both_orders": _share(_oracle_credit(both_orders, truth), known),
-        "labels_oracle_accuracy": _share(_credit(truth), known),
+        "gold_accuracy": _share(_gold_credit(for_chosen, truth), known),
+        "gold_accuracy_both_orders": _share(_gold_credit(both_orders, truth), known),
+        "labels_gold_accuracy": _share(_credit(truth), known),
         "mislabelled_share_where_contradicted": _share(mislabelled, known & (ahead < 0)),
         "mislabelled_share_elsewhere": _share(mislabelled, known & (ahead >= 0)),
     }
@@ -134,16 +134,16 @@ def _by_confidence(for_chosen: Numbers, decided: Mask, truth: Numbers | None) ->
         mask = np.zeros(len(for_chosen), dtype=bool)
         mask[part] = True
         size = np.abs(for_chosen[part])
-        oracle_accuracy = None
+        gold_accuracy = None
         if truth is not None:
-            oracle_accuracy = _share(_oracle_credit(for_chosen, truth), _with_answer(mask, truth))
+            gold_accuracy = _share(_gold_credit(for_chosen, truth), _with_answer(mask, truth))
         parts.append(
             {
                 "low": float(size.min()) if len(part) else None,
                 "high": float(size.max()) if len(part) else None,
                 "count": len(part),
                 "label_accuracy": _share(_credit(for_chosen), mask),
-                "oracle_accuracy": oracle_accuracy,
+                "gold_accuracy": gold_accuracy,
             }
         )
     return parts

@@ -118,7 +118,7 @@ def statistics(difference: Tensor, weight: Tensor) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Controls: what the gain of rc should be measured against
+# Ablations: what the gain of rc should be measured against
 # ---------------------------------------------------------------------------------------------------------------------
 
 

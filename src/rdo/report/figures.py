@@ -21,7 +21,7 @@ from rdo.runtime.errors import printable
 
 # Okabe and Ito's colours without the yellow ones, which are too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#B0568A", "#3A3A3A", "#8C6D1F")
-MARKERS = {"none": "o", "reward": "s", "diff": "^", "oracle": "D"}
+MARKERS = {"none": "o", "reward": "s", "diff": "^", "gold": "D"}
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "rdo",  # otherwise the ids inside the file are new every time
     "svg.fonttype": "none",  # text stays text: it can be searched and read aloud, and takes the page's font
@@ -102,7 +102,7 @@ def overview(rows: Sequence[Row], judge: str) -> Figure | None:
         found = row.number(f"difference.{judge}")
         assert found is not None
         shade = {"higher": COLOURS[0], "lower": COLOURS[1]}.get(found.verdict, "#8A8A8A")
-        face = "white" if row.ablation else shade
+        face = "white" if row.ablation_in_words else shade
         axes.errorbar([found.value], [place], xerr=bars([found]), color=shade, marker="o", mfc=face, capsize=2.5)
         kl = [one.number("kl") for one in (row, row.baseline) if one]
         axes.annotate(" / ".join(number(one.value) for one in kl if one), (1.01, place), **beside)
@@ -120,13 +120,13 @@ def confidence(rows: Sequence[Row]) -> Figure | None:
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes, drawn = figure.add_subplot(), 0
     for row in rows:
-        for kind in ("oracle", "label"):
+        for kind in ("gold", "label"):
             found = [row.number(f"by_confidence.{n}.{kind}_accuracy") for n in range(1, 5)]
             known = [(n + 0.04 * drawn, estimate) for n, estimate in enumerate(found, start=1) if estimate]
             if known:
                 x, y = zip(*known, strict=True)
                 points(axes, x, y, label=label(row.name), marker="o", **colour(drawn))
-                axes.set_ylabel(f"accuracy against the {'true reward' if kind == 'oracle' else 'labels'}")
+                axes.set_ylabel(f"accuracy against the {'true reward' if kind == 'gold' else 'labels'}")
                 drawn += 1
                 break
     if not drawn:
@@ -160,7 +160,7 @@ def frontier(rows: Sequence[Row], judge: str) -> Figure | None:
             bars(kl),
             color=shade,
             marker=MARKERS.get(first.rc, "o"),
-            mfc="white" if first.ablation else shade,
+            mfc="white" if first.ablation_in_words else shade,
             linestyle="-" if first.rc != "none" else "--",
             label=label(first.name if len(line) == 1 else f"{first.name} … {line[-1].name}"),
         )

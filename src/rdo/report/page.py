@@ -25,7 +25,7 @@ RULES = (
     "are taken seed by seed, with one seed prompt by prompt, and distinguishable where the interval excludes zero.",
     "Every comparison is judged on its own: among twenty comparisons of equal rows about one differs by chance.",
     "A judge that was the scorer in training favours the rows trained on it. Rewards are worth comparing at equal KL.",
-    "Every scorer is shown the two responses in random order. A pair whose label is a tie is in no accuracy. Oracle: "
+    "Every scorer is shown the two responses in random order. A pair whose label is a tie is in no accuracy. Gold: "
     "the true reward, which only a made-up world knows.",
 )
 
@@ -44,10 +44,10 @@ def section(place: int, name: str, rows: Sequence[Row], samples: int) -> dict[st
     """What there is to say and to show of the rows on one data set."""
     policies, scorers = ([row for row in rows if (row.kind in ("policy", "base")) == kind] for kind in (True, False))
     judges = sorted(
-        {judge for row in policies for judge in row.judges}, key=lambda judge: (judge != "oracle", judge != "reward")
+        {judge for row in policies for judge in row.judges}, key=lambda judge: (judge != "gold", judge != "reward")
     )
-    judge = judges[0] if judges else "oracle"
-    metric = "oracle_accuracy" if any(row.number("oracle_accuracy") for row in scorers) else "label_accuracy"
+    judge = judges[0] if judges else "gold"
+    metric = "gold_accuracy" if any(row.number("gold_accuracy") for row in scorers) else "label_accuracy"
     drawn = {
         "overview": figures.overview(policies, judge, prefix=f"{place}"),
         "confidence": figures.confidence(scorers, prefix=f"{place}"),
@@ -76,7 +76,7 @@ def section(place: int, name: str, rows: Sequence[Row], samples: int) -> dict[st
 def effects(policies: Sequence[Row], judge: str) -> Iterator[str]:
     """Whether coefficients help, by how much, and at which KL."""
     found = [(row, n, row.baseline) for row in policies if (n := row.number(f"difference.{judge}")) and row.baseline]
-    ordinary = [entry for entry in found if not entry[0].ablation]
+    ordinary = [entry for entry in found if not entry[0].ablation_in_words]
     if not ordinary:
         yield "No row with a coefficient is finished together with its baseline: whether coefficients help is open."
     else:
@@ -91,17 +91,17 @@ def effects(policies: Sequence[Row], judge: str) -> Iterator[str]:
         kl = [interval(one.number("kl"), 2) for one in (row, base)]
         said = f"{row.name} over {base.name}, {interval(change, 2, signed=True)} ({change.verdict})"
         yield f"Largest difference: {said}, at KL {kl[0]} against {kl[1]} nats."
-    controls = [f"{row.name} {interval(change, 2, signed=True)}" for row, change, _ in found if row.ablation]
-    if controls:
-        yield f"Controls: {'; '.join(controls)}."
+    ablations = [f"{row.name} {interval(change, 2, signed=True)}" for row, change, _ in found if row.ablation_in_words]
+    if ablations:
+        yield f"Ablations: {'; '.join(ablations)}."
 
 
 def accuracies(scorers: Sequence[Row], metric: str) -> Iterator[str]:
     """How often scorers and labels are right."""
     known = [(row.name, accuracy) for row in scorers if (accuracy := row.number(metric))]
     if known:
-        labels = scorers[0].number("labels_oracle_accuracy")
-        kind = "true reward" if metric == "oracle_accuracy" else "held-out labels"
+        labels = scorers[0].number("labels_gold_accuracy")
+        kind = "true reward" if metric == "gold_accuracy" else "held-out labels"
         beside = f" (the labels themselves in {number(labels.value, 3)})" if labels else ""
         yield f"Scorers agree with the {kind}{beside}: {'; '.join(f'{name} in {interval(n)}' for name, n in known)}."
 

@@ -39,24 +39,24 @@ class Row:
     kind: str
     loss: str
     rc: str
-    control: str
+    ablation: str
     runs: pd.DataFrame
     settings: dict[str, Any]
     baseline: Row | None = None
 
     @property
-    def ablation(self) -> str | None:
-        """What the row is a control for, in words; None of an ordinary one."""
-        return ABLATIONS.get(self.control) or ("R from the true reward" if self.rc == "oracle" else None)
+    def ablation_in_words(self) -> str | None:
+        """What the row is without, in words; None of an ordinary one."""
+        return ABLATIONS.get(self.ablation) or ("R from the true reward" if self.rc == "gold" else None)
 
     @property
     def judges(self) -> list[str]:
         """Who has given its responses rewards; the true reward first."""
         found = self.runs.filter(regex=r"^rewards\..*\.value$").dropna(axis=1, how="all")
-        return sorted((name.split(".")[1] for name in found), key=lambda judge: judge != "oracle")
+        return sorted((name.split(".")[1] for name in found), key=lambda judge: judge != "gold")
 
     def number(self, key: str) -> Number | None:
-        """A quantity ("rewards.oracle"): with one seed and its own interval, with several their mean and t interval."""
+        """A quantity ("rewards.gold"): with one seed and its own interval, with several their mean and t interval."""
         values = self.runs.get(f"{key}.value", pd.Series(dtype=float)).dropna()
         if len(values) != 1:
             return as_number(mean_interval(values))
@@ -66,7 +66,7 @@ class Row:
 
 def frame_of(run_dir: Path) -> tuple[pd.DataFrame, list[str]]:
     """Every finished evaluation of a run folder, and why others cannot be shown. Columns: folder, row, data, kind,
-    loss, rc, control, seed, baseline (its folder), `settings.*`, and of each quantity `.value`, `.low`, `.high`."""
+    loss, rc, ablation, seed, baseline (its folder), `settings.*`, and of each quantity `.value`, `.low`, `.high`."""
     records, problems = [], []
     for path in sorted((run_dir / "eval").glob(f"*/{MANIFEST}")):
         try:
@@ -100,7 +100,7 @@ def record_of(run_dir: Path, folder: Path, manifest: Mapping[str, Any]) -> dict[
         "finished": manifest["finished"],
         "command": manifest["command"],
         "baseline": None,
-        **dict.fromkeys(("loss", "rc", "control"), "none"),
+        **dict.fromkeys(("loss", "rc", "ablation"), "none"),
         # As JSON texts, which compare whatever they are: all, and without those of the judges.
         "judged": {short(key): json.dumps(value) for key, value in determinants(run_dir, manifest).items()},
         "settings": {short(key): json.dumps(value) for key, value in determinants(run_dir, manifest, SUBJECT).items()},
@@ -112,14 +112,14 @@ def record_of(run_dir: Path, folder: Path, manifest: Mapping[str, Any]) -> dict[
     if "base" not in inputs:  # others are compared with it, and whichever came first has made it
         return record | {"kind": "base", "row": "base", "trained": str(subject)}
     policy = read_json(subject / MANIFEST)
-    rc = policy["settings"]["rc"] or {"name": "none", "control": "none"}
+    rc = policy["settings"]["rc"] or {"name": "none", "ablation": "none"}
     shared = [{key: value for key, value in policy["settings"].items() if key != "rc"}]
     shared += [{k: v for k, v in manifest["settings"].items() if k not in ("judges", "difference_template")}]
     return record | {
         "kind": "policy",
         "loss": policy["settings"]["loss"]["name"],
         "rc": rc["name"],
-        "control": rc["control"],
+        "ablation": rc["ablation"],
         "trained": str(subject),
         "records": {"value": policy["results"].get("records")},
         "coefficients": numbers(policy["results"].get("coefficients") or {}),
@@ -200,8 +200,8 @@ def rows_of(frame: pd.DataFrame) -> list[Row]:
         own = varying(frame[(frame["data"] == data) & (frame["kind"] == first["kind"])], "settings")
         texts = {key: first[f"settings.{key}"] for key in own}
         settings = {key: json.loads(text) for key, text in texts.items() if isinstance(text, str)}
-        kind, loss, rc, control = (str(first[key]) for key in ("kind", "loss", "rc", "control"))
-        row = Row(str(name), str(data), kind, loss, rc, control, runs.set_index("seed"), settings)
+        kind, loss, rc, ablation = (str(first[key]) for key in ("kind", "loss", "rc", "ablation"))
+        row = Row(str(name), str(data), kind, loss, rc, ablation, runs.set_index("seed"), settings)
         found |= dict.fromkeys(runs["folder"], row)
     for folder, base in frame.set_index("folder")["baseline"].dropna().items():
         found[str(folder)].baseline = found[base]
@@ -210,7 +210,9 @@ def rows_of(frame: pd.DataFrame) -> list[Row]:
     frame.drop(columns=gone, errors="ignore", inplace=True)
     kinds = ["reward", "diff", "base", "policy"]
     rows = {id(row): row for row in found.values()}.values()
-    return sorted(rows, key=lambda r: (r.data, kinds.index(r.kind), r.loss, r.ablation or "", r.rc != "none", r.name))
+    return sorted(
+        rows, key=lambda r: (r.data, kinds.index(r.kind), r.loss, r.ablation_in_words or "", r.rc != "none", r.name)
+    )
 
 
 def varying(frame: pd.DataFrame, part: str) -> list[str]:
@@ -241,7 +243,7 @@ def sweeps(rows: Iterable[Row]) -> dict[str, list[list[Row]]]:
             if isinstance(value, int | float) and not isinstance(value, bool):
                 others = {key: other for key, other in row.settings.items() if key != name}
                 key = json.dumps(
-                    [row.data, row.kind, row.loss, row.rc, row.control, others], sort_keys=True, default=str
+                    [row.data, row.kind, row.loss, row.rc, row.ablation, others], sort_keys=True, default=str
                 )
                 lines.setdefault(name, {}).setdefault(key, []).append(row)
     found = {

@@ -91,8 +91,8 @@ def shares(*keys: str) -> Callable[[Row], Cell]:
 
 
 def named(row: Row) -> Cell:
-    """A row's name, and below it what it is compared with or a control for."""
-    parts = [f"control: {row.ablation}"] if row.ablation else []
+    """A row's name, and below it what it is compared with or without."""
+    parts = [f"ablation: {row.ablation_in_words}"] if row.ablation_in_words else []
     return row.name, "; ".join([*parts, *([f"against {row.baseline.name}"] if row.baseline else [])])
 
 
@@ -101,7 +101,9 @@ def build(rows: Sequence[Row], columns: Iterable[tuple[str, Callable[[Row], Cell
     filled = [(title, [cell(row) for row in rows]) for title, cell in columns]
     kept = [(title, cells) for title, cells in filled if any(re.search(r"\w", cell[0]) for cell in cells)]
     body = [list(line) for line in zip(*(cells for _, cells in kept), strict=True)]
-    return Table([title for title, _ in kept], body, frozenset(n for n, row in enumerate(rows) if row.ablation))
+    return Table(
+        [title for title, _ in kept], body, frozenset(n for n, row in enumerate(rows) if row.ablation_in_words)
+    )
 
 
 def seeds(row: Row) -> Cell:
@@ -110,15 +112,15 @@ def seeds(row: Row) -> Cell:
 
 def scorer_table(rows: Sequence[Row]) -> Table:
     """A row a scorer; what the labels are worth stands beside what it reaches."""
-    both = ("label_accuracy_both_orders", "oracle_accuracy_both_orders")
+    both = ("label_accuracy_both_orders", "gold_accuracy_both_orders")
     return build(
         rows,
         [
             ("Scorer", named),
             ("Seeds", seeds),
             ("Label accuracy", of("label_accuracy", 3)),
-            ("Accuracy against the true reward", of("oracle_accuracy", 3)),
-            ("Labels that are right", of("labels_oracle_accuracy", 3)),
+            ("Accuracy against the true reward", of("gold_accuracy", 3)),
+            ("Labels that are right", of("labels_gold_accuracy", 3)),
             ("In both orders: labels / truth, %", shares(*both)),
             ("Preferred shown first / second, %", shares("accuracy_chosen_first", "accuracy_chosen_second")),
             ("First preferred, %", shares("first_preferred_share")),
@@ -197,10 +199,10 @@ def describe_scorer(evaluation: Mapping[str, Any]) -> str:
     """A scorer's evaluation.json in lines."""
     accuracy = interval(as_number(evaluation["label_accuracy"]))
     lines = [f"label accuracy {accuracy}, {evaluation['pairs']} pairs in random order"]
-    if evaluation.get("oracle_accuracy"):
+    if evaluation.get("gold_accuracy"):
         lines.append(
-            f"oracle accuracy {interval(as_number(evaluation['oracle_accuracy']))}; "
-            f"the labels themselves {interval(as_number(evaluation['labels_oracle_accuracy']))}"
+            f"gold accuracy {interval(as_number(evaluation['gold_accuracy']))}; "
+            f"the labels themselves {interval(as_number(evaluation['labels_gold_accuracy']))}"
         )
     quartiles = " ".join(number(q["label_accuracy"]["value"], 3) for q in evaluation["by_confidence"])
     lines.append(f"by quartile of |R|, least sure first: {quartiles}")

@@ -83,8 +83,8 @@ def check_data(run: Run, loss: LossChoice) -> None:
                 f"dataset={dataset} is unpaired (it labels each response alone): use rc=none, or paired data"
             )
     needed = "loss.ranking=scores" if loss.pairs == "ranking" and loss.ranking == "scores" else None
-    if rc == "oracle":
-        needed = "rc=oracle"
+    if rc == "gold":
+        needed = "rc=gold"
     if needed and (lacking := next((record for record in records if record.scores is None), None)):
         way_out = "use loss.ranking=reward, diff or labels" if needed.startswith("loss") else "use rc=reward or rc=diff"
         raise UserError(f"{needed}: {lacking.place or f'record {lacking.id}'} brings no scores; {way_out}")
@@ -114,17 +114,17 @@ def rc_settings(rc: RcConfig) -> dict[str, Any] | None:
     ignored = {"scores"} if rc.name == "diff" else {"scores", "order"}  # which scores: the key of the input says so
     if rc.negative != "floor":
         ignored.add("epsilon")
-    if rc.control == "filter":
+    if rc.ablation == "filter":
         ignored |= {"alpha", "negative", "scale"}
     return {key: value for key, value in asdict(rc).items() if key not in ignored}
 
 
 def label(loss: LossChoice, rc: RcConfig) -> str:
-    """What a person recognises the run by: loss, coefficients, alpha, control."""
+    """What a person recognises the run by: loss, coefficients, alpha, ablation."""
     parts = [loss.name, rc.name]
-    if rc.name != "none" and rc.control != "filter":
+    if rc.name != "none" and rc.ablation != "filter":
         parts.append(f"{rc.alpha:g}")
-    return "-".join(parts if rc.control == "none" else [*parts, rc.control])
+    return "-".join(parts if rc.ablation == "none" else [*parts, rc.ablation])
 
 
 def train_policy(run: Run, loss: LossChoice, inputs: dict[str, Artifact], folder: Path) -> dict[str, Any]:
@@ -136,8 +136,8 @@ def train_policy(run: Run, loss: LossChoice, inputs: dict[str, Artifact], folder
     chosen = select(records, config.align)
     read = {kind: read_scores(inputs[kind]) for kind in STAGE_OF if kind in inputs}
     selected = records.only(np.array(chosen, int))
-    if config.rc.name == "oracle":
-        read["oracle"] = own_scores(selected)
+    if config.rc.name == "gold":
+        read["gold"] = own_scores(selected)
     labels = [supervision(record, loss, read) for record in selected]
     weighted, statistics = weigh([s.record_id for s in labels], [s.pairs for s in labels], config.rc, read, config.seed)
     known = read_reference(inputs["reference"]) if loss.needs_reference else None
@@ -252,11 +252,11 @@ def weigh(
     if not flat:
         raise UserError("there is no pair to weigh: the selected records have no preference")
     difference = torch.tensor([read[rc.name].difference(*entry, rc.order) for entry in flat], dtype=torch.float64)
-    if rc.control == "shuffle":
+    if rc.ablation == "shuffle":
         # Several annotators may have labelled one pair: number a record's pairs.
         names = [f"{record_id}/{k}" for record_id, group in zip(ids, pairs, strict=True) for k in range(len(group))]
         difference = coefficients.shuffle(difference, names, stable_seed(seed, "shuffle"))
-    if rc.control == "filter":
+    if rc.ablation == "filter":
         weight, flipped = coefficients.filter_only(difference), torch.zeros(len(flat), dtype=torch.bool)
     else:
         settled = partial(

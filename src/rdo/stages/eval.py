@@ -1,4 +1,4 @@
-"""Stage eval: a scorer against labels (and the oracle), or a policy's own responses to test prompts.
+"""Stage eval: a scorer against labels (and the gold), or a policy's own responses to test prompts.
 
 Leaves evaluation.json, and for a policy generations.jsonl: one line a prompt with the response and its judgements.
 """
@@ -50,7 +50,7 @@ def evaluate_scorers(run: Run, kind: str) -> Artifact:
     def make(folder: Path) -> dict[str, Any]:
         made.append(folder)
         read = read_scores(scored)
-        forward, backward, labels, oracle = [], [], [], []
+        forward, backward, labels, gold = [], [], [], []
         # By id, so that the coins which show a pair first or second do not depend on the order of the file.
         records = run.records(run.config.eval.split)
         ids = records.ids()
@@ -60,11 +60,11 @@ def evaluate_scorers(run: Run, kind: str) -> Artifact:
                 forward.append(read.output(record.id, chosen, rejected))
                 backward.append(read.output(record.id, rejected, chosen))
                 labels.append(0.5 if preference.tie else 1.0)
-                oracle.append(record.scores[chosen] - record.scores[rejected] if record.scores else None)
+                gold.append(record.scores[chosen] - record.scores[rejected] if record.scores else None)
         if not labels:
             raise UserError(f"dataset={run.config.dataset.name}: no labelled pair in the split {run.config.eval.split}")
         # Only the toy world's scores are the truth; a data set's own scores are another model's opinion.
-        truth = oracle if run.config.dataset.source == "toy" else None
+        truth = gold if run.config.dataset.source == "toy" else None
         evaluation = evaluate_scorer(forward, backward, labels, truth, seed=stable_seed(run.config.seed, "order"))
         if world().first:
             write_json(folder / EVALUATION, evaluation)
@@ -81,18 +81,18 @@ def evaluate_policy(run: Run, subject: str) -> Artifact:
     """Responses of the base or the aligned policy to eval.split's prompts, judged and compared with the base's."""
     judges = list(run.config.eval.judges)
     if run.config.dataset.source != "toy":
-        judges = [judge for judge in judges if judge != "oracle"]
+        judges = [judge for judge in judges if judge != "gold"]
     if subject == "base":
         judges = [judge for judge in judges if judge != "diff"]  # which compares with the base policy
     for judge in judges:
-        if judge != "oracle":
+        if judge != "gold":
             check_labels(run, judge)  # before anything is trained
     policy = base_policy(run) if subject == "base" else aligned_policy(run)
     base = base_policy(run)
     inputs = {"policy": policy}
     if subject != "base":
         inputs |= {"base": base, "against": evaluate_policy(run, "base")}
-    inputs |= {judge: scorer(run, judge) for judge in judges if judge != "oracle"}
+    inputs |= {judge: scorer(run, judge) for judge in judges if judge != "gold"}
     unread = {"subject", "judges", "samples"} | ({"temperature"} if run.config.eval.decoding == "greedy" else set())
     settings = {
         "eval": {key: value for key, value in asdict(run.config.eval).items() if key not in unread},

@@ -38,7 +38,7 @@ def show_evaluation(run: Run, artifact: Artifact) -> None:
 
 
 def estimates(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """All estimates with their intervals in nested results, by their paths: "rewards/oracle"."""
+    """All estimates with their intervals in nested results, by their paths: "rewards/gold"."""
     for name, value in values.items():
         if isinstance(value, Mapping) and {"value", "low", "high", "count"} <= value.keys():
             yield f"{prefix}{name}", value
@@ -78,10 +78,10 @@ def policy_shown(artifact: Artifact, evaluation: Mapping[str, Any]) -> dict[str,
 
 def scorer_shown(evaluation: Mapping[str, Any]) -> dict[str, Table]:
     """Accuracy in the four quarters of |R|."""
-    columns = ["quarter of |R|", "low", "high", "pairs", "label accuracy", "oracle accuracy"]
+    columns = ["quarter of |R|", "low", "high", "pairs", "label accuracy", "gold accuracy"]
     rows = [
-        [quarter, *map(part.get, ("low", "high", "count")), part["label_accuracy"]["value"], oracle and oracle["value"]]
+        [quarter, *map(part.get, ("low", "high", "count")), part["label_accuracy"]["value"], gold and gold["value"]]
         for quarter, part in enumerate(evaluation["by_confidence"], start=1)
-        for oracle in [part["oracle_accuracy"]]
+        for gold in [part["gold_accuracy"]]
     ]
     return {"tables/by_confidence": (columns, rows)}
