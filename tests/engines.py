@@ -26,9 +26,9 @@ class PlainEngine:
         loss.backward()
 
 
-def one_step(task: Task, model: Any, layout: str, items: Sequence[Any], budget: int) -> dict[str, float]:
+def one_step(task: Task, model: Any, layout: str, examples: Sequence[Any], budget: int) -> dict[str, float]:
     """The measures of one step that leaves its gradients in the model; without those of speed."""
-    measured, _ = training_step(task, PlainEngine(model), layout, deal_step(items, layout, budget))  # type: ignore[arg-type]
+    measured, _ = training_step(task, PlainEngine(model), layout, deal_step(examples, layout, budget))  # type: ignore[arg-type]
     return {name: value for name, value in measured.items() if name not in ("tokens", "unique_token_share")}
 
 

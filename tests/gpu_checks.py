@@ -160,21 +160,21 @@ def engine_of(task: str, precision: str, device: torch.device, scale: int) -> To
     return TorchEngine(model, optimizer, 1.0, EngineConfig(precision=precision))
 
 
-def items_of(task: str) -> tuple[Any, list[Any]]:
-    """A task on random records, and all of its items."""
+def examples_of(task: str) -> tuple[Any, list[Any]]:
+    """A task on random records, and all of its examples."""
     made_up = make_task(task, encoded(6, 6 if task == "rrhf" else 2, scale=6))
-    return made_up, [made_up.item(n, 0) for n in range(len(made_up.record_ids))]
+    return made_up, [made_up.example(n, 0) for n in range(len(made_up.record_ids))]
 
 
 def steps(task: str, layout: str, precision: str, device: torch.device, scale: int) -> dict[str, list[torch.Tensor]]:
     """Losses of three steps of training in several micro-batches, and the gradients of the first."""
     engine = engine_of(task, precision, device, scale)
     how = set_layout(engine.model, layout, "auto", engine.precision)
-    made_up, items = items_of(task)
+    made_up, examples = examples_of(task)
     losses: list[float] = []
     gradients: list[torch.Tensor] = []
     for _ in range(3):
-        measured, _ = training_step(made_up, engine, how, deal_step(items, how, 700))
+        measured, _ = training_step(made_up, engine, how, deal_step(examples, how, 700))
         gradients = gradients or [p.grad.float().cpu() for p in engine.model.parameters() if p.grad is not None]
         losses.append(measured["loss"])
         engine.step()
@@ -204,9 +204,11 @@ def check_waiting(task: str, kernel: str, precision: str, device: torch.device) 
     """A micro-batch, forward and backward, in which the host never waits for the GPU (the first may)."""
     engine = engine_of(task, precision, device, SCALES[device.type])
     set_layout(engine.model, "tree", kernel, engine.precision)
-    made_up, items = items_of(task)
+    made_up, examples = examples_of(task)
     prepared = {"kl": torch.zeros((), device=device)} if task == "kto" else {}
-    work = partial(made_up.losses, layout="tree", items=items, counts=made_up.counts(items), prepared=prepared)
+    work = partial(
+        made_up.losses, layout="tree", examples=examples, denominators=made_up.denominators(examples), prepared=prepared
+    )
     for mode in ("default", "error"):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(mode)

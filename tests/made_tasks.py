@@ -42,11 +42,11 @@ def alignment_task(name: str, records: list[EncodedRecord]) -> AlignmentTask:
     }
     by_id = {record.id: record for record in records}
     names = sorted(by_id)
-    items = []
+    examples = []
     for record in records:
         order = rrhf_pairs(ranks[record.id]) if name == "rrhf" else [(0, 1)]
         partner = by_id[names[(names.index(record.id) + 1) % len(names)]]
-        items.append(
+        examples.append(
             AlignmentRecord(
                 record,
                 tuple(Pair(i, j, 0.5 + ranks[record.id][i]) for i, j in order),
@@ -55,7 +55,7 @@ def alignment_task(name: str, records: list[EncodedRecord]) -> AlignmentTask:
                 mismatched=tuple((ids, -4.1 * len(ids)) for ids in partner.responses) if loss.needs_kl else (),
             )
         )
-    return AlignmentTask(ById([item.record_id for item in items], items.__getitem__), loss)
+    return AlignmentTask(ById([example.record_id for example in examples], examples.__getitem__), loss)
 
 
 class Words:
@@ -72,7 +72,7 @@ def make_task(name: str, records: list[EncodedRecord]) -> object:
         return alignment_task(name, records)
     if name == "sft":
         shown = [Demonstration(record, (0, 1)) for record in records]
-        return SftTask(ById([item.record_id for item in shown], shown.__getitem__))
+        return SftTask(ById([example.record_id for example in shown], shown.__getitem__))
     pairs = [(record, Preference(0, 1, tie=record.id == "r03")) for record in records]
     pairs = [pair for pair in pairs if learns_from(name, pair[1])]
     keys = [(record.id, preference.chosen, preference.rejected) for record, preference in pairs]

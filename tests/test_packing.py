@@ -1,4 +1,4 @@
-"""Micro-batches: every item in exactly one, none over the budget unless one item alone is."""
+"""Micro-batches: every example in exactly one, none over the budget unless one example alone is."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from helpers import random_tree
 from rdo.sequences.layout import LayoutName, Padded, PrefixTree, count_unique
 from rdo.sequences.packing import cost, pack
 
-items = st.lists(st.builds(random_tree, st.integers(0, 1000), st.integers(1, 5), st.integers(1, 12)), max_size=12)
+examples = st.lists(st.builds(random_tree, st.integers(0, 1000), st.integers(1, 5), st.integers(1, 12)), max_size=12)
 layouts = st.sampled_from(["tree", "padded"])
 
 
-@given(items, layouts, st.integers(1, 200))
+@given(examples, layouts, st.integers(1, 200))
 def test_every_item_is_in_one_batch_and_no_batch_is_over_budget(
     made: list[list[tuple[int, ...]]], layout: LayoutName, budget: int
 ):
@@ -25,7 +25,7 @@ def test_every_item_is_in_one_batch_and_no_batch_is_over_budget(
         assert tokens <= budget or len(batch) == 1
 
 
-@given(items, st.integers(1, 200))
+@given(examples, st.integers(1, 200))
 def test_a_tree_packs_what_begins_alike_and_rows_by_their_width(made: list[list[tuple[int, ...]]], budget: int):
     beginnings = [made[n][0] for batch in pack(made, "tree", budget) for n in batch]
     assert beginnings == sorted(beginnings)

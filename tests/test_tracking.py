@@ -230,7 +230,7 @@ def test_every_measure_of_training_is_there_at_every_step(stage, label, names):
     assert [step["global_step"] for step in logged.steps] == list(range(1, len(logged.steps) + 1))
     assert all(step.keys() >= ALWAYS | names for step in logged.steps)
     lines = read_json_lines(logged.folder / METRICS)
-    assert lines == [{"step": step["global_step"], **{k: v for k, v in step.items() if k != "global_step"}}
+    assert lines == [{"step": step["global_step"], **{k: v for k, v in step.examples() if k != "global_step"}}
                      for step in logged.steps]  # fmt: skip
     assert (logged.asked["job_type"], logged.asked["group"], logged.exit_codes) == (stage, "world-model", [0])
 

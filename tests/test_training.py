@@ -68,8 +68,8 @@ def step(name: str, records: list[EncodedRecord], layout: str, budget: int) -> t
     model = model_of(name)
     task = make_task(name, records)
     chosen = set_layout(model, layout)
-    items = [task.item(index, 0) for index in range(len(task.record_ids))]
-    measures = one_step(task, model, chosen, items, budget)
+    examples = [task.example(index, 0) for index in range(len(task.record_ids))]
+    measures = one_step(task, model, chosen, examples, budget)
     return measures, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -139,16 +139,18 @@ def test_loss_is_ln2_where_policy_is_the_reference() -> None:
     records = encoded(6, 2)
     model = llama()
     layout = set_layout(model, "tree")
-    items = []
+    examples = []
     for record in records:
         sequences = [(*record.prompt, *ids) for ids in record.responses]
         spans = [Span(n, len(record.prompt)) for n in range(2)]
         with torch.no_grad():
             reference, _ = read_log_probabilities(model, make_layout(layout, sequences), spans)
-        items.append(AlignmentRecord(record, (Pair(0, 1),), tuple(reference.tolist())))
-    task = AlignmentTask(ById([item.record_id for item in items], items.__getitem__), choose_loss(SETTINGS["dpo"]))
+        examples.append(AlignmentRecord(record, (Pair(0, 1),), tuple(reference.tolist())))
+    task = AlignmentTask(
+        ById([example.record_id for example in examples], examples.__getitem__), choose_loss(SETTINGS["dpo"])
+    )
     for budget in (1, 10**9):
-        measures = one_step(task, model, layout, items, budget)
+        measures = one_step(task, model, layout, examples, budget)
         assert measures["loss"] == pytest.approx(math.log(2), abs=2e-6)
         assert measures["implicit_reward_margin"] == pytest.approx(0, abs=2e-5)
 
@@ -186,28 +188,28 @@ def test_dpo_step_equals_the_naive_formula() -> None:
     model = llama()
     task = alignment_task("dpo", encoded(5, 2))
     expected = 0.0
-    items = list(task.records)
-    for item in items:
+    examples = list(task.records)
+    for example in examples:
         sums = []
-        for ids in item.encoded.responses:
-            row = torch.tensor([[*item.encoded.prompt, *ids]])
+        for ids in example.encoded.responses:
+            row = torch.tensor([[*example.encoded.prompt, *ids]])
             with torch.no_grad():
                 logits = model(row).logits[0, :-1].log_softmax(-1)
-            sums.append(float(logits.gather(-1, row[0, 1:, None])[len(item.encoded.prompt) - 1 :].sum()))
-        margin = (sums[0] - item.reference[0]) - (sums[1] - item.reference[1])
-        expected += item.pairs[0].weight * math.log1p(math.exp(-0.2 * margin)) / 5
+            sums.append(float(logits.gather(-1, row[0, 1:, None])[len(example.encoded.prompt) - 1 :].sum()))
+        margin = (sums[0] - example.reference[0]) - (sums[1] - example.reference[1])
+        expected += example.pairs[0].weight * math.log1p(math.exp(-0.2 * margin)) / 5
     layout = set_layout(model, "tree")
-    assert one_step(task, model, layout, items, 50)["loss"] == pytest.approx(expected, rel=1e-5)
+    assert one_step(task, model, layout, examples, 50)["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_difference_pairs_are_shown_in_random_order_reseeded_every_epoch() -> None:
     records = encoded(200, 2)
     task = make_task("paper", records)
-    targets = [[task.item(n, epoch).target for n in range(len(records))] for epoch in (0, 1)]
+    targets = [[task.example(n, epoch).target for n in range(len(records))] for epoch in (0, 1)]
     for drawn in targets:
         assert 70 < sum(target == 1.0 for target in drawn) < 130
     assert targets[0] != targets[1]
-    assert targets[0] == [task.item(n, 0).target for n in range(len(records))]
+    assert targets[0] == [task.example(n, 0).target for n in range(len(records))]
 
 
 def test_items_are_made_when_they_are_asked_for_and_in_the_order_of_their_keys() -> None:
@@ -217,11 +219,11 @@ def test_items_are_made_when_they_are_asked_for_and_in_the_order_of_their_keys()
         made.append(number)
         return 10 * number
 
-    items = ById([("b", 1), ("a", 2), ("b", 0), ("a", 2)], make)
-    assert (len(items), made) == (4, [])
-    assert items.keys == [("a", 2), ("a", 2), ("b", 0), ("b", 1)]
-    assert list(items) == [10, 30, 20, 0]  # equal keys in the order given
-    assert items[2] == 20
+    examples = ById([("b", 1), ("a", 2), ("b", 0), ("a", 2)], make)
+    assert (len(examples), made) == (4, [])
+    assert examples.keys == [("a", 2), ("a", 2), ("b", 0), ("b", 1)]
+    assert list(examples) == [10, 30, 20, 0]  # equal keys in the order given
+    assert examples[2] == 20
     assert made == [1, 3, 2, 0, 2]
 
 

@@ -25,8 +25,8 @@ def kto(**others: Any) -> LossChoice:
     return choose_loss({"name": "kto", "beta": 0.1, "mean_over": "samples", **others})
 
 
-def task_of(items: Sequence[AlignmentRecord], loss: LossChoice) -> AlignmentTask:
-    return AlignmentTask(ById([item.record_id for item in items], items.__getitem__), loss)
+def task_of(examples: Sequence[AlignmentRecord], loss: LossChoice) -> AlignmentTask:
+    return AlignmentTask(ById([example.record_id for example in examples], examples.__getitem__), loss)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,8 +77,8 @@ ARRANGED = {
 @pytest.mark.parametrize("arranged", ARRANGED)
 def test_a_step_golden(arranged: str, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However the samples come, loss, gradient and z0 are KTO's; pairs are measured where there are some."""
-    known, items = KnownRatios(monkeypatch), ARRANGED[arranged]
-    measures = one_step(task_of(items, kto()), None, "padded", items, budget)
+    known, examples = KnownRatios(monkeypatch), ARRANGED[arranged]
+    measures = one_step(task_of(examples, kto()), None, "padded", examples, budget)
     assert measures["loss"] == pytest.approx(0.518573, abs=6e-7)
     assert measures["alignment_loss"] == pytest.approx(sum(GOLDEN) / 4, abs=6e-7)
     assert measures["kl_estimate"] == pytest.approx(0.75)
@@ -101,16 +101,16 @@ def test_a_step_golden_with_lambda(
     settings: dict[str, float], expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     KnownRatios(monkeypatch)
-    items = ARRANGED["unpaired"]
-    measures = one_step(task_of(items, kto(**settings)), None, "padded", items, 10**6)
+    examples = ARRANGED["unpaired"]
+    measures = one_step(task_of(examples, kto(**settings)), None, "padded", examples, 10**6)
     assert measures["loss"] == pytest.approx(expected, abs=6e-7)
 
 
 def test_only_pairs_carry_coefficients(monkeypatch: pytest.MonkeyPatch) -> None:
     """[2 (0.493750 + 0.456361) + 0.543639 + 0.580542] / 4: both members of the pair, and no one else."""
     KnownRatios(monkeypatch)
-    items = [golden_item("a", [0, 2], (Pair(0, 1, 2.0),)), golden_item("b", [1]), golden_item("c", [3])]
-    measures = one_step(task_of(items, kto()), None, "padded", items, 10**6)
+    examples = [golden_item("a", [0, 2], (Pair(0, 1, 2.0),)), golden_item("b", [1]), golden_item("c", [3])]
+    measures = one_step(task_of(examples, kto()), None, "padded", examples, 10**6)
     assert measures["loss"] == pytest.approx(0.756101, abs=6e-7)
     assert measures["weight_mean"] == 1.5
 
@@ -118,8 +118,8 @@ def test_only_pairs_carry_coefficients(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("number", "label"), [(0, "desirable"), (3, "undesirable")])
 def test_a_step_of_one_kind_only(number: int, label: str, monkeypatch: pytest.MonkeyPatch) -> None:
     known = KnownRatios(monkeypatch)
-    items = [golden_item("a", [number])]
-    measures = one_step(task_of(items, kto()), None, "padded", items, 10**6)
+    examples = [golden_item("a", [number])]
+    measures = one_step(task_of(examples, kto()), None, "padded", examples, 10**6)
     z0 = max(0.0, MISMATCHED[number])
     ratio, desirable = SAMPLES[number]
     expected = 1 / (1 + math.exp(0.1 * (ratio - z0) * (1 if desirable else -1)))
@@ -135,11 +135,11 @@ def test_a_step_of_one_kind_only(number: int, label: str, monkeypatch: pytest.Mo
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def step(items: Sequence[AlignmentRecord], layout: str, budget: int, loss: LossChoice) -> tuple[dict, dict]:
-    """Measures and gradients of one step over the items, in the order in which the task has them."""
+def step(examples: Sequence[AlignmentRecord], layout: str, budget: int, loss: LossChoice) -> tuple[dict, dict]:
+    """Measures and gradients of one step over the examples, in the order in which the task has them."""
     model = llama()
-    task = task_of(items, loss)
-    ordered = [task.item(n, 0) for n in range(len(task.record_ids))]
+    task = task_of(examples, loss)
+    ordered = [task.example(n, 0) for n in range(len(task.record_ids))]
     measures = one_step(task, model, set_layout(model, layout), ordered, budget)
     return measures, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -149,17 +149,17 @@ def references(records: Sequence[EncodedRecord]) -> dict[str, tuple[float, ...]]
     return {record.id: tuple(-4.0 * len(ids) + draw.random() for ids in record.responses) for record in records}
 
 
-def mixed_items() -> list[AlignmentRecord]:
+def mixed_examples() -> list[AlignmentRecord]:
     """Nine records: pairs with weights, both responses alone, one response alone, by turns."""
     records = encoded(9, 2)
     known = references(records)
-    items = []
+    examples = []
     for n, record in enumerate(records):
         partner = records[(n + 1) % len(records)]
         if n % 3 == 2:
             record = EncodedRecord(record.id, record.prompt, record.responses[:1])
         alone = tuple(Sample(response, (n + response) % 2 == 0) for response in range(len(record.responses)))
-        items.append(
+        examples.append(
             AlignmentRecord(
                 record,
                 (Pair(1, 0, 0.5 + n),) if n % 3 == 0 else (),
@@ -169,23 +169,23 @@ def mixed_items() -> list[AlignmentRecord]:
                 mismatched=tuple((ids, -4.1 * len(ids)) for ids in partner.responses),
             )
         )
-    return items
+    return examples
 
 
 @pytest.mark.parametrize("sft_weight", [0.0, 0.5])
 def test_any_budget_and_layout_gives_the_same_step_of_mixed_data(sft_weight: float) -> None:
     loss = kto(sft_weight=sft_weight)
-    expected, gradient = step(mixed_items(), "padded", 10**9, loss)
+    expected, gradient = step(mixed_examples(), "padded", 10**9, loss)
     for layout in ("padded", "tree"):
         for budget in (1, 60, 10**9):
-            measures, other = step(mixed_items(), layout, budget, loss)
+            measures, other = step(mixed_examples(), layout, budget, loss)
             assert measures == pytest.approx(expected, rel=2e-5, abs=2e-6)
             assert_same_gradient(gradient, other)
 
 
 def test_order_of_mixed_records_changes_nothing() -> None:
-    expected, gradient = step(mixed_items(), "tree", 60, kto())
-    shuffled = mixed_items()
+    expected, gradient = step(mixed_examples(), "tree", 60, kto())
+    shuffled = mixed_examples()
     random.Random(5).shuffle(shuffled)
     measures, other = step(shuffled, "tree", 60, kto())
     assert measures == expected
@@ -194,7 +194,7 @@ def test_order_of_mixed_records_changes_nothing() -> None:
 
 def test_step_of_mixed_data_equals_the_naive_formula() -> None:
     """Packing, tree, read-outs, z0, weights, means and the cross-entropy against a loop over plain forward passes."""
-    model, items = llama(), mixed_items()
+    model, examples = llama(), mixed_examples()
 
     def log_probability(prompt: tuple[int, ...], ids: tuple[int, ...]) -> float:
         row = torch.tensor([[*prompt, *ids]])
@@ -202,22 +202,22 @@ def test_step_of_mixed_data_equals_the_naive_formula() -> None:
             logits = model(row).logits[0, :-1].log_softmax(-1)
         return float(logits.gather(-1, row[0, 1:, None])[len(prompt) - 1 :].sum())
 
-    ratios = [log_probability(i.encoded.prompt, ids) - known for i in items for ids, known in i.mismatched]
+    ratios = [log_probability(i.encoded.prompt, ids) - known for i in examples for ids, known in i.mismatched]
     z0 = max(0.0, sum(ratios) / len(ratios))
     assert z0 > 0
     losses, imitated = [], []
-    for item in items:
-        taken = [(r, good, p.weight) for p in item.pairs for r, good in ((p.chosen, True), (p.rejected, False))]
-        for response, good, weight in [*taken, *((s.response, s.desirable, 1.0) for s in item.samples)]:
-            ids = item.encoded.responses[response]
-            ratio = log_probability(item.encoded.prompt, ids) - item.reference[response]
+    for example in examples:
+        taken = [(r, good, p.weight) for p in example.pairs for r, good in ((p.chosen, True), (p.rejected, False))]
+        for response, good, weight in [*taken, *((s.response, s.desirable, 1.0) for s in example.samples)]:
+            ids = example.encoded.responses[response]
+            ratio = log_probability(example.encoded.prompt, ids) - example.reference[response]
             losses.append(weight / (1 + math.exp(0.1 * (ratio - z0) * (1 if good else -1))))
-        if item.best is not None:
-            ids = item.encoded.responses[item.best]
-            imitated.append(-log_probability(item.encoded.prompt, ids) / len(ids))
+        if example.best is not None:
+            ids = example.encoded.responses[example.best]
+            imitated.append(-log_probability(example.encoded.prompt, ids) / len(ids))
     assert (len(losses), len(imitated)) == (3 * 2 + 3 * 2 + 3, 3)
     expected = sum(losses) / len(losses) + 0.5 * sum(imitated) / len(imitated)
-    measures, _ = step(items, "tree", 50, kto(sft_weight=0.5))
+    measures, _ = step(examples, "tree", 50, kto(sft_weight=0.5))
     assert measures["loss"] == pytest.approx(expected, rel=1e-5)
 
 

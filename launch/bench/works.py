@@ -194,15 +194,15 @@ def training_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Work
         form, beta = ("pointwise", 0.0) if name == "rm" else ("paper", 0.1)
         pairs = ById([(record.id, 0, 1) for record in records], lambda n: (records[n], Preference(0, 1)))
         task = ScorerTask(pairs, form, template, beta, beta, seed=0)
-    items = [task.item(n, 0) for n in range(len(records))]
-    sequences = [ids for item in items for ids in item.sequences]
+    examples = [task.example(n, 0) for n in range(len(records))]
+    sequences = [ids for example in examples for ids in example.sequences]
     engine = TorchEngine(model, torch.optim.SGD(model.parameters()), None, bench.engine)
 
     def run(layout: LayoutName) -> torch.Tensor:
-        dealt = deal_step(items, layout, bench.engine.tokens_per_micro_batch)
+        dealt = deal_step(examples, layout, bench.engine.tokens_per_micro_batch)
         return torch.tensor([training_step(task, engine, layout, dealt)[0]["loss"]])
 
-    of_losses = (len(item.encoded.responses[r]) for item in items for r in item.responses)
+    of_losses = (len(example.encoded.responses[r]) for example in examples for r in example.responses)
     reads = sum(of_losses) if name in LOSSES else len(sequences)
     return Work(name, model, records, run, sequences, reads, True, before)
 
@@ -225,38 +225,38 @@ def alignment_task(
             (record.prompt, (*record.responses, *others)) for record, others in zip(records, mismatched, strict=True)
         ]
         known = read_under(tqdm(disable=True), bench.reference, "padded", read, bench.engine.tokens_per_micro_batch)
-    items = []
+    examples = []
     for record, others, values in zip(records, mismatched, known, strict=True):
         count = len(record.responses)
         ranks = [float(len(response) % 7) + n / 10 for n, response in enumerate(record.responses)]
         pairs = tuple(Pair(i, j) for i, j in (rrhf_pairs(ranks) if loss.pairs == "ranking" else [(0, 1)]))
         best = best_response(ranks) if loss.sft_weight else None
         more = tuple(zip(others, values[count:], strict=True))
-        items.append(AlignmentRecord(record, pairs, tuple(values[:count]), best=best, mismatched=more))
+        examples.append(AlignmentRecord(record, pairs, tuple(values[:count]), best=best, mismatched=more))
     before = [(*record.prompt, *ids) for record, two in zip(records, mismatched, strict=True) for ids in two]
-    return AlignmentTask(ById([item.record_id for item in items], items.__getitem__), loss), before
+    return AlignmentTask(ById([example.record_id for example in examples], examples.__getitem__), loss), before
 
 
 def reading_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Work:
     """Without gradients: log-probabilities of all responses (reference), or f of all pairs of a record's responses, in
     one order (score15 of six) or both (score30)."""
-    items: list[Any]
+    examples: list[Any]
     if name == "reference":
-        model, read, items = bench.reference, read_under, [(record.prompt, record.responses) for record in records]
-        sequences = [(*prompt, *ids) for prompt, responses in items for ids in responses]
-        reads = sum(len(ids) for _, responses in items for ids in responses)
+        model, read, examples = bench.reference, read_under, [(record.prompt, record.responses) for record in records]
+        sequences = [(*prompt, *ids) for prompt, responses in examples for ids in responses]
+        reads = sum(len(ids) for _, responses in examples for ids in responses)
     else:
-        model, read, items = bench.reward, scorers.read_under, [Reading() for _ in records]
+        model, read, examples = bench.reward, scorers.read_under, [Reading() for _ in records]
         template = ComparisonTemplate(COMPARISON, bench.tokenizer)
         ordered = combinations if name == "score15" else permutations
-        for record, reading in zip(records, items, strict=True):
+        for record, reading in zip(records, examples, strict=True):
             for i, j in ordered(range(len(record.responses)), 2):
                 add_difference(reading, "paper", template, record, i, j)
-        sequences = [ids for reading in items for ids in reading.sequences]
+        sequences = [ids for reading in examples for ids in reading.sequences]
         reads = len(sequences)
 
     def run(layout: LayoutName) -> torch.Tensor:
-        found = read(tqdm(disable=True), model, layout, items, bench.engine.tokens_per_micro_batch)
+        found = read(tqdm(disable=True), model, layout, examples, bench.engine.tokens_per_micro_batch)
         return torch.tensor([number for values in found for number in values])
 
     return Work(name, model, records, run, sequences, reads)

@@ -87,7 +87,7 @@ def run_stage(composed: DictConfig) -> float | None:
         if not any(text.startswith(("loss=", "rc=")) for text in overrides):
             config = replace(config, row=hydra.runtime.choices["row"])
         value = run_config(config, overrides)
-        processes.meet()  # one that ends early may take the others with it
+        processes.barrier()  # one that ends early may take the others with it
         return value
     except MissingInput as error:
         failure: Exception = with_command(error, overrides)

@@ -16,7 +16,7 @@ from typing import Any
 
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import replace_file, synchronize
-from rdo.runtime.processes import world
+from rdo.runtime.processes import is_rank0
 from rdo.runtime.progress import warn
 from rdo.runtime.stopping import Stopped
 from rdo.settings import TrackerConfig
@@ -30,7 +30,7 @@ class Tracker:
     def __init__(self, config: TrackerConfig, folder: Path, name: str, settings: Mapping[str, Any]):
         """Raises UserError where wandb is wanted and cannot be reached."""
         self.file = folder / METRICS
-        self.writes = world().first
+        self.writes = is_rank0()
         self.run = start(config, folder, name, settings) if self.writes and config.name == "wandb" else None
 
     def resume(self, steps: int) -> None:
@@ -97,7 +97,7 @@ def show(
 ) -> None:
     """Shows what a finished stage has found in wandb, if tracker=wandb: numbers in the summary, tables (columns and
     rows). The stage is finished whether or not that works: what goes wrong is a warning."""
-    if config.name != "wandb" or not world().first:
+    if config.name != "wandb" or not is_rank0():
         return
     import wandb
 

@@ -20,7 +20,7 @@ from rdo.data.records import SPLITS, Record, content_id
 from rdo.data.table import Records, id_key, write_records
 from rdo.runtime.errors import DataError, UserError
 from rdo.runtime.files import replace_file
-from rdo.runtime.processes import from_first
+from rdo.runtime.processes import broadcast
 from rdo.runtime.progress import progress_bar
 from rdo.runtime.store import Artifact, Provenance, produce
 from rdo.settings import DatasetConfig
@@ -95,7 +95,7 @@ def _load(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     files = resolve(dataset.path) if dataset.source == "file" else []
     states = [state(file) for file in files]
     settings = {
-        "files": from_first(lambda: [[name_of(file), content_hash(file)] for file in files]),
+        "files": broadcast(lambda: [[name_of(file), content_hash(file)] for file in files]),
         "hub": [dataset.hub_name, {split: getattr(held, "_fingerprint", None) for split, held in hub.items()}],
         "format": dataset.format,
         "on_invalid": [dataset.on_invalid, dataset.max_invalid_share],

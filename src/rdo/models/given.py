@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rdo.models.lora import adapter_base, is_adapter
 from rdo.runtime.errors import UserError
-from rdo.runtime.processes import from_first
+from rdo.runtime.processes import broadcast
 from rdo.runtime.progress import progress_bar
 from rdo.runtime.store import Artifact, fingerprint
 
@@ -27,7 +27,7 @@ def given(path: str, revision: str | None = None, setting: str = "model.path") -
     own = folder / "model" if (folder / "model").is_dir() else folder
     files = sorted(f for f in own.iterdir() if f.is_file() and f.name[0] != ".")
     facts = tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    key = from_first(lambda: content_hash(facts))
+    key = broadcast(lambda: content_hash(facts))
     if is_adapter(own):  # its base counts, too
         key = fingerprint([key, given(adapter_base(own), setting=setting).key])
     return Artifact(folder, key)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from rdo.runtime import stopping
 from rdo.runtime.errors import NotFiniteError
 from rdo.runtime.files import replace_file
-from rdo.runtime.processes import from_first, meet, world
+from rdo.runtime.processes import barrier, broadcast, is_rank0, world
 from rdo.runtime.progress import progress_bar, say, warn
 from rdo.runtime.store import fingerprint
 
@@ -45,7 +45,7 @@ class Shards:
         rows: makes a part's rows, and moves the bar on. Raises Stopped, and keeps the finished parts, when the process
         is asked to stop; NotFiniteError as `check_finite`.
         """
-        all_missing = from_first(lambda: [n for n, part in enumerate(self.parts) if not self.is_made(part, inputs)])
+        all_missing = broadcast(lambda: [n for n, part in enumerate(self.parts) if not self.is_made(part, inputs)])
         done = len(self.parts) - len(all_missing)
         if done:
             say(f"going on: {done} of {len(self.parts)} shards are in {self.folder}")
@@ -62,7 +62,7 @@ class Shards:
                     raise stopping.stop(f"{kept}; the same command goes on from there") from None
                 self.write(part, inputs(part), made)
                 done += 1
-        meet()
+        barrier()
 
     def is_made(self, part: range, inputs: Callable[[range], Any]) -> bool:
         """Whether a part is there, whole, and made of these inputs; one that is damaged is said."""
@@ -96,7 +96,7 @@ class Shards:
     def join(self, path: Path) -> int:
         """Writes the rows of all parts to one Parquet file, one part in memory at a time; how many they are. The first
         process writes, for all."""
-        if not world().first:
+        if not is_rank0():
             return 0
         count = 0
         with (

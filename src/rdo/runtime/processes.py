@@ -54,6 +54,11 @@ def world() -> World:
     return _world
 
 
+def is_rank0() -> bool:
+    """Whether this is the process that writes and talks."""
+    return _world.rank == 0
+
+
 def found_world(environment: Mapping[str, str]) -> World:
     """The processes that torchrun, deepspeed or srun have started, by their environment.
 
@@ -117,13 +122,13 @@ def start(device: str) -> World:
     return found
 
 
-def meet() -> None:
+def barrier() -> None:
     """Waits until every process is here."""
     if _world.size > 1:
         dist.all_reduce(torch.zeros(1))  # on the CPU, where waiting costs nothing
 
 
-def from_first(make: Callable[[], Any]) -> Any:
+def broadcast(make: Callable[[], Any]) -> Any:
     """What `make` returns on the first process, on every process. An error is everyone's: a UserError on the others."""
     if _world.size == 1:
         return make()
@@ -141,7 +146,7 @@ def from_first(make: Callable[[], Any]) -> Any:
     return value
 
 
-def total(values: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor on the CPU over all processes."""
     if _world.size > 1:
         values = values.clone()
@@ -149,7 +154,7 @@ def total(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def gathered(values: list[Any]) -> list[Any]:
+def all_gather(values: list[Any]) -> list[Any]:
     """The lists of all processes, one after the other."""
     if _world.size == 1:
         return values
@@ -163,7 +168,7 @@ def dealt(count: int, size: int, work: Callable[[range], list[Any]]) -> list[Any
     number of processes that they are dealt to."""
     parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
     own = [(n, work(part)) for n, part in enumerate(parts) if n % _world.size == _world.rank]
-    return [value for _, made in sorted(gathered(own), key=lambda entry: entry[0]) for value in made]
+    return [value for _, made in sorted(all_gather(own), key=lambda entry: entry[0]) for value in made]
 
 
 def peer_ended(error: BaseException) -> bool:

@@ -7,7 +7,7 @@ import threading
 
 from tqdm import tqdm
 
-from rdo.runtime.processes import world
+from rdo.runtime.processes import is_rank0
 
 # tqdm's own lock is shared with forked processes: one that is killed while it holds the lock would stop all others.
 tqdm.set_lock(threading.RLock())
@@ -24,7 +24,7 @@ def progress_bar(total: int | None, title: str, initial: int = 0, unit: str = "i
         mininterval=0.1 if sys.stderr.isatty() else 10.0,
         dynamic_ncols=True,
         delay=1.0,
-        disable=not world().first,
+        disable=not is_rank0(),
     )
 
 
@@ -36,5 +36,5 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     """The same on standard error, for what went wrong and was mended; of several processes one says it."""
-    if world().first:
+    if is_rank0():
         tqdm.write(f"warning: {text}", file=sys.stderr)

@@ -19,7 +19,7 @@ from functools import wraps
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
-from rdo.runtime.processes import world
+from rdo.runtime.processes import is_rank0
 
 NOTE = "what is finished is kept, and the same command goes on"
 
@@ -80,7 +80,7 @@ def handle(number: int, frame: FrameType | None) -> None:
     _state.requested = _state.requested or number
     if not _state.postponed:
         raise Stopped(_state.requested)
-    if world().first:
+    if is_rank0():
         os.write(2, b"\nstopping where nothing is lost; Ctrl-C (once more) stops at once\n")
 
 
@@ -125,7 +125,7 @@ def stoppable(function: Callable[P, T]) -> Callable[P, T]:
                 if _state.requested is None:
                     raise
                 number = _state.requested
-                if world().first:
+                if is_rank0():
                     print(error if isinstance(error, Stopped) else Stopped(number), file=sys.stderr, flush=True)
                 if number == signal.SIGUSR2:
                     # Puts the job back into the queue, which may answer with SIGTERM at once.

@@ -27,7 +27,7 @@ from typing import Any
 from rdo.runtime import stopping
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import held, read_json, remove_leftovers, write_json
-from rdo.runtime.processes import from_first, meet, world
+from rdo.runtime.processes import barrier, broadcast, is_rank0
 
 MANIFEST = "manifest.json"
 # Raised whenever a stage's output changes its meaning, so that older folders are not mistaken for it.
@@ -88,8 +88,8 @@ def produce(
     key = fingerprint([described, {name: artifact.key for name, artifact in sorted(inputs.items())}])
     folder = provenance.run_dir / stage / f"{label}-{key[:10]}"
     artifact = Artifact(folder, key)
-    first = world().first
-    if from_first(lambda: found(folder)):
+    first = is_rank0()
+    if broadcast(lambda: found(folder)):
         if requested:
             print(f"[{stage}] done already: {folder}", flush=True)
         if first:
@@ -100,15 +100,15 @@ def produce(
         raise MissingInput(f"the input {stage} ({label}) is not there; make it: {command}")
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder) if first else nullcontext():
-        if from_first(lambda: found(folder)):
+        if broadcast(lambda: found(folder)):
             return artifact
         if first:
             remove_leftovers(folder)
-        meet()
+        barrier()
         print(f"[{stage}] {folder}", flush=True)
         started = time.perf_counter()
-        results = (make(folder) if together else from_first(lambda: make(folder))) or {}
-        meet()
+        results = (make(folder) if together else broadcast(lambda: make(folder))) or {}
+        barrier()
         manifest = {
             **described,
             "label": label,
@@ -119,7 +119,7 @@ def produce(
         with stopping.postponed():
             if first:
                 finish(folder, manifest, started, provenance)
-            meet()
+            barrier()
         stopping.check(f"{folder} is finished, and the same command goes on")
     return artifact
 

@@ -26,7 +26,7 @@ from rdo.models.scorers import ComparisonTemplate, Reading, add_difference, add_
 from rdo.objectives.intervals import empty_estimate, mean_interval, win_tie_lose
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import read_json_lines, replace_file, write_json
-from rdo.runtime.processes import dealt, world
+from rdo.runtime.processes import dealt, is_rank0
 from rdo.runtime.progress import progress_bar
 from rdo.runtime.store import Artifact, produce, stable_seed
 from rdo.sequences.preparation import set_layout
@@ -66,7 +66,7 @@ def evaluate_scorers(run: Run, kind: str) -> Artifact:
         # Only the toy world's scores are the truth; a data set's own scores are another model's opinion.
         truth = gold if run.config.dataset.source == "toy" else None
         evaluation = evaluate_scorer(forward, backward, labels, truth, seed=stable_seed(run.config.seed, "order"))
-        if world().first:
+        if is_rank0():
             write_json(folder / EVALUATION, evaluation)
         return {"metric": evaluation["label_accuracy"]["value"]}
 
@@ -143,7 +143,7 @@ def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: Sequence[str
         "against_base": {judge: win_tie_lose(values) for judge, values in compared.items()} or None,
         "mean_difference_to_base": {judge: mean_interval(values) for judge, values in compared.items()},
     }
-    if world().first:
+    if is_rank0():
         write_generations(folder / GENERATIONS, chosen, responses, judged)
         write_json(folder / EVALUATION, evaluation)
     return {"metric": next((estimate["value"] for estimate in mean_rewards.values()), None)}

@@ -13,7 +13,7 @@ from rdo.report import page
 from rdo.report.results import frame_of, rows_of
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import replace_file
-from rdo.runtime.processes import world
+from rdo.runtime.processes import is_rank0
 from rdo.runtime.store import code_revision
 from rdo.settings import Config
 
@@ -23,7 +23,7 @@ def make_report(config: Config, failed: Mapping[str, str] | None = None) -> None
 
     failed: why points could not run, by name. Raises UserError where nothing is evaluated. One process does it.
     """
-    if not world().first:
+    if not is_rank0():
         return
     frame, problems = frame_of(Path(config.run_dir))
     if frame.empty:

@@ -9,7 +9,7 @@ from rdo import tracking
 from rdo.evaluation import EVALUATION, GENERATIONS
 from rdo.runtime.files import read_json, read_json_lines
 from rdo.runtime.lineage import swept
-from rdo.runtime.processes import world
+from rdo.runtime.processes import is_rank0
 from rdo.runtime.store import Artifact
 from rdo.stages.run import Run
 
@@ -20,7 +20,7 @@ Table = tuple[list[str], list[list[Any]]]
 def show_evaluation(run: Run, artifact: Artifact) -> None:
     """Shows a finished evaluation in wandb, if tracker=wandb. `made` in its config holds what sweeps run over, where it
     has an effect on it; the rest of the config is that of the job that came first."""
-    if run.config.tracker.name != "wandb" or not world().first:
+    if run.config.tracker.name != "wandb" or not is_rank0():
         return
     manifest, evaluation = artifact.manifest(), read_json(artifact.folder / EVALUATION)
     settings, _ = swept(run.provenance.run_dir, manifest)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rdo.models.pretrained import save_model
 from rdo.runtime import stopping
 from rdo.runtime.files import read_json_lines
-from rdo.runtime.processes import meet, world
+from rdo.runtime.processes import barrier, is_rank0
 from rdo.settings import Config
 from rdo.tracking import METRICS
 
@@ -29,14 +29,14 @@ def save_finished(
     trained: what `choose_trained` returned; state: what `train` did.
     """
     with stopping.postponed():
-        if world().first:
+        if is_rank0():
             save_model(trained, tokenizer, folder / "model", state, config.model.lora.merge)
-        meet()
+        barrier()
 
 
 def finish(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
     """Parameters, steps and last measures of a run whose model is saved; nothing but on the first process."""
-    if not world().first:
+    if not is_rank0():
         return {}
     lines = read_json_lines(folder / METRICS)
     last = lines[-1] if lines else {}

@@ -17,7 +17,7 @@ from rdo.sequences.devices import tensor_on
 from rdo.sequences.forward import read_log_probabilities
 from rdo.sequences.layout import LayoutName, make_layout
 from rdo.sequences.readout import Span
-from rdo.training.step import Counts, Measures, Preparation
+from rdo.training.step import Denominators, Metrics, Preparation
 from rdo.training.tasks import ById
 
 # Log-ratios that differ by less than this, in nats, are equal: sums of a few hundred float32 numbers round by as much.
@@ -87,23 +87,25 @@ class AlignmentTask:
         kto = Preparation(self.mismatched_ratios, lambda ratios: {"kl": losses.kto_kl(ratios)})
         self.preparation = kto if loss.needs_kl else None
 
-    def item(self, index: int, epoch: int) -> AlignmentRecord:
+    def example(self, index: int, epoch: int) -> AlignmentRecord:
         return self.records[index]
 
-    def counts(self, items: Sequence[AlignmentRecord]) -> Counts:
-        pairs = sum(len(item.pairs) for item in items)
-        samples = 2 * pairs + sum(len(item.samples) for item in items)
-        best = sum(item.best is not None for item in items)
-        return {"pairs": max(1, pairs), "samples": max(1, samples), "queries": len(items), "best": max(1, best)}
+    def denominators(self, examples: Sequence[AlignmentRecord]) -> Denominators:
+        pairs = sum(len(example.pairs) for example in examples)
+        samples = 2 * pairs + sum(len(example.samples) for example in examples)
+        best = sum(example.best is not None for example in examples)
+        return {"pairs": max(1, pairs), "samples": max(1, samples), "queries": len(examples), "best": max(1, best)}
 
-    def mismatched_ratios(self, model: PreTrainedModel, layout: LayoutName, items: Sequence[AlignmentRecord]) -> Tensor:
+    def mismatched_ratios(
+        self, model: PreTrainedModel, layout: LayoutName, examples: Sequence[AlignmentRecord]
+    ) -> Tensor:
         """Log-ratios [mismatched responses] of which KTO's z0 = max(0, mean) is made, over the whole step."""
         sequences: list[tuple[int, ...]] = []
         spans, references = [], []
-        for item in items:
-            for response, reference in item.mismatched:
-                spans.append(Span(len(sequences), len(item.encoded.prompt)))
-                sequences.append((*item.encoded.prompt, *response))
+        for example in examples:
+            for response, reference in example.mismatched:
+                spans.append(Span(len(sequences), len(example.encoded.prompt)))
+                sequences.append((*example.encoded.prompt, *response))
                 references.append(reference)
         policy, _ = read_log_probabilities(model, make_layout(layout, sequences), spans)
         return policy - tensor_on(policy.device, references, policy.dtype)
@@ -112,25 +114,25 @@ class AlignmentTask:
         self,
         model: PreTrainedModel,
         layout: LayoutName,
-        items: Sequence[AlignmentRecord],
-        counts: Counts,
+        examples: Sequence[AlignmentRecord],
+        denominators: Denominators,
         prepared: dict[str, Any],
-    ) -> tuple[Tensor, Measures]:
-        read = read_responses(model, layout, items)
-        values, measures = self.pair_losses(items, read, prepared)
-        loss = values.sum() / counts[self.loss.mean_over]
+    ) -> tuple[Tensor, Metrics]:
+        read = read_responses(model, layout, examples)
+        values, metrics = self.pair_losses(examples, read, prepared)
+        loss = values.sum() / denominators[self.loss.mean_over]
         if self.loss.sft_weight:
-            best = read.index((n, item.best) for n, item in enumerate(items) if item.best is not None)
+            best = read.index((n, example.best) for n, example in enumerate(examples) if example.best is not None)
             cross_entropy = losses.sft(read.policy[best], read.length[best], reduction=self.loss.sft_reduction)
-            loss = loss + self.loss.sft_weight * cross_entropy.sum() / counts["best"]
-            measures["sft_loss"] = (cross_entropy.sum(), len(best))
-        return loss, measures
+            loss = loss + self.loss.sft_weight * cross_entropy.sum() / denominators["best"]
+            metrics["sft_loss"] = (cross_entropy.sum(), len(best))
+        return loss, metrics
 
     def pair_losses(
-        self, items: Sequence[AlignmentRecord], read: Responses, prepared: dict[str, Any]
-    ) -> tuple[Tensor, Measures]:
+        self, examples: Sequence[AlignmentRecord], read: Responses, prepared: dict[str, Any]
+    ) -> tuple[Tensor, Metrics]:
         """Weighted losses, one a pair or a sample, and what to log of them."""
-        pairs = [(n, pair) for n, item in enumerate(items) for pair in item.pairs]
+        pairs = [(n, pair) for n, example in enumerate(examples) for pair in example.pairs]
         chosen = read.index((n, pair.chosen) for n, pair in pairs)
         rejected = read.index((n, pair.rejected) for n, pair in pairs)
         policy, device = read.policy, read.policy.device
@@ -142,12 +144,12 @@ class AlignmentTask:
             "reference_rejected": read.reference[rejected],
             "chosen_length": read.length[chosen],
             "rejected_length": read.length[rejected],
-            "row_length": tensor_on(device, [items[n].row_length for n, _ in pairs], read.length.dtype),
+            "row_length": tensor_on(device, [examples[n].row_length for n, _ in pairs], read.length.dtype),
             **prepared,
         }
         desirable: list[bool] = []
         if self.loss.mean_over == "samples":
-            alone = [(n, sample) for n, item in enumerate(items) for sample in item.samples]
+            alone = [(n, sample) for n, example in enumerate(examples) for sample in example.samples]
             every = torch.cat([chosen, rejected, read.index((n, sample.response) for n, sample in alone)])
             desirable = [*(True for _ in pairs), *(False for _ in pairs), *(s.desirable for _, s in alone)]
             tensors["log_ratio"] = policy[every] - read.reference[every]
@@ -163,12 +165,12 @@ class AlignmentTask:
         values: Tensor,
         prepared: dict[str, Any],
         desirable: Sequence[bool],
-    ) -> Measures:
+    ) -> Metrics:
         """Sums and counts of what the dashboards show; what no pair or sample is there for has the count 0. desirable:
         of the samples, known on the host, which therefore need not wait for a GPU to count them."""
         policy = tensors["policy_chosen"] - tensors["policy_rejected"]
         pairs = len(policy)
-        measures: Measures = {
+        metrics: Metrics = {
             "alignment_loss": (values.sum(), len(values)),
             "weight_mean": (weight.sum(), len(weight)),
             "weight_square_mean": (weight.square().sum(), len(weight)),
@@ -183,25 +185,25 @@ class AlignmentTask:
             for name in ("chosen", "rejected"):
                 # In nats. The data's responses are not the policy's own, so this is no KL: stage eval estimates that.
                 log_ratio = tensors[f"policy_{name}"] - tensors[f"reference_{name}"]
-                measures[f"log_ratio_{name}"] = (log_ratio.sum(), pairs)
+                metrics[f"log_ratio_{name}"] = (log_ratio.sum(), pairs)
             margin = policy - (tensors["reference_chosen"] - tensors["reference_rejected"])
-            # A tie counts as half right: at the first step policy and reference are the same, but for rounding.
+            # A tie denominators as half right: at the first step policy and reference are the same, but for rounding.
             tie = margin.abs() < TIE
-            measures["implicit_reward_accuracy"] = (torch.where(tie, 0.5, (margin > 0).to(margin.dtype)).sum(), pairs)
-            measures["implicit_reward_margin"] = (self.loss.settings.get("beta", 1.0) * margin.sum(), pairs)
+            metrics["implicit_reward_accuracy"] = (torch.where(tie, 0.5, (margin > 0).to(margin.dtype)).sum(), pairs)
+            metrics["implicit_reward_margin"] = (self.loss.settings.get("beta", 1.0) * margin.sum(), pairs)
         if "log_ratio" in tensors:
             reward = self.loss.settings.get("beta", 1.0) * tensors["log_ratio"]
             gains = torch.where(tensors["desirable"], reward, 0.0)
-            measures["implicit_reward_desirable"] = (gains.sum(), sum(desirable))
-            measures["implicit_reward_undesirable"] = ((reward - gains).sum(), len(desirable) - sum(desirable))
+            metrics["implicit_reward_desirable"] = (gains.sum(), sum(desirable))
+            metrics["implicit_reward_undesirable"] = ((reward - gains).sum(), len(desirable) - sum(desirable))
         if "kl" in prepared:
-            measures["kl_estimate"] = (prepared["kl"] * len(values), len(values))
-        return measures
+            metrics["kl_estimate"] = (prepared["kl"] * len(values), len(values))
+        return metrics
 
 
 @dataclass(frozen=True)
 class Responses:
-    """Read-outs of a micro-batch, [responses] each; `place` finds (item, response) in them, `index` many."""
+    """Read-outs of a micro-batch, [responses] each; `place` finds (example, response) in them, `index` many."""
 
     policy: Tensor
     reference: Tensor
@@ -209,21 +211,21 @@ class Responses:
     place: dict[tuple[int, int | None], int]
 
     def index(self, wanted: Iterable[tuple[int, int | None]]) -> Tensor:
-        """Where the read-outs of (item, response) stand, [wanted]."""
+        """Where the read-outs of (example, response) stand, [wanted]."""
         return tensor_on(self.policy.device, [self.place[one] for one in wanted], torch.int64)
 
 
-def read_responses(model: PreTrainedModel, layout: LayoutName, items: Sequence[AlignmentRecord]) -> Responses:
-    """Log-probabilities and lengths of every response that the items' losses read."""
+def read_responses(model: PreTrainedModel, layout: LayoutName, examples: Sequence[AlignmentRecord]) -> Responses:
+    """Log-probabilities and lengths of every response that the examples' losses read."""
     sequences: list[tuple[int, ...]] = []
     spans: list[Span] = []
     reference: list[float] = []
     place: dict[tuple[int, int | None], int] = {}
-    for number, item in enumerate(items):
-        for response, ids in zip(item.responses, item.sequences, strict=True):
+    for number, example in enumerate(examples):
+        for response, ids in zip(example.responses, example.sequences, strict=True):
             place[number, response] = len(sequences)
-            spans.append(Span(len(sequences), len(item.encoded.prompt)))
+            spans.append(Span(len(sequences), len(example.encoded.prompt)))
             sequences.append(ids)
-            reference.append(item.reference[response])
+            reference.append(example.reference[response])
     policy, length = read_log_probabilities(model, make_layout(layout, sequences), spans)
     return Responses(policy, tensor_on(policy.device, reference, policy.dtype), length, place)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rdo.runtime.files import Damaged
-from rdo.runtime.processes import from_first, meet, world
+from rdo.runtime.processes import barrier, broadcast, is_rank0
 from rdo.runtime.progress import say, warn
 from rdo.settings import EngineConfig
 from rdo.training.engine.surface import Engine
@@ -34,7 +34,7 @@ class Checkpoints:
 
         Raises UserError where it is another model's, engine's or number of processes'.
         """
-        for name in from_first(lambda: [path.name for path in reversed(self.files())]):
+        for name in broadcast(lambda: [path.name for path in reversed(self.files())]):
             path = self.folder / name
             try:
                 step = engine.load(path)
@@ -58,9 +58,9 @@ class Checkpoints:
         engine.save(path, step)
         self.last_saved = time.monotonic()
         self.newest = path
-        if world().first:
+        if is_rank0():
             self.remove_others(path)
-        meet()
+        barrier()
 
     def remove_others(self, path: Path) -> None:
         """Removes all but the last few up to this one."""

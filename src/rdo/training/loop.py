@@ -30,7 +30,7 @@ from rdo.training.checkpoints import Checkpoints
 from rdo.training.engine.surface import Engine, precision_of
 from rdo.training.engine.torch_engine import TorchEngine
 from rdo.training.plan import Plan, learning_rate_factor, make_plan
-from rdo.training.step import Dealt, Item, Task, Wishes, ahead, deal_step, training_step
+from rdo.training.step import Dealt, Example, Task, Wishes, ahead, deal_step, training_step
 
 
 def make_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.optim.AdamW:
@@ -70,7 +70,7 @@ def train(
     if engine_config.gradient_checkpointing:
         recompute_activations(model)
     plan = make_plan(config, len(task.record_ids), seed)
-    check_positions(model, max(len(ids) for n in range(plan.records) for ids in task.item(n, 0).sequences))
+    check_positions(model, max(len(ids) for n in range(plan.records) for ids in task.example(n, 0).sequences))
     engine = make_engine(model, config, engine_config)
     checkpoints = Checkpoints(folder / "checkpoints", engine_config, tracker.synchronize)
     done = checkpoints.restore(engine)
@@ -87,7 +87,7 @@ def train(
                 measured, wishes = training_step(task, engine, layout, dealt, wishes)
             except stopping.Stopped:
                 raise stopping.stop(part(checkpoints, engine, step, plan)) from None
-            measured["gradient_norm"] = update(engine, measured["loss"], dealt.items, step)
+            measured["gradient_norm"] = update(engine, measured["loss"], dealt.examples, step)
             seconds = time.perf_counter() - started
             rates = learning_rates(engine.param_groups)
             tracker.log(step + 1, {"epoch": plan.epoch(step), **measured, **rates, **speed(measured, seconds)})
@@ -117,7 +117,7 @@ def make_engine(model: PreTrainedModel, config: TrainingConfig, engine: EngineCo
 def dealt_step(task: Task, plan: Plan, layout: LayoutName, budget: int, step: int) -> Dealt:
     """The records of a step, dealt and packed."""
     epoch, numbers = plan.batch(step)
-    return deal_step([task.item(number, epoch) for number in numbers], layout, budget)
+    return deal_step([task.example(number, epoch) for number in numbers], layout, budget)
 
 
 def described(config: EngineConfig) -> str:
@@ -157,7 +157,7 @@ def speed(measured: dict[str, float], seconds: float) -> dict[str, float]:
     }
 
 
-def update(engine: Engine, loss: float, items: Sequence[Item], step: int) -> float:
+def update(engine: Engine, loss: float, examples: Sequence[Example], step: int) -> float:
     """Updates the weights; the gradient's norm before clipping. Raises NotFiniteError, with the records of the step,
     where loss or gradient are no numbers."""
     norm = engine.step() if math.isfinite(loss) else math.nan
@@ -166,7 +166,7 @@ def update(engine: Engine, loss: float, items: Sequence[Item], step: int) -> flo
     if not math.isfinite(norm):
         raise NotFiniteError(
             f"step {step + 1}: loss {loss}, gradient norm {norm}",
-            [item.record_id for item in items[:20]],
+            [example.record_id for example in examples[:20]],
             "lower the learning rate, or look at these records",
         )
     return norm

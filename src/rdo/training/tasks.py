@@ -20,7 +20,7 @@ from rdo.sequences.devices import tensor_on
 from rdo.sequences.forward import read_log_probabilities, read_scalars
 from rdo.sequences.layout import LayoutName, make_layout
 from rdo.sequences.readout import Span
-from rdo.training.step import Counts, Measures, Preparation
+from rdo.training.step import Denominators, Metrics, Preparation
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ class ById(Generic[T]):
     """Items in the order of their keys, each made when it is asked for: token ids stay on disk until their step."""
 
     def __init__(self, keys: Sequence[Any], make: Callable[[int], T]):
-        """keys: of each item its record's id, or a tuple that begins with it. make: item number n of `keys`."""
+        """keys: of each example its record's id, or a tuple that begins with it. make: example number n of `keys`."""
         self.order = sorted(range(len(keys)), key=keys.__getitem__)
         self.keys = [keys[n] for n in self.order]
         self.make = make
@@ -65,26 +65,26 @@ class SftTask:
     def __init__(self, records: ById[Demonstration]):
         self.records, self.record_ids = records, records.keys
 
-    def item(self, index: int, epoch: int) -> Demonstration:
+    def example(self, index: int, epoch: int) -> Demonstration:
         return self.records[index]
 
-    def counts(self, items: Sequence[Demonstration]) -> Counts:
-        return {"tokens": sum(len(item.encoded.responses[r]) for item in items for r in item.responses)}
+    def denominators(self, examples: Sequence[Demonstration]) -> Denominators:
+        return {"tokens": sum(len(example.encoded.responses[r]) for example in examples for r in example.responses)}
 
     def losses(
         self,
         model: PreTrainedModel,
         layout: LayoutName,
-        items: Sequence[Demonstration],
-        counts: Counts,
+        examples: Sequence[Demonstration],
+        denominators: Denominators,
         prepared: dict[str, Any],
-    ) -> tuple[Tensor, Measures]:
-        sequences = [ids for item in items for ids in item.sequences]
-        starts = [len(item.encoded.prompt) for item in items for _ in item.responses]
+    ) -> tuple[Tensor, Metrics]:
+        sequences = [ids for example in examples for ids in example.sequences]
+        starts = [len(example.encoded.prompt) for example in examples for _ in example.responses]
         spans = [Span(number, start) for number, start in enumerate(starts)]
         policy, length = read_log_probabilities(model, make_layout(layout, sequences), spans)
         cross_entropy = losses.sft(policy, length, reduction="sum").sum()
-        return cross_entropy / counts["tokens"], {"response_length": (length.sum(), len(spans))}
+        return cross_entropy / denominators["tokens"], {"response_length": (length.sum(), len(spans))}
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class ScorerTask:
         self.pairs, self.record_ids = pairs, [record_id for record_id, *_ in pairs.keys]
         self.form, self.template, self.beta0, self.beta1, self.seed = form, template, beta0, beta1, seed
 
-    def item(self, index: int, epoch: int) -> ComparisonItem:
+    def example(self, index: int, epoch: int) -> ComparisonItem:
         encoded, preference = self.pairs[index]
         reading = Reading()
         if self.form == "pointwise":
@@ -147,38 +147,38 @@ class ScorerTask:
             add_difference(reading, self.form, self.template, encoded, second, first)
         return ComparisonItem(encoded.id, reading, 0.5 if preference.tie else target)
 
-    def counts(self, items: Sequence[ComparisonItem]) -> Counts:
-        return {"pairs": len(items)}
+    def denominators(self, examples: Sequence[ComparisonItem]) -> Denominators:
+        return {"pairs": len(examples)}
 
     def losses(
         self,
         model: PreTrainedModel,
         layout: LayoutName,
-        items: Sequence[ComparisonItem],
-        counts: Counts,
+        examples: Sequence[ComparisonItem],
+        denominators: Denominators,
         prepared: dict[str, Any],
-    ) -> tuple[Tensor, Measures]:
-        sequences, values = merge([item.reading for item in items])
-        outputs = read_scalars(model, make_layout(layout, sequences), values).view(len(items), -1)
-        target = tensor_on(outputs.device, [item.target for item in items], outputs.dtype)
+    ) -> tuple[Tensor, Metrics]:
+        sequences, values = merge([example.reading for example in examples])
+        outputs = read_scalars(model, make_layout(layout, sequences), values).view(len(examples), -1)
+        target = tensor_on(outputs.device, [example.target for example in examples], outputs.dtype)
         if self.form == "pointwise":
             forward = outputs[:, 0] - outputs[:, 1]
             per_pair = losses.bradley_terry(outputs[:, 0], outputs[:, 1])
-            measures: Measures = {}
+            metrics: Metrics = {}
         else:
             forward = outputs[:, 0]
             duplicate = outputs[:, 1] if self.beta0 else None
             reverse = outputs[:, -1] if self.beta1 else None
             per_pair = losses.difference(forward, target, duplicate, reverse, beta0=self.beta0, beta1=self.beta1)
             # Without the regularisers, whose sizes follow.
-            measures = {"comparison_loss": (losses.difference(forward, target).sum(), len(items))}
+            metrics = {"comparison_loss": (losses.difference(forward, target).sum(), len(examples))}
             if duplicate is not None:
-                measures["duplication"] = (duplicate.square().sum(), len(items))
+                metrics["duplication"] = (duplicate.square().sum(), len(examples))
             if reverse is not None:
-                measures["reverse"] = ((forward + reverse).square().sum(), len(items))
+                metrics["reverse"] = ((forward + reverse).square().sum(), len(examples))
         right = torch.where(target == 0.5, 0.5, ((forward > 0) == (target > 0.5)).to(forward.dtype))
         right = torch.where(forward == 0, 0.5, right)
-        measures["accuracy"] = (right.sum(), len(items))
-        measures["difference_size"] = (forward.abs().sum(), len(items))
-        measures["sequence_length"] = (torch.tensor(float(sum(map(len, sequences)))), len(sequences))
-        return per_pair.sum() / counts["pairs"], measures
+        metrics["accuracy"] = (right.sum(), len(examples))
+        metrics["difference_size"] = (forward.abs().sum(), len(examples))
+        metrics["sequence_length"] = (torch.tensor(float(sum(map(len, sequences)))), len(sequences))
+        return per_pair.sum() / denominators["pairs"], metrics

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from rdo.models.lora import has_adapter
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import Damaged, check_zip, move_folder, read_json, replace_file, synchronize, write_json
-from rdo.runtime.processes import from_first, meet, world
+from rdo.runtime.processes import barrier, broadcast, is_rank0, world
 from rdo.settings import EngineConfig
 from rdo.training.engine.surface import precision_of
 from rdo.training.engine.torch_engine import foreign
@@ -103,9 +103,9 @@ class ZeroEngine:
 
     def save(self, path: Path, step: int) -> None:
         temporary = path.with_name(f".{path.name}.part")
-        if world().first:
+        if is_rank0():
             shutil.rmtree(temporary, ignore_errors=True)
-        meet()
+        barrier()
         self.engine.save_checkpoint(
             str(temporary),
             tag="state",
@@ -113,8 +113,8 @@ class ZeroEngine:
             save_latest=False,
             exclude_frozen_parameters=True,
         )
-        meet()
-        if world().first:
+        barrier()
+        if is_rank0():
             files = sorted(file.name for file in (temporary / "state").iterdir())
             write_json(temporary / DESCRIPTION, {**self.described(), "step": step, "files": files})
             synchronize(temporary)
@@ -134,7 +134,7 @@ class ZeroEngine:
         return None
 
     def load(self, path: Path) -> int:
-        if damage := from_first(lambda: self.damage_of(path)):
+        if damage := broadcast(lambda: self.damage_of(path)):
             raise Damaged(damage)
         there = read_json(path / DESCRIPTION)
         for what, here in self.described().items():
@@ -165,9 +165,9 @@ class ZeroEngine:
             whole = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
             partitioned = [tensor] if whole is None and hasattr(tensor, "ds_id") else []
             with GatheredParameters(partitioned, enabled=bool(partitioned)):
-                if world().first:
+                if is_rank0():
                     state[name] = (tensor if whole is None else whole).detach().to("cpu", copy=True)
-        return state if world().first else None
+        return state if is_rank0() else None
 
     def close(self) -> None:
         self.engine.destroy()
