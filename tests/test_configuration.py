@@ -22,7 +22,7 @@ from rdo.settings import Config, DifferenceForm, Kernel, Negative, Template
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
     for folder in CONF.iterdir()
-    if folder.is_dir() and folder.name != "hydra"  # hydra's own groups: see test_sweeps.py
+    if folder.is_dir() and folder.name != "hydra"  # hydra's own groups: see stages/test_comparison.py
 }
 FILES = [(group, name) for group, names in GROUPS.items() for name in names]
 

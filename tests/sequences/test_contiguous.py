@@ -1,5 +1,5 @@
 """Tree attention by contiguous rows: its rectangles are every token's path exactly once, and its numbers those of
-the padded rectangles, which tests/test_layouts.py holds against each sequence alone."""
+the padded rectangles, which tests/sequences/test_layouts.py holds against each sequence alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from test_layouts import FLOAT32, FLOAT64, LISTS, check
 from transformers import PreTrainedModel
 
 import rdo.sequences.kernels.contiguous
@@ -18,7 +19,6 @@ from rdo.sequences.kernels.gathered import GatheredPlan
 from rdo.sequences.layout import PrefixTree
 from rdo.sequences.preparation import set_layout
 from rdo.sequences.readout import Span
-from test_layouts import FLOAT32, FLOAT64, LISTS, check
 
 CPU = torch.device("cpu")
 

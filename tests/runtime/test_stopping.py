@@ -26,7 +26,7 @@ from rdo.tracking import Tracker
 from rdo.training.tasks import SftTask
 from tiny import TINY, metrics, tiny_run, weights
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 

@@ -32,7 +32,7 @@ def test_no_file_of_a_run_holds_a_secret_of_the_environment(tmp_path, monkeypatc
     monkeypatch.setenv("HF_TOKEN", TOKENS["hugging face"])
     monkeypatch.setenv("WANDB_API_KEY", TOKENS["wandb"])
     monkeypatch.setattr(sys, "argv", ["train.py", "stage=sft", *TINY, f"run_dir={tmp_path}"])
-    runpy.run_path(str(Path(__file__).parents[1] / "train.py"), run_name="__main__")
+    runpy.run_path(str(Path(__file__).parents[2] / "train.py"), run_name="__main__")
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert {"overrides.yaml", "hydra.yaml", "manifest.json"} <= {file.name for file in files}
     for text in [*(file.read_bytes() for file in files), *(part.encode() for part in capsys.readouterr())]:
@@ -124,7 +124,7 @@ def test_wandb_gets_no_secret_and_listens_to_nobody_else(tmp_path):
     ):
         subprocess.run(["git", "-C", str(tmp_path), *command.split()], check=True, capture_output=True)
     (tmp_path / "script.py").write_text(f"# planted-code\n{TRACKED}")
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     done = subprocess.run(
         [sys.executable, str(tmp_path / "script.py"), str(run), "--argument=planted-argument"],
         env={

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_layouts import DECODERS, FLOAT32, FLOAT64, LISTS, Sequences, gradients, half_way
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
@@ -25,7 +26,6 @@ from rdo.sequences.kernels.varlen import GatherRows, VarlenPlan, computed_dtype
 from rdo.sequences.layout import PrefixTree, make_layout, subtree_ends
 from rdo.sequences.preparation import head_width, set_kernel, set_layout, why_not_tree
 from rdo.sequences.readout import span_log_probabilities
-from test_layouts import DECODERS, FLOAT32, FLOAT64, LISTS, Sequences, gradients, half_way
 
 EVERY_DTYPE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

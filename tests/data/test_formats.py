@@ -17,7 +17,7 @@ from rdo.data.records import Record
 from rdo.data.templates import text_of
 from rdo.runtime.errors import DataError
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent
 GOOD = [case for line in (DATA / "formats.jsonl").open() if "found" not in (case := json.loads(line))]
 # One line a case: format, row, and field, words and reason ("broken" is left out) of the message.
 BAD = [json.loads(line) for line in (DATA / "bad_rows.jsonl").open()]

@@ -27,7 +27,7 @@ from rdo.tracking import Tracker
 from rdo.training.checkpoints import Checkpoints
 from tiny import TINY, metrics, tiny_run, weights
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OFTEN = "engine.checkpoint_every_steps=2"
 ALIGN = ["align.batch_size=8", "align.epochs=2", "align.max_steps=7", "align.learning_rate=1e-3"]
 SCORER = ["batch_size=16", "epochs=2", "max_steps=7", "schedule=linear"]

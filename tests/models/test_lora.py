@@ -431,6 +431,6 @@ def test_stages_that_go_on_from_an_adapter(tmp_path: Path):
 def test_peft_is_imported_only_where_an_adapter_is():
     """It takes most of a second, which no other command should wait for."""
     code = "import sys, rdo.main, rdo.stages.align; print('rdo.models.lora' in sys.modules, 'peft' in sys.modules)"
-    source = Path(rdo.models.lora.__file__).parents[1]
+    source = Path(rdo.models.lora.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True, text=True)
     assert done.stdout.split() == ["True", "False"]

@@ -24,7 +24,7 @@ from tiny import TINY, metrics, weights
 pytestmark = pytest.mark.skipif(
     bool(throwaway_slurm.missing()), reason=f"SLURM is not installed: {', '.join(throwaway_slurm.missing())} not found"
 )
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ENGINE, RANKS = "zero2", 2
 STEPS = 160
 SETTINGS = (

@@ -26,7 +26,7 @@ from rdo.runtime.files import read_json_lines
 from rdo.runtime.store import MANIFEST
 from tiny import TINY
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 TRAIN = HERE.parent / "train.py"
 TASKS = ("dpo", "kto", "rrhf", "pointwise", "paper", "kto-lora", "pointwise-lora")
 ALL = ("zero1", "zero2", "zero3", "zero3_offload")

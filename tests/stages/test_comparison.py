@@ -20,7 +20,7 @@ from rdo.runtime.store import Provenance, produce
 from rdo.stages.comparison import Comparison
 from tiny import TINY
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SWEEPS = sorted(file.stem for file in (CONF / "experiment").glob("sweep_*.yaml"))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_training import assert_same_gradient, llama
 
 from engines import one_step
 from made_tasks import encoded
@@ -18,7 +19,6 @@ from rdo.sequences.preparation import set_layout
 from rdo.sequences.readout import Span
 from rdo.training.alignment import AlignmentRecord, AlignmentTask, Pair, Sample
 from rdo.training.tasks import ById
-from test_training import assert_same_gradient, llama
 
 
 def kto(**others: Any) -> LossChoice:

@@ -1,4 +1,4 @@
-"""The scripts of launch/, and what a launcher says, without a cluster: tests/test_slurm.py has one."""
+"""The scripts of launch/, and what a launcher says, without a cluster: tests/runtime/test_slurm.py has one."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ from rdo.runtime.errors import DataError, UserError
 from rdo.runtime.store import Provenance, is_finished
 from rdo.settings import DatasetConfig, ToyConfig
 
-REAL = Path(__file__).parents[2] / "shared" / "data"
-CONFIGURATIONS = Path(__file__).parents[1] / "conf" / "dataset"
+REAL = Path(__file__).parents[3] / "shared" / "data"
+CONFIGURATIONS = Path(__file__).parents[2] / "conf" / "dataset"
 
 
 def row(query: str, chosen: str = "good", rejected: str = "bad", **more: object) -> dict[str, object]:

@@ -23,7 +23,7 @@ from rdo.runtime.errors import NotFiniteError, UserError
 from rdo.runtime.store import MissingInput
 from tiny import TINY
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LEAVES = sorted(setting_names())
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
 

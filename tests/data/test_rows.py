@@ -17,10 +17,10 @@ from rdo.runtime.store import Provenance
 from rdo.settings import DatasetConfig
 
 HERE = Path(__file__).parent
-REAL = HERE.parents[1] / "shared" / "data"
+REAL = HERE.parents[2] / "shared" / "data"
 # One line a case: format, row, records (what is None, or (), is left out), and "found" where `auto` says otherwise.
-ROWS = [json.loads(line) for line in (HERE / "data" / "formats.jsonl").read_text().splitlines()]
-SETS = json.loads((HERE / "data" / "real_sets.json").read_text())
+ROWS = [json.loads(line) for line in (HERE / "formats.jsonl").read_text().splitlines()]
+SETS = json.loads((HERE / "real_sets.json").read_text())
 
 
 def as_json(record: Record) -> dict[str, Any]:
