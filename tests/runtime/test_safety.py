@@ -124,7 +124,7 @@ def test_wandb_gets_no_secret_and_listens_to_nobody_else(tmp_path):
     ):
         subprocess.run(["git", "-C", str(tmp_path), *command.split()], check=True, capture_output=True)
     (tmp_path / "script.py").write_text(f"# planted-code\n{TRACKED}")
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
         [sys.executable, str(tmp_path / "script.py"), str(run), "--argument=planted-argument"],
         env={

@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from engine_worker import trained
+
 from rdo.runtime.files import read_json_lines
 from rdo.runtime.store import MANIFEST
 from tiny import TINY
@@ -99,7 +99,7 @@ def test_losses_and_weights_are_those_of_one_process_of_pytorch(
 ) -> None:
     """Clipping, two learning rates, uneven micro-batches, a last batch smaller than the number of processes."""
     code, _, error = finished(
-        launched(count, HERE / "engine_worker.py", tmp_path, ",".join(engines), ",".join(tasks)), 400
+        launched(count, Path(__file__).parent / "engine_worker.py", tmp_path, ",".join(engines), ",".join(tasks)), 400
     )
     assert code == 0, error
     for engine in engines:

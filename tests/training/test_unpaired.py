@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import assert_same_gradient, llama
+from test_loop import assert_same_gradient, llama
 
 from engines import one_step
 from made_tasks import encoded

@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "src"), str(Path(__file__).parent)]
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS.parent / "src"), str(TESTS), str(TESTS / "training")]
 # ruff: noqa: E402
+
+from test_loop import model_of
 
 from made_tasks import encoded, make_task
 from rdo.models.lora import choose_trained, trained_state
@@ -22,7 +25,6 @@ from rdo.settings import EngineConfig, LoraConfig, ModelConfig, ScorerConfig, Tr
 from rdo.tracking import METRICS, Tracker
 from rdo.training.engine import deepspeed_engine
 from rdo.training.loop import train
-from test_training import model_of
 
 RECORDS, BATCH, EPOCHS = 10, 4, 2
 
