@@ -15,7 +15,7 @@ from rdo.runtime.errors import UserError
 from rdo.runtime.files import read_json, read_json_lines
 from rdo.runtime.stopping import Stopped
 from rdo.settings import TrackerConfig
-from rdo.stages.eval import evaluate_policy
+from rdo.stages.evaluate import evaluate_policy
 from rdo.stages.sft import base_policy
 from rdo.tracking import METRICS, Tracker
 from tiny import metrics, tiny_run

@@ -15,7 +15,7 @@ import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
 from rdo.stages.align import aligned_policy
-from rdo.stages.eval import evaluate_policy, evaluate_scorers
+from rdo.stages.evaluate import evaluate_policy, evaluate_scorers
 from tiny import tiny_run
 
 SHORT = ("tracker=wandb", "rm.max_steps=3", "diffmodel.max_steps=3", "align.batch_size=8", "align.max_steps=3")

@@ -34,7 +34,7 @@ from rdo.runtime.store import Artifact, MissingInput, Provenance
 from rdo.sequences import processor
 from rdo.settings import Config, EngineConfig
 from rdo.stages.align import aligned_policy, needed_scores
-from rdo.stages.eval import EVALUATION, evaluate_policy, evaluate_scorers
+from rdo.stages.evaluate import EVALUATION, evaluate_policy, evaluate_scorers
 from rdo.stages.run import Cache, Run
 from rdo.stages.score import scores
 from rdo.stages.scorer import STAGE_OF, scorer

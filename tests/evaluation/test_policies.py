@@ -9,7 +9,7 @@ from rdo.report.tables import describe_policy, describe_scorer
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import read_json, read_json_lines
 from rdo.settings import EvalConfig
-from rdo.stages.eval import EVALUATION, GENERATIONS, choose_prompts, evaluate_policy, evaluate_scorers
+from rdo.stages.evaluate import EVALUATION, GENERATIONS, choose_prompts, evaluate_policy, evaluate_scorers
 from rdo.stages.scorer import load_kind, scorer
 from tiny import tiny_run
 

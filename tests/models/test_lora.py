@@ -35,7 +35,7 @@ from rdo.sequences.preparation import set_layout
 from rdo.sequences.readout import Scalar, Span
 from rdo.settings import LoraConfig, ModelConfig
 from rdo.stages.align import aligned_policy
-from rdo.stages.eval import evaluate_policy
+from rdo.stages.evaluate import evaluate_policy
 from rdo.stages.scorer import scorer as scorer_artifact
 from rdo.stages.sft import base_policy
 from tiny import tiny_run

@@ -27,7 +27,7 @@ from rdo.sequences.layout import make_layout
 from rdo.sequences.preparation import set_layout
 from rdo.sequences.readout import Scalar, Span
 from rdo.settings import ModelConfig
-from rdo.stages.eval import evaluate_policy
+from rdo.stages.evaluate import evaluate_policy
 from tiny import tiny_run
 
 TOKENIZER = tokenizer()

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from rdo.runtime import files
 from rdo.runtime.store import MANIFEST, Artifact, is_finished
 from rdo.stages.align import aligned_policy
-from rdo.stages.eval import evaluate_policy
+from rdo.stages.evaluate import evaluate_policy
 from rdo.stages.reference import reference
 from rdo.stages.run import Run
 from rdo.stages.score import scores

@@ -17,7 +17,7 @@ import pytest
 from rdo.runtime.files import held
 from rdo.runtime.stopping import Stopped, check, handled, postponed, requested, stoppable
 from rdo.runtime.store import is_finished
-from rdo.stages.eval import evaluate_policy
+from rdo.stages.evaluate import evaluate_policy
 from rdo.stages.reference import reference
 from rdo.stages.score import scores
 from rdo.stages.scorer import scorer
