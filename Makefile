@@ -1,15 +1,19 @@
-# make demo: the whole pipeline on the toy world, then where the report lies. make test: the tests. make bench: every
-# computation against TRL. All of them make .venv.
+# make demo: the whole pipeline on the toy world, then where the report lies. make test: the tests. make quick: those of
+# them that take under a minute together. make bench: every computation against TRL. make size: how large the code is.
+# All but the last make .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test quick bench lint size clean
 
 demo: .venv/installed
 	$(BIN)/python train.py
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 15
+
+quick: .venv/installed-dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow"
 
 bench: .venv/installed-bench
 	$(BIN)/python launch/bench
@@ -18,6 +22,9 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+size:
+	$(PYTHON) launch/size.py
 
 # torch first and by itself: what follows is then satisfied by it, whichever build (CPU or CUDA) it is.
 .venv/installed: requirements.txt
