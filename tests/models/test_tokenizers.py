@@ -44,5 +44,3 @@ def test_tokenizers_go_by_name(tmp_path: Path):
     assert found.get_vocab() == BYTE_PAIR.get_vocab()
     with pytest.raises(UserError, match=r"model\.path"):
         make_tokenizer(ModelConfig(tokenizer="path"), [])
-    with pytest.raises(UserError, match=r"model\.tokenizer=words"):
-        make_tokenizer(ModelConfig(tokenizer="words"), [])

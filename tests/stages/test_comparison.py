@@ -132,5 +132,5 @@ def test_every_stage_returns_what_the_config_names_also_when_it_was_done_already
 def test_what_cannot_be_a_metric_is_refused_before_any_work():
     with pytest.raises(UserError, match="stage=report returns nothing"):
         compose_config(["stage=report", "metric=loss"])
-    with pytest.raises(UserError, match=r"the judge of metric=rewards\.gold"):
-        compose_config(["stage=eval", "metric=rewards.gold"])
+    with pytest.raises(UserError, match=r"the judge of metric=rewards\.human"):
+        compose_config(["stage=eval", "metric=rewards.human"])

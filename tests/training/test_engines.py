@@ -269,12 +269,12 @@ FAILING = """
 import runpy, sys
 sys.path[:0] = [{source!r}]
 import rdo.training.loop
-from rdo import distributed
+from rdo.runtime import processes
 from rdo.runtime.errors import UserError
 
 real = rdo.training.loop.training_step
 def failing(*arguments):
-    if distributed.world().rank == {rank}:
+    if processes.world().rank == {rank}:
         {what}
     return real(*arguments)
 
