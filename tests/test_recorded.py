@@ -7,7 +7,6 @@ import pytest
 import recorded
 
 
-@pytest.mark.slow
 def test_twenty_steps_of_everything_give_the_recorded_numbers() -> None:
     """To the last bit on the machine that recorded them; elsewhere the losses to a ten-thousandth."""
     before = json.loads(recorded.RECORDED.read_text())

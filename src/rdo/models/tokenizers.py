@@ -22,11 +22,9 @@ def make_tokenizer(config: ModelConfig, texts: Iterable[str]) -> PreTrainedToken
         return toy.tokenizer()
     if config.tokenizer == "byte_pair":
         return train_byte_pair(texts, config.vocabulary_size)
-    if config.tokenizer == "path":
-        if config.path is None:
-            raise UserError("model.tokenizer=path takes the tokenizer of model.path, which is not set")
-        return load_tokenizer(config.path, config)
-    raise UserError(f"model.tokenizer={config.tokenizer}: must be toy, byte_pair or path")
+    if config.path is None:
+        raise UserError("model.tokenizer=path takes the tokenizer of model.path, which is not set")
+    return load_tokenizer(config.path, config)
 
 
 def train_byte_pair(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
