@@ -38,7 +38,7 @@ def results(run_dir: Path) -> Iterator[tuple[str, str]]:
                 state = "stopped"
         except Timeout:
             state = "running"
-        yield state, f"{name}  {lines[-1] if lines else ''}".rstrip()
+        yield state, f"{name}  {lines[-1][:80] if lines else ''}".rstrip()
 
 
 def jobs(run_dir: Path) -> Iterator[tuple[str, str]]:
