@@ -1,8 +1,7 @@
 """hydra/launcher=slurm: the points of a sweep as jobs of a SLURM array, by submitit.
 
-Hydra looks for launchers in packages of this name alone. Of hydra-submitit-launcher's own launcher we replace what it
-does while jobs run: it says nothing, ends at the first job that failed, and without SLURM's accounting waits for ever
-for a job whose process was killed.
+Hydra looks for launchers in packages of this name alone. hydra-submitit-launcher's own ends at the first job that
+failed, and where SLURM keeps no accounts waits for ever for one whose process was killed.
 """
 
 from __future__ import annotations
@@ -16,66 +15,86 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
 from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
+from submitit import AutoExecutor, SlurmJob
+from submitit.core.core import Job
+from submitit.core.utils import FailedJobError, UncompletedJobError
+from submitit.helpers import as_completed
+from submitit.slurm.slurm import SlurmInfoWatcher
 
 from rdo.runtime.errors import UserError
 
 SOURCE = Path(__file__).parents[1]
 
 
+class Queue(SlurmInfoWatcher):
+    """Asks `squeue`, which every cluster has, in place of the accounts: a job that is not in the queue has ended."""
+
+    def _make_command(self) -> list[str]:
+        return ["squeue", "--me", "--array", "--noheader", "--format=%i"]
+
+    def read_info(self, string: Any) -> dict[str, dict[str, str]]:
+        queued = string.decode().split()
+        return {job: {"State": "RUNNING" if job in queued else "COMPLETED"} for job in self._registered}
+
+
 class RdoSlurmLauncher(SlurmLauncher):
-    """Submits the points of a sweep, says where their logs are and what becomes of them, and waits for all."""
+    """Submits the points of a sweep, waits for all, and says of each that failed why, and where its log is."""
 
     def __call__(self, sweep_overrides: list[str], *others: Any) -> JobReturn:
         """What every process of a job runs; the first of them alone writes hydra's files."""
         from rdo.runtime.processes import found_world
 
         quiet = [] if found_world(os.environ).first else ["hydra.output_subdir=null"]
-        returned = super().__call__([*sweep_overrides, *quiet], *others)
-        _ = returned.return_value  # raises what was raised, so that SLURM sees a failure
-        return returned
+        return super().__call__([*sweep_overrides, *quiet], *others)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Submits one job a point, and waits for them.
-
-        A point that failed costs the others nothing: it is noted for the report, and where a sweeper counts failures
-        (hydra.sweeper.max_failure_rate), told to it. Where the cluster takes no job, and on Ctrl-C, which leaves the
-        jobs alone, the process ends with one line.
-        """
+        """A point that failed costs the others nothing: it is noted for the report, and where a sweeper counts failures
+        told to it. Where SLURM takes no job, and on Ctrl-C, which ends no job, the process ends with one line."""
         from rdo.runtime.failing import FAILED, fail
-        from rdo.runtime.slurm import Jobs
 
         assert self.config is not None
         try:
-            outcomes = Jobs(self.submit(job_overrides, initial_job_idx), names(job_overrides), initial_job_idx).wait()
+            jobs = self.submit(job_overrides, initial_job_idx)
         except Exception as error:
             fail(error)
+        array, points = jobs[0].job_id.partition("_")[0], dict(zip(jobs, job_overrides, strict=True))
+        print(f"[slurm] job {array}, {len(jobs)} of them; logs: {jobs[0].paths.folder.parent}", flush=True)
         counted = "max_failure_rate" in self.config.hydra.sweeper
-        for number, (overrides, outcome) in enumerate(zip(job_overrides, outcomes, strict=True)):
-            if isinstance(outcome, UserError):
-                FAILED.append((list(overrides), str(outcome)))
-                status = JobStatus.FAILED if counted else JobStatus.COMPLETED
-                outcomes[number] = JobReturn(list(overrides), status=status)
-                outcomes[number].return_value = outcome if counted else None
-        return outcomes
+        returned = {}
+        try:
+            for job in as_completed(jobs, poll_frequency=1):
+                try:
+                    returned[job] = job.results()[0]
+                except (FailedJobError, UncompletedJobError):
+                    point, failure = list(points[job]), UserError(why(job))
+                    name = " ".join(text for text in point if text not in self.config.hydra.overrides.task)
+                    print(f"[slurm] {job.job_id} {name}: failed: {failure}", flush=True)
+                    FAILED.append((point, str(failure)))
+                    status, value = (JobStatus.FAILED, failure) if counted else (JobStatus.COMPLETED, None)
+                    returned[job] = JobReturn(point, status=status, _return_value=value)
+        except KeyboardInterrupt:
+            fail(UserError(f"no longer waiting for job {array}, which goes on; `scancel {array}` ends it"))
+        return [returned[job] for job in jobs]
 
-    def submit(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[Any]:
-        """The submitit jobs of the points. Raises UserError where there is no SLURM, or it refuses them."""
-        from rdo.runtime.slurm import submitted
-
-        settings = {key: value for key, value in self.params.items() if value is not None}
-        settings["setup"] = [*settings.get("setup", ()), f"export PYTHONPATH={SOURCE}:$PYTHONPATH"]
+    def submit(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[Job[JobReturn]]:
+        """One job a point, as hydra-submitit-launcher submits them."""
+        SlurmJob.watcher = Queue(delay_s=60)
+        SlurmJob._results_timeout_s = 2  # a file system may be late, and a job that failed brings nothing
+        settings = dict(self.params)
+        settings["setup"] = [*settings["setup"], f"export PYTHONPATH={SOURCE}:$PYTHONPATH"]
         folder, timeouts = settings.pop("submitit_folder"), settings.pop("max_num_timeout")
+        executor = AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=timeouts)
         common = BaseQueueConf.__dataclass_fields__
-        parameters = {name if name in common else f"slurm_{name}": value for name, value in settings.items()}
+        executor.update_parameters(**{key if key in common else f"slurm_{key}": settings[key] for key in settings})
         state = Singleton.get_state()
-        calls = [
-            (list(overrides), "hydra.sweep.dir", number, f"job_id_for_{number}", state)
-            for number, overrides in enumerate(job_overrides, initial_job_idx)
-        ]
-        return submitted(self, calls, folder, timeouts, parameters)
+        numbered = enumerate(job_overrides, initial_job_idx)
+        calls = [(list(point), "hydra.sweep.dir", number, f"job_id_for_{number}", state) for number, point in numbered]
+        return executor.map_array(self, *zip(*calls, strict=True))
 
 
-def names(job_overrides: Sequence[Sequence[str]]) -> list[str]:
-    """What tells each point of a sweep from the others; nothing of one alone."""
-    common = set.intersection(*map(set, job_overrides))
-    return [" ".join(override for override in overrides if override not in common) for overrides in job_overrides]
+def why(job: Job[Any]) -> str:
+    """Why a job left no result, by the last error that its logs show, and where they are."""
+    logs = sorted(job.paths.folder.glob(f"{job.job_id}_*_log.out"))
+    said = [line for log in logs for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+    reason = said[-1].removeprefix("error: ") if said else "ended without a result"
+    return f"{reason}; log: {logs[0] if logs else job.paths.folder}"
