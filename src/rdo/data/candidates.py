@@ -11,21 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, ConfigDict, Field
 
 from rdo.data.chat import Asked, Asking, Conversation, Query
-from rdo.data.columns import (
-    Columns,
-    Finite,
-    Flag,
-    Identifier,
-    QueryText,
-    Response,
-    Responses,
-    Row,
-    RowError,
-    Strength,
-    Text,
-    checked,
-    wrong,
-)
+from rdo.data.columns import Columns, Finite, Flag, Identifier, QueryText, Response, Row, RowError, Text, checked, wrong
 from rdo.data.records import Message, Preference, Record
 from rdo.data.templates import text_of
 
@@ -62,7 +48,7 @@ class Comparison(Columns):
     chosen: int
     rejected: int
     tie: bool | None = None
-    strength: Strength | None = None
+    strength: Finite | None = Field(None, ge=0)
 
     def preference(self, count: int, field: str) -> Preference:
         """The same of so many responses."""
@@ -122,7 +108,7 @@ class Ranking(Row):
 
 
 class BestFirst(Ranking, format="ranked"):
-    ranked_responses: Responses
+    ranked_responses: list[Response] = Field(min_length=2)
 
     def records(self) -> list[Record]:
         return [self.prompt.record(self.ranked_responses, *by_rank(range(len(self.ranked_responses))))]
@@ -131,7 +117,7 @@ class BestFirst(Ranking, format="ranked"):
 class Ranks(Ranking, format="ranked"):
     """The lowest rank is best, equal ones are ties."""
 
-    responses: Responses
+    responses: list[Response] = Field(min_length=2)
     ranks: list[Finite]
 
     def records(self) -> list[Record]:
@@ -147,7 +133,7 @@ class RankedAnswer(Columns):
 class Nectar(Ranking, format="ranked"):
     """berkeley-nest/Nectar."""
 
-    answers: Annotated[list[RankedAnswer], Field(min_length=2)]
+    answers: list[RankedAnswer] = Field(min_length=2)
 
     def records(self) -> list[Record]:
         return [self.prompt.record([a.answer for a in self.answers], *by_rank([a.rank for a in self.answers]))]
@@ -162,7 +148,7 @@ class StackExchange(Row, format="ranked"):
     """HuggingFaceH4/stack-exchange-preferences: the highest score is best."""
 
     question: Asked
-    answers: Annotated[list[VotedAnswer], Field(min_length=2)]
+    answers: list[VotedAnswer] = Field(min_length=2)
 
     def records(self) -> list[Record]:
         texts, scores = [a.text for a in self.answers], [a.pm_score for a in self.answers]
@@ -225,7 +211,7 @@ class Rated(Row, format="ultrafeedback"):
     """The same in flat columns: one rating a response."""
 
     instruction: QueryText
-    responses: Responses
+    responses: list[Response] = Field(min_length=2)
     ratings: list[Rating]
 
     def records(self) -> list[Record]:

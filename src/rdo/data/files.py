@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from fsspec.core import OpenFile
 from fsspec.implementations.local import LocalFileOpener
 
+from rdo.data.columns import RowError
 from rdo.runtime.errors import DataError
 from rdo.runtime.progress import progress_bar
 
@@ -80,7 +81,7 @@ def content_hash(file: OpenFile) -> str:
 def rows(file: OpenFile) -> Placed:
     """Pairs of a place for messages ("FILE, line 12") and a row.
 
-    A row is a dict, a TextRow (CSV), or a DataError: a broken row behind which reading can go on, for the caller to
+    A row is a dict, a TextRow (CSV), or a RowError: a broken row behind which reading can go on, for the caller to
     raise or to count. Raises DataError for all else that is wrong with the file, one that holds no row included.
     """
     name = name_of(file)
@@ -92,7 +93,7 @@ def rows(file: OpenFile) -> Placed:
         with file as stream:
             for where, row in READERS[suffix](stream, bool(file.compression)):
                 place = f"{name}, {where}"
-                yield place, DataError(f"{place}: {row}; mend or delete it") if isinstance(row, ValueError) else row
+                yield place, RowError("", f"{row}; mend or delete it") if isinstance(row, ValueError) else row
     except Exception as error:  # of damaged bytes, decompressors and pyarrow raise nearly anything
         behind = "" if place == name else " or behind it"
         reason = str(error).partition("\n")[0][:200] or type(error).__name__

@@ -174,7 +174,7 @@ def _identified(records: Iterable[Record], reading: Reading) -> Iterator[Record]
         taken[key] += 1
         if taken[key] > 1 and record.id:
             problem = f"{name!r:.60} is taken by a row before; make ids unique"
-            reading.refuse(record.place, RowError("id", problem, "repeated_id", record.place))
+            reading.refuse(record.place, RowError("id", problem, "repeated_id"))
             continue
         usable += 1
         yield replace(record, id=name if taken[key] == 1 else f"{name}-{taken[key]}")
