@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rdo.data.columns import RowError
-from rdo.data.files import TextRow, content_hash, resolve, rows, state
+from rdo.data.files import TextRow, content_hash, resolve, rows
 from rdo.runtime.errors import DataError
 
 ROWS = [{"prompt": "What?", "chosen": "Ä, \"b\"\n'c'", "score": 1.5}, {"prompt": "Why?", "chosen": "no", "score": -2.0}]
@@ -197,16 +197,3 @@ def test_a_file_in_another_place_is_read_as_well(tmp_path):
     (remote,) = resolve("memory://here/*.jsonl")
     assert [(place.rpartition("/")[2], row) for place, row in rows(remote)][1] == ("a.jsonl, line 2", ROWS[1])
     assert content_hash(remote) == content_hash(file)
-
-
-def test_the_state_of_a_file_tells_a_change_and_the_hash_its_content(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(LINES)
-    (file,) = resolve(str(path))
-    before = state(file), content_hash(file)
-    assert (state(file), content_hash(file)) == before
-    path.write_bytes(LINES.replace(b"no", b"NO"))
-    assert state(file) != before[0]
-    assert content_hash(file) != before[1]
-    path.unlink()
-    assert state(file) == ""

@@ -62,11 +62,6 @@ def name_of(file: OpenFile) -> str:
     return str(file.full_name).removeprefix("file://")
 
 
-def state(file: OpenFile) -> str:
-    """What tells a file that was written to, or replaced or removed, from the one before."""
-    return str(file.fs.ukey(file.path)) if file.fs.exists(file.path) else ""
-
-
 def content_hash(file: OpenFile) -> str:
     """Hash of a file's content. Time of change and size would not do: tools that copy files keep the time (cp -p, rsync
     -t), and a copy of the same content has another."""

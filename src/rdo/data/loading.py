@@ -7,14 +7,14 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fsspec.core import OpenFile
 
 from rdo.data.columns import RowError
-from rdo.data.files import content_hash, name_of, resolve, rows, state
+from rdo.data.files import content_hash, name_of, resolve, rows
 from rdo.data.readers import Reading, read_records
 from rdo.data.records import SPLITS, Record, content_id
 from rdo.data.table import Records, id_key, write_records
@@ -76,8 +76,9 @@ def load_splits(dataset: DatasetConfig, provenance: Provenance) -> Splits:
         found = _load(dataset, provenance)
     if not len(found.splits["train"]):
         raise UserError(
-            f"dataset={dataset.name}: nothing is left to train on ({_shown(found.counts)}); check dataset.path, "
-            "dataset.validation_share and dataset.test_share"
+            f"dataset={dataset.name}: nothing is left to train on "
+            f"({', '.join(f'{count} {name}' for name, count in found.counts.items() if count)}); "
+            "check dataset.path, dataset.validation_share and dataset.test_share"
         )
     for split in SPLITS:
         found.counts[f"records_{split}"] = len(found.splits[split])
@@ -85,15 +86,10 @@ def load_splits(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     return found
 
 
-def _shown(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-
-
 def _load(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     """The splits of a file or a hub data set."""
     hub = _fetch(dataset) if dataset.source == "hub" else {}
     files = resolve(dataset.path) if dataset.source == "file" else []
-    states = [state(file) for file in files]
     settings = {
         "files": broadcast(lambda: [[name_of(file), content_hash(file)] for file in files]),
         "hub": [dataset.hub_name, {split: getattr(held, "_fingerprint", None) for split, held in hub.items()}],
@@ -104,8 +100,8 @@ def _load(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     }
 
     def make(folder: Path) -> dict[str, Any]:
-        of_files = (row for file, before in zip(files, states, strict=True) for row in _unchanged(file, before))
-        return read_into(folder, _hub_parts(dataset, hub) if hub else [(None, of_files)], dataset)
+        parts = _hub_parts(dataset, hub) if hub else [(None, chain.from_iterable(map(rows, files)))]
+        return read_into(folder, parts, dataset)
 
     # Whatever the stage, its data is read: there is no command to make it beforehand.
     always = replace(provenance, build_inputs=True)
@@ -118,13 +114,6 @@ def _load(dataset: DatasetConfig, provenance: Provenance) -> Splits:
         logger.warning("%d invalid rows left out: %s", invalid, artifact.folder / INVALID)
     splits = _separate(_assign(Records.in_file(artifact.folder / RECORDS), dataset), counts)
     return Splits(splits, dict(counts), artifact, results["format"], results["ignored"])
-
-
-def _unchanged(file: OpenFile, before: str) -> Rows:
-    """The rows of a file. Raises UserError where it has changed by their end."""
-    yield from rows(file)
-    if state(file) != before:
-        raise UserError(f"{name_of(file)}: changed while it was read; run again when nothing writes to it")
 
 
 def read_into(folder: Path, parts: Iterable[tuple[str | None, Rows]], dataset: DatasetConfig) -> dict[str, Any]:
@@ -154,14 +143,9 @@ def read_into(folder: Path, parts: Iterable[tuple[str | None, Rows]], dataset: D
 def _records(parts: Iterable[tuple[str | None, Rows]], reading: Reading) -> Iterator[Record]:
     with progress_bar(None, "reading rows", unit=" rows") as bar:
         for split, part in parts:
-            for record in read_records(_counted(part, bar), reading):
+            for record in read_records(part, reading):
                 yield record if split is None else replace(record, split=split)
-
-
-def _counted(part: Rows, bar: Any) -> Rows:
-    for entry in part:
-        yield entry
-        bar.update(1)
+                bar.update(reading.counts["rows_read"] - bar.n)
 
 
 def _identified(records: Iterable[Record], reading: Reading) -> Iterator[Record]:
@@ -255,12 +239,10 @@ def _assign(records: Records, dataset: DatasetConfig) -> dict[str, Records]:
 def _separate(splits: dict[str, Records], counts: Counter[str]) -> dict[str, Records]:
     """Without the records whose query is in a split that is held out from theirs; counts how many."""
     splits = dict(splits)
-    for held_out, others in (
-        ("test", ("validation", "train", "demonstrations")),
-        ("validation", ("train", "demonstrations")),
-    ):
+    others = ("train", "demonstrations")
+    for held_out, fuller in (("test", ("validation", *others)), ("validation", others)):
         queries = splits[held_out].query_keys()
-        for split in others:
+        for split in fuller:
             kept = ~np.isin(splits[split].query_keys(), queries)
             counts[f"dropped_query_in_{held_out}"] += int((~kept).sum())
             splits[split] = splits[split].only(kept)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AliasChoices, BeforeValidator, Field
 
 from rdo.data.chat import Asked, Conversation, Query, parted
 from rdo.data.columns import Choice, Columns, Finite, Flag, QueryText, Response, Row, RowError, Text, checked, wrong
@@ -178,28 +178,16 @@ class SafeRLHF(Row, format="safe_rlhf"):
         return [Query(self.prompt).record((self.response_0, self.response_1), better)]
 
 
-class HelpSteer2(Row, format="helpsteer"):
-    """HelpSteer2-preference; from -3 (the first is much better) over 0 (a tie) to 3."""
+class HelpSteer(Row, format="helpsteer"):
+    """HelpSteer2-preference, or HelpSteer3; from -3 (the first is much better) over 0 (a tie) to 3."""
 
-    prompt: Asked
-    response_1: Response
-    response_2: Response
-    preference_strength: Finite
-
-    def records(self) -> list[Record]:
-        return [self.prompt.record((self.response_1, self.response_2), by_sign(self.preference_strength))]
-
-
-class HelpSteer3(Row, format="helpsteer"):
-    """The same scale; the query is messages."""
-
-    context: Asked
-    response1: Response
-    response2: Response
-    overall_preference: Finite
+    prompt: Asked = Field(validation_alias=AliasChoices("prompt", "context"))
+    response_1: Response = Field(validation_alias=AliasChoices("response_1", "response1"))
+    response_2: Response = Field(validation_alias=AliasChoices("response_2", "response2"))
+    strength: Finite = Field(validation_alias=AliasChoices("preference_strength", "overall_preference"))
 
     def records(self) -> list[Record]:
-        return [self.context.record((self.response1, self.response2), by_sign(self.overall_preference))]
+        return [self.prompt.record((self.response_1, self.response_2), by_sign(self.strength))]
 
 
 class Question(Columns):
