@@ -25,7 +25,6 @@ from fsspec.implementations.local import LocalFileOpener
 
 from rdo.data.columns import RowError
 from rdo.runtime.errors import DataError
-from rdo.runtime.progress import progress_bar
 
 CHUNK = 2**20  # bytes or characters that are read at a time
 BATCH = 256  # rows of a table that are Python objects at a time
@@ -65,12 +64,8 @@ def name_of(file: OpenFile) -> str:
 def content_hash(file: OpenFile) -> str:
     """Hash of a file's content. Time of change and size would not do: tools that copy files keep the time (cp -p, rsync
     -t), and a copy of the same content has another."""
-    digest = hashlib.blake2b(digest_size=16)
-    with progress_bar(None, "hashing data files", unit="B") as bar, file.fs.open(file.path, "rb") as stream:
-        while block := stream.read(4 * CHUNK):
-            digest.update(block)
-            bar.update(len(block))
-    return digest.hexdigest()
+    with file.fs.open(file.path, "rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def rows(file: OpenFile) -> Placed:
