@@ -70,8 +70,7 @@ def load_splits(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     if dataset.source == "toy":
         from rdo.data import toy
 
-        made = {split: Records.in_memory(records) for split, records in toy.load(dataset.toy).items()}
-        found = Splits({split: made.get(split, Records.in_memory([])) for split in SPLITS}, {})
+        found = Splits({split: Records.in_memory(made) for split, made in toy.load(dataset.toy).items()}, {})
     else:
         found = _load(dataset, provenance)
     if not len(found.splits["train"]):
@@ -89,10 +88,11 @@ def load_splits(dataset: DatasetConfig, provenance: Provenance) -> Splits:
 def _load(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     """The splits of a file or a hub data set."""
     hub = _fetch(dataset) if dataset.source == "hub" else {}
+    ours = _hub_splits(dataset, list(hub)) if hub else {}
     files = resolve(dataset.path) if dataset.source == "file" else []
     settings = {
         "files": broadcast(lambda: [[name_of(file), content_hash(file)] for file in files]),
-        "hub": [dataset.hub_name, {split: getattr(held, "_fingerprint", None) for split, held in hub.items()}],
+        "hub": [dataset.hub_name, {split: getattr(hub[split], "_fingerprint", None) for split in ours}],
         "format": dataset.format,
         "on_invalid": [dataset.on_invalid, dataset.max_invalid_share],
         "split_seed": dataset.split_seed,
@@ -100,15 +100,15 @@ def _load(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     }
 
     def make(folder: Path) -> dict[str, Any]:
-        parts = _hub_parts(dataset, hub) if hub else [(None, chain.from_iterable(map(rows, files)))]
-        return read_into(folder, parts, dataset)
+        parts = [(split, _hub_rows(dataset, name, hub[name])) for name, split in ours.items()]
+        return read_into(folder, parts or [(None, chain.from_iterable(map(rows, files)))], dataset)
 
     # Whatever the stage, its data is read: there is no command to make it beforehand.
     always = replace(provenance, build_inputs=True)
     artifact = produce(always, "data", dataset.name, settings, {}, make, False, together=False)
     results = artifact.manifest()["results"]
     counts = Counter(results["counts"])
-    if hub and not dataset.hub_split and "validation" in hub and "test" not in hub:
+    if ours.get("validation") == "test" and not dataset.hub_split:
         counts["validation_used_as_test"] = 1
     if invalid := sum(count for name, count in counts.items() if name.startswith("invalid_")):
         logger.warning("%d invalid rows left out: %s", invalid, artifact.folder / INVALID)
@@ -129,7 +129,7 @@ def read_into(folder: Path, parts: Iterable[tuple[str | None, Rows]], dataset: D
 
         reading = Reading(dataset.format, dataset.on_invalid, dataset.max_invalid_share, listed)
         try:
-            write_records(_identified(_records(parts, reading), reading), file, dataset.split_seed)
+            write_records(_records(parts, reading), file, dataset.split_seed)
         except DataError as error:
             if not reading.invalid:
                 raise
@@ -141,80 +141,65 @@ def read_into(folder: Path, parts: Iterable[tuple[str | None, Rows]], dataset: D
 
 
 def _records(parts: Iterable[tuple[str | None, Rows]], reading: Reading) -> Iterator[Record]:
-    with progress_bar(None, "reading rows", unit=" rows") as bar:
-        for split, part in parts:
-            for record in read_records(part, reading):
-                yield record if split is None else replace(record, split=split)
-                bar.update(reading.counts["rows_read"] - bar.n)
-
-
-def _identified(records: Iterable[Record], reading: Reading) -> Iterator[Record]:
     """The records with ids of their own: those of the data must differ; one that we made and is taken gets "-2"."""
     taken: Counter[int] = Counter()
     usable = 0
-    for record in records:
-        name = record.id or content_id(record.query, record.responses)
-        key = id_key(name)
-        taken[key] += 1
-        if taken[key] > 1 and record.id:
-            problem = f"{name!r:.60} is taken by a row before; make ids unique"
-            reading.refuse(record.place, RowError("id", problem, "repeated_id"))
-            continue
-        usable += 1
-        yield replace(record, id=name if taken[key] == 1 else f"{name}-{taken[key]}")
+    with progress_bar(None, "reading rows", unit=" rows") as bar:
+        for split, record in ((split, record) for split, part in parts for record in read_records(part, reading)):
+            bar.update(reading.counts["rows_read"] - bar.n)
+            name = record.id or content_id(record.query, record.responses)
+            key = id_key(name)
+            taken[key] += 1
+            if taken[key] > 1 and record.id:
+                problem = f"{name!r:.60} is taken by a row before; make ids unique"
+                reading.refuse(record.place, RowError("id", problem, "repeated_id"))
+                continue
+            usable += 1
+            name = name if taken[key] == 1 else f"{name}-{taken[key]}"
+            yield replace(record, id=name, split=split or record.split)
     reading.judge(usable)
 
 
-def _hub_parts(dataset: DatasetConfig, found: Mapping[str, Any]) -> Iterator[tuple[str | None, Rows]]:
-    """The hub's splits, and which of ours each becomes."""
-    names = _hub_splits(dataset, set(found))
-    for split, held in found.items():
-        place = f"{dataset.hub_name}, split {split}, row"
-        yield names[split], ((f"{place} {number}", row) for number, row in enumerate(held, 1))
+def _hub_rows(dataset: DatasetConfig, split: str, held: Iterable[dict[str, Any]]) -> Rows:
+    return ((f"{dataset.hub_name}, split {split}, row {number}", row) for number, row in enumerate(held, 1))
 
 
-def _hub_splits(dataset: DatasetConfig, found: set[str]) -> dict[str, str | None]:
-    """Which of our splits each of the hub's becomes; None: ours to choose."""
-    if dataset.hub_split:
-        ours = {dataset.hub_split: "train" if dataset.hub_test_split else None}
-        return ours | ({dataset.hub_test_split: "test"} if dataset.hub_test_split else {})
-    if "train" not in found or not found <= {"train", "validation", "test"}:
+def _hub_splits(dataset: DatasetConfig, found: list[str]) -> dict[str, str | None]:
+    """The hub's splits that are read, and which of ours each becomes; None: ours to choose."""
+    has = f"{dataset.hub_name} has the splits {', '.join(sorted(found))}"
+    for setting in ("hub_split", "hub_test_split"):
+        if (split := getattr(dataset, setting)) and split not in found:
+            raise UserError(f"dataset.{setting}={split}: {has}")
+    if dataset.hub_split and dataset.hub_test_split:
+        return {dataset.hub_split: "train", dataset.hub_test_split: "test"}
+    if dataset.hub_split or found == ["train"]:
+        return {dataset.hub_split or "train": None}
+    if "train" not in found or not {"train", "validation", "test"}.issuperset(found):
         raise UserError(
-            f"{dataset.hub_name} has the splits {', '.join(sorted(found))}: set dataset.hub_split to the one to train "
-            "on, and dataset.hub_test_split to the one to test on, if there is one"
+            f"{has}: set dataset.hub_split to the one to train on, and dataset.hub_test_split to the one to test on, "
+            "if there is one"
         )
-    if len(found) == 1:
-        return {"train": None}
-    names: dict[str, str | None] = {split: split for split in found}
-    if "test" not in found:
-        names["validation"] = "test"
-    return names
+    return {split: "test" if split == "validation" and "test" not in found else split for split in found}
 
 
 def _fetch(dataset: DatasetConfig) -> Mapping[str, Any]:
-    """The hub's splits that are read, each an iterable of rows."""
+    """The hub's splits, each an iterable of rows."""
     import datasets  # takes a second to import, and most runs read no hub
 
     name, config, revision = dataset.hub_name, dataset.hub_config, dataset.hub_revision
     try:
         try:
-            found = datasets.load_dataset(name, name=config, revision=revision)
+            return datasets.load_dataset(name, name=config, revision=revision)
         except RuntimeError as error:
             if "scripts are no longer supported" not in str(error) or revision is not None:
                 raise
             logger.warning("%s is published as a script; reading the hub's conversion of it, %s", name, PARQUET_BRANCH)
-            found = datasets.load_dataset(name, data_dir=config, revision=PARQUET_BRANCH)
+            return datasets.load_dataset(name, data_dir=config, revision=PARQUET_BRANCH)
     except Exception as error:  # whatever the network, the hub and its client may raise: the way out is the same
         raise UserError(
             f"cannot load {name} from the hub ({type(error).__name__}: {error}); check dataset.hub_name, hub_config, "
             "hub_revision and the network, or download its file elsewhere and set dataset=file dataset.path=FILE"
         ) from error
-    wanted = [split for split in (dataset.hub_split, dataset.hub_test_split) if split]
-    for split in wanted:
-        if split not in found:
-            setting = "hub_split" if split == dataset.hub_split else "hub_test_split"
-            raise UserError(f"dataset.{setting}={split}: {name} has the splits {', '.join(sorted(found))}")
-    return {split: found[split] for split in wanted} if wanted else found
 
 
 def _assign(records: Records, dataset: DatasetConfig) -> dict[str, Records]:
