@@ -251,7 +251,7 @@ def test_every_item_has_its_own_reference_and_another_query_s_response(
     assert task.record_ids == sorted(task.record_ids)
     assert len(task.record_ids) == 32  # align.max_records
     for place, record_id in enumerate(task.record_ids):
-        item, record = task.item(place, 0), by_id[record_id]
+        item, record = task.example(place, 0), by_id[record_id]
         assert item.encoded.prompt == tuple(tokenizer(record.query).input_ids)
         assert item.samples == (Sample(0, record.desirable[0]),)
         ((other, other_reference),) = item.mismatched

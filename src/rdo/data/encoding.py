@@ -50,13 +50,9 @@ class TruncationReport:
     query_tokens_cut: int = 0
     response_tokens_cut: int = 0
 
-    @property
-    def share(self) -> float:
-        return self.truncated / self.records if self.records else 0.0
-
     def check(self, max_length: int, max_truncated_share: float) -> None:
         """Raises UserError where more than `max_truncated_share` of the records had to be cut."""
-        if self.share > max_truncated_share:
+        if self.truncated > max_truncated_share * self.records:
             raise UserError(
                 f"{self.truncated} of {self.records} records are longer than dataset.max_length={max_length} tokens "
                 f"({self.query_tokens_cut} query and {self.response_tokens_cut} response tokens were cut), more than "
@@ -141,8 +137,7 @@ def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, parse_special: bo
         return []
     # verbose=False: the warning that a text is longer than the model's context; what is too long is cut and counted.
     batch = tokenizer(texts, add_special_tokens=False, split_special_tokens=not parse_special, verbose=False)
-    ids: list[list[int]] = batch["input_ids"]
-    return ids
+    return list(batch["input_ids"])
 
 
 def _fit(

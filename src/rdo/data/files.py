@@ -1,7 +1,7 @@
 """Rows of any file that fsspec opens: JSON lines, a JSON array, CSV, TSV, Parquet or Arrow, compressed or not.
 
-No file is ever in memory as a whole. What is wrong with a file is raised; what is wrong with a single row, behind which
-reading can go on, is handed out in the row's place, so that the caller decides whether to stop or to count it.
+No file is ever in memory as a whole, but a Parquet or Arrow file that is gzipped on top. What is wrong with a file is
+raised; what is wrong with a row, behind which reading can go on, is handed out in its place, to be raised or counted.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import hashlib
 import io
 import json
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import PurePath
 from typing import IO, Any
@@ -154,12 +152,14 @@ def _csv(stream: IO[bytes], _: bool, delimiter: str = ",") -> Placed:
 
 def _parquet(stream: IO[bytes], packed: bool) -> Placed:
     # Buffers, and none in advance: otherwise all of a row group is read at once, and a file may be one row group.
-    with pq.ParquetFile(_seekable(stream, packed), buffer_size=CHUNK, pre_buffer=False) as table:
+    file = io.BytesIO(stream.read()) if packed else stream
+    with pq.ParquetFile(file, buffer_size=CHUNK, pre_buffer=False) as table:
         yield from _numbered(table.iter_batches(BATCH))
 
 
 def _arrow(stream: IO[bytes], packed: bool) -> Placed:
-    file = pa.memory_map(stream.path) if isinstance(stream, LocalFileOpener) else _seekable(stream, packed)
+    whole = io.BytesIO(stream.read()) if packed else stream
+    file = pa.memory_map(stream.path) if isinstance(stream, LocalFileOpener) else whole
     by_number = file.read(6) == b"ARROW1"
     file.seek(0)
     reader = pa.ipc.open_file(file) if by_number else pa.ipc.open_stream(file)
@@ -174,16 +174,6 @@ def _numbered(batches: Iterable[pa.RecordBatch]) -> Placed:
             for row in batch.slice(start, BATCH).to_pylist():
                 number += 1
                 yield f"row {number}", row
-
-
-def _seekable(stream: IO[bytes], packed: bool) -> Any:
-    """The stream, or a copy of what it unpacks: Parquet and Arrow are not read from front to back."""
-    if not packed:
-        return stream
-    copy = tempfile.TemporaryFile(prefix="rdo-")  # noqa: SIM115 (gone with its last reader)
-    shutil.copyfileobj(stream, copy, CHUNK)
-    copy.seek(0)
-    return copy
 
 
 READERS = {

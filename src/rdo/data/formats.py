@@ -107,8 +107,6 @@ def _missing(layout: type[Row], present: set[str]) -> int:
 
 def _layout(row: dict[str, Any], format: str) -> type[Row]:
     """The layout of the format that the row is in, or the one of which least is missing."""
-    if len(FORMATS[format]) == 1:
-        return FORMATS[format][0]
     present = {name for name, value in row.items() if value is not None}
     return min(FORMATS[format], key=lambda layout: _missing(layout, present))
 

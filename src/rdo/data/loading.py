@@ -40,11 +40,9 @@ Rows = Iterable[tuple[str, Any]]
 class Splits:
     """splits: the records of each of `records.SPLITS`, in the source's order; possibly none.
 
-    counts: of rows, `rows_read`, `dropped_<reason>` and `invalid_<reason>` (readers.Reading), and
-    `validation_used_as_test`; of records, `dropped_query_in_test` and `dropped_query_in_validation` (their query is in
-    a held-out split too) and `records_<split>`, before `max_records`. The toy world, made to order, has only the last.
-    source: the artifact that holds the records, None for the toy world. format: what the rows were read as. ignored:
-    columns of the rows that nothing was read from.
+    counts: of rows, those of `readers.Reading`; of records, `dropped_query_in_<split>` (one that is held out) and
+    `records_<split>`, before `max_records`; `validation_used_as_test`. source: the artifact that holds the records,
+    None for the toy world. format: what the rows were read as. ignored: columns that nothing was read from.
     """
 
     splits: dict[str, Records]
@@ -59,11 +57,10 @@ def load_splits(dataset: DatasetConfig, provenance: Provenance) -> Splits:
 
     What files or the hub hold is read once, into a memory-mapped file under `provenance.run_dir`/data.
 
-    Which query goes where: a hash of (split_seed, query) decides, so the choice depends on nothing else and more rows
-    move no query. Where the source has splits of its own, they stay: the hash takes out of train only what is missing,
-    train, validation and demonstrations lose the records whose query is in test, and train and demonstrations those
-    whose query is in validation. A hub data set of train and validation alone (OpenAI's TL;DR) gives its validation
-    as test, for that is the set on which others report.
+    A hash of (split_seed, query) decides where a query goes, so more rows move none. Splits of the source's own stay:
+    the hash takes out of train only what is missing; train, validation and demonstrations lose the records whose query
+    is in test, and train and demonstrations those whose query is in validation. A hub data set of train and validation
+    alone (OpenAI's TL;DR) gives its validation as test, for that is the set on which others report.
 
     Raises UserError for a hub that cannot be reached and an empty train split, and DataError for the data's own faults.
     """

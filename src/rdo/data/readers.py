@@ -75,9 +75,8 @@ def read_records(rows: Iterable[tuple[str, Any]], reading: Reading) -> Iterator[
     """Records of the rows, in their order, ids as the data gives them ("" where it gives none).
 
     rows: pairs of a place for messages ("FILE, line 12") and the row, a dict of columns, or the RowError that stands
-    in its place. The format, if `reading.format` is "auto", is told from the first row; the first rows of other files
-    must be in it, too (UserError). Raises DataError, naming place and field, for a row that cannot be used (see
-    `Reading`), for too many of them, and when no row is left.
+    in its place. The format, if it is "auto", is told from the first row; other files must be in it, too (UserError).
+    Raises DataError for a row that cannot be used (see `Reading`), for too many of them, and when no row is left.
     """
     if reading.format not in ("auto", *FORMATS):
         raise DataError(f"dataset.format={reading.format} is not known; choose auto, {', '.join(FORMATS)}")

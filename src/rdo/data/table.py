@@ -44,10 +44,9 @@ def id_key(identifier: str) -> int:
     return int.from_bytes(hashlib.blake2b(identifier.encode()).digest()[:8], "big")
 
 
-def chance(seed: int, key: str) -> float:
-    """A number in [0, 1) that looks random, the same for the same seed and text everywhere."""
-    value = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
-    return int.from_bytes(value, "big") / 2**64
+def hashed(text: str) -> int:
+    """A number below 2^64 that looks random, the same for the same text everywhere."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def describe(record: Record, split_seed: int) -> dict[str, Any]:
@@ -57,8 +56,8 @@ def describe(record: Record, split_seed: int) -> dict[str, Any]:
     return {
         "split": SPLITS.index(record.split) if record.split else -1,
         "id_key": id_key(record.id),
-        "query_key": int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big"),
-        "chance": chance(split_seed, key),
+        "query_key": hashed(key),
+        "chance": hashed(f"{split_seed}:{key}") / 2**64,
         "digest_first": first,
         "digest_second": second,
         "response_count": len(record.responses),

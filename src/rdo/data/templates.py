@@ -26,18 +26,13 @@ ALPACA = (
 OTHER_TEMPLATES = "set dataset.template to raw, hh, alpaca or tldr, or take a tokenizer whose chat template has one"
 
 
-def is_dialogue(query: str) -> bool:
-    """Whether the text is in Anthropic HH's form, "\\n\\nHuman: ...\\n\\nAssistant: ...\\n\\nHuman: ..."."""
-    return query.startswith(HUMAN)
-
-
 def turns(query: str) -> list[dict[str, str]]:
-    """The messages of an HH dialogue, [{"role": "user" | "assistant", "content": text}, ...]; else one user message.
+    """The messages of a dialogue in Anthropic HH's form, "\\n\\nHuman: ...\\n\\nAssistant: ..."; else one user message.
 
     Texts are stripped. Empty assistant turns (the one that asks for the answer) are left out, and turns of one role in
     a row, which HH has here and there, are joined: most chat templates insist that roles alternate.
     """
-    if not is_dialogue(query):
+    if not query.startswith(HUMAN):
         return [{"role": "user", "content": query}]
     messages: list[dict[str, str]] = []
     _, *pieces = re.split(f"({HUMAN}|{ASSISTANT})", query)
@@ -90,7 +85,7 @@ def _messages(record: Record) -> list[dict[str, str]]:
 def _as_dialogue(record: Record) -> str:
     query = record.query
     # The text of several messages is a dialogue already, even where the system's text stands in front.
-    if len(record.messages) < 2 and not is_dialogue(query):
+    if len(record.messages) < 2 and not query.startswith(HUMAN):
         return f"{HUMAN} {query}{ASSISTANT}"
     return query if query.rstrip().endswith(ASSISTANT) else f"{query}{ASSISTANT}"
 

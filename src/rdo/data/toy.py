@@ -49,8 +49,6 @@ _GRADES = ("poor", "fair", "good")
 _COMPARISON = "query first second response"  # the words of the difference model's template
 
 _MOST_SENTENCES = max(LENGTHS.values()) + 1  # a note that misses the asked length misses it by one
-_REVIEWED_SHARE = 0.7
-_FEWEST_VALIDATION_PAIRS = 64
 _PURPOSES = ("first", "second", "redraw", "candidates", "labels", "reviews")
 
 
@@ -190,7 +188,7 @@ def _demonstrations(config: ToyConfig) -> list[Record]:
     split = "demonstrations"
     queries = _queries(split, config.demonstrations)
     notes = _notes(queries, _stream(config.seed, split, "first"))
-    reviewed = _stream(config.seed, split, "reviews").random(len(notes)) < _REVIEWED_SHARE
+    reviewed = _stream(config.seed, split, "reviews").random(len(notes)) < 0.7
     records = []
     for index, (query, note, with_review) in enumerate(zip(queries, notes, reviewed, strict=True)):
         text = f"{note} {END} {_review(query, note)}" if with_review else note
@@ -240,7 +238,7 @@ def load(config: ToyConfig) -> dict[str, list[Record]]:
     return {
         "demonstrations": _demonstrations(config),
         "train": _pairs(config, "train", config.pairs, config.candidate_queries),
-        "validation": _pairs(config, "validation", max(_FEWEST_VALIDATION_PAIRS, config.test_pairs // 4)),
+        "validation": _pairs(config, "validation", max(64, config.test_pairs // 4)),
         "test": _pairs(config, "test", config.test_pairs),
     }
 
