@@ -11,13 +11,12 @@ import torch
 import rdo.objectives.losses
 from rdo import checks
 from rdo.checks import CONF, compose_config, setting_names, sweep_points, without_effect
-from rdo.data.templates import TEMPLATES
 from rdo.models.scorers import DIFFERENCE_FORMS
 from rdo.objectives.choice import choose_loss
 from rdo.objectives.coefficients import NEGATIVE
 from rdo.runtime.errors import UserError
 from rdo.sequences.attention import KERNELS
-from rdo.settings import Config, DifferenceForm, Kernel, Negative, Template
+from rdo.settings import Config, DifferenceForm, Kernel, Negative
 
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
@@ -76,7 +75,6 @@ def test_rows_say_what_their_names_say():
 def test_choices_are_those_of_the_code():
     assert get_args(Kernel) == ("auto", *KERNELS)
     assert get_args(Negative) == NEGATIVE
-    assert get_args(Template) == tuple(TEMPLATES)
     assert get_args(DifferenceForm) == DIFFERENCE_FORMS
 
 

@@ -172,9 +172,10 @@ def test_the_smallest_possible_length():
 def test_too_many_cut_records_are_an_error_with_the_numbers():
     records = [Record("0", "ab", ("1",)), Record("1", "abcdef", ("1",)), Record("2", "abcdefgh", ("123456",))]
     message = r"2 of 3 .*max_length=6 .*\(10 query and 3 response .*max_truncated_share=0.5"
+    _, report = encode(records, TOKENIZER, "raw", 6)
     with pytest.raises(UserError, match=message):
-        encode(records, TOKENIZER, "raw", 6, max_truncated_share=0.5)
-    assert encode(records, TOKENIZER, "raw", 6, max_truncated_share=0.67)[1].share == pytest.approx(2 / 3)
+        report.check(6, 0.5)
+    report.check(6, 0.67)
 
 
 texts = st.text(alphabet="abé <s>/", max_size=30)

@@ -31,11 +31,11 @@ def numbered(cases: list[dict[str, Any]]) -> list[Any]:
 
 
 @pytest.mark.parametrize("case", numbered(BAD))
-def test_a_row_that_cannot_be_used_names_place_and_field_and_says_why(case):
+def test_a_row_that_cannot_be_used_names_the_field_and_says_why(case):
     with pytest.raises(RowError) as caught:
-        read_row(case["row"], case["format"], "rows, line 7")
+        read_row(case["row"], case["format"])
     message = str(caught.value)
-    assert message.startswith(f"rows, line 7, field '{case['field']}': " if case["field"] else "rows, line 7: ")
+    assert message.startswith(f", field '{case['field']}': " if case["field"] else ": ")
     assert case["words"] in caught.value.args[0]
     assert caught.value.reason == case.get("reason", "broken")
     assert len(message) < 400
@@ -51,7 +51,7 @@ def test_formats_are_told_whatever_the_order_of_columns_and_however_many_more(ca
     more = {**case["row"], "worker": "w", "tags": ["x"], "summary": None, "url": ""}
     columns = list(more)
     random.Random(0).shuffle(columns)
-    assert find_format({column: more[column] for column in columns}, "x") == case["format"]
+    assert find_format({column: more[column] for column in columns}) == case["format"]
 
 
 PAIR = {"chosen": "The bread is rye.", "rejected": "The bread is white."}
@@ -72,31 +72,31 @@ TOLD = [
 
 @pytest.mark.parametrize(("row", "name"), TOLD)
 def test_where_columns_are_shared_the_values_decide(row, name):
-    assert find_format(row, "x") == name
+    assert find_format(row) == name
 
 
 UNTOLD = [
     (
         {"instruction": "x", "out\x1b[31m": "y"},
-        r"^x: columns \['instruction', 'out\\x1b.* no known format",
+        r"^: columns \['instruction', 'out\\x1b.* no known format",
     ),
     ({"prompt": "p", **PAIR, "completion": "c", "label": True}, r"fit trl and trl_unpaired; set dataset\.format"),
-    ({"context": "Which bread?", **PAIR}, "^x, field 'context': the query seems to stand here.*trl_implicit"),
+    ({"context": "Which bread?", **PAIR}, "^, field 'context': the query seems to stand here.*trl_implicit"),
     ({"Prompt": "p", **PAIR}, "other letters, or with spaces around; rename"),
     ({" prompt": "p", "chosen ": "a", "rejected": "b"}, "other letters, or with spaces around; rename"),
     (
         {"prompt": json.dumps([ASK]), **PAIR},
-        r"^x, field 'prompt': is messages written out as text.*format=trl",
+        r"^, field 'prompt': is messages written out as text.*format=trl",
     ),
-    ({"prompt": "p", **PAIR, "chosen": str([ASK])}, "^x, field 'chosen': is messages written out as text"),
-    ({"conversations": "[ {'from': 'human'}]", **PAIR}, "^x, field 'conversations': is messages written out"),
+    ({"prompt": "p", **PAIR, "chosen": str([ASK])}, "^, field 'chosen': is messages written out as text"),
+    ({"conversations": "[ {'from': 'human'}]", **PAIR}, "^, field 'conversations': is messages written out"),
 ]
 
 
 @pytest.mark.parametrize(("row", "message"), UNTOLD)
 def test_rows_of_no_format_or_of_several_are_refused(row, message):
     with pytest.raises(RowError, match=message):
-        find_format(row, "x")
+        find_format(row)
 
 
 def test_trees_may_be_as_deep_as_any_that_was_published_and_deeper_ones_are_refused():
@@ -106,10 +106,10 @@ def test_trees_may_be_as_deep_as_any_that_was_published_and_deeper_ones_are_refu
             node = {"text": "q", "role": "prompter", "replies": [{"text": "r", "role": "assistant", "replies": [node]}]}
         return {"message_tree_id": "t", "prompt": node}
 
-    (record,) = read_row(tree(60), "oasst", "x")
+    (record,) = read_row(tree(60), "oasst")
     assert len(record.messages) == 121
     with pytest.raises(RowError, match="is nested too deep"):
-        read_row(tree(3000), "oasst", "x")
+        read_row(tree(3000), "oasst")
 
 
 def test_columns_of_tables_of_text_that_are_parsed_are_those_that_hold_no_text():
@@ -190,12 +190,12 @@ def test_any_value_anywhere_gives_records_or_an_error(name, data):
         row = with_value(row, path if isinstance(path, tuple) else (path,), data.draw(anything))
     problems = []
     try:
-        for record in read_row(row, name, "x"):
+        for record in read_row(row, name):
             check(record)
     except DataError as error:
         problems.append(error.args[0])
     try:
-        assert find_format(row, "x") in FORMATS
+        assert find_format(row) in FORMATS
     except DataError as error:
         problems.append(error.args[0])
-    assert all(problem.startswith(("x, field '", "x: ")) and problem.isprintable() for problem in problems)
+    assert all(problem.startswith((", field '", ": ")) and problem.isprintable() for problem in problems)

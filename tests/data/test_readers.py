@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from rdo.data.columns import RowError
 from rdo.data.files import TextRow
 from rdo.data.readers import Reading, read_records
 from rdo.data.records import Preference, Record
@@ -91,7 +92,7 @@ def test_no_usable_row_is_an_error_whatever_share_is_allowed():
         read({**TRL, "chosen": 1}, {**TRL, "chosen": 2}, on_invalid="skip", max_invalid_share=1.0)
 
 
-@pytest.mark.parametrize("row", [DataError("data.jsonl, line 2: is not JSON"), [1, 2], None])
+@pytest.mark.parametrize("row", [RowError("", "is not JSON"), [1, 2], None])
 def test_rows_that_are_none_are_invalid_rows(row):
     with pytest.raises(DataError, match=r"^data\.jsonl, line 2: .*; dataset"):
         read(TRL, row)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rdo.data.records import SPLITS, Message, Preference, Record, fingerprint_records
+from rdo.data.records import SPLITS, Message, Preference, Record
 from rdo.data.table import NUMBERS, Records, write_records
 from rdo.settings import TrainingConfig
 from rdo.stages.run import select
@@ -50,7 +50,7 @@ def test_what_is_written_is_read_back_and_described_alike(tmp_path_factory, want
     for name in NUMBERS:
         np.testing.assert_array_equal(found.known(name), memory.known(name))
     assert found.ids() == memory.ids() == [record.id for record in wanted]
-    assert found.fingerprint() == memory.fingerprint() == fingerprint_records(wanted)
+    assert found.fingerprint() == memory.fingerprint()
 
 
 def test_many_batches_slices_and_parts(tmp_path):
@@ -62,7 +62,7 @@ def test_many_batches_slices_and_parts(tmp_path):
     part = found.only(np.array([2400, 7, 1000]))
     assert list(part) == [wanted[2400], wanted[7], wanted[1000]]
     assert part.ids() == ["id 2400", "id 7", "id 1000"]
-    assert part.response_counts().tolist() == [1, 2, 2]
+    assert part.known("response_count").tolist() == [1, 2, 2]
     with pytest.raises(IndexError):
         part[3]
 

@@ -11,21 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, ConfigDict, Field
 
 from rdo.data.chat import Asked, Asking, Conversation, Query
-from rdo.data.columns import (
-    Columns,
-    Finite,
-    Flag,
-    Identifier,
-    QueryText,
-    Response,
-    Responses,
-    Row,
-    RowError,
-    Strength,
-    Text,
-    checked,
-    wrong,
-)
+from rdo.data.columns import Columns, Finite, Flag, Identifier, QueryText, Response, Row, RowError, Text, checked, wrong
 from rdo.data.records import Message, Preference, Record
 from rdo.data.templates import text_of
 
@@ -38,17 +24,18 @@ def by_rank(ranks: Sequence[float]) -> list[Preference]:
 
 def by_score(query: Query, texts: Sequence[str], scores: Sequence[float], field: str) -> list[Record]:
     """A record of all pairs, the higher score first, their difference as strength; equal scores are ties."""
-    leads = (
-        replace(p, strength=checked(Finite, scores[p.chosen] - scores[p.rejected], field))
-        for p in by_rank([-score for score in scores])
-    )
+    ranked = by_rank([-score for score in scores])
+    leads = (replace(p, strength=checked(Finite, scores[p.chosen] - scores[p.rejected], field)) for p in ranked)
     return [query.record(texts, *leads, scores=tuple(scores))]
 
 
-def one_each(values: Sequence[Any], texts: Sequence[str], field: str) -> None:
-    """Raises RowError unless there is a value for each of the responses."""
+def one_each(values: Sequence[Any] | None, texts: Sequence[str], field: str) -> tuple[Any, ...] | None:
+    """The values, if there are any. Raises RowError unless there is one for each of the responses."""
+    if values is None:
+        return None
     if len(values) != len(texts):
         raise RowError(field, f"{len(values)} {field} for {len(texts)} responses; give one for each")
+    return tuple(values)
 
 
 def _as_object(value: object) -> object:
@@ -62,15 +49,13 @@ class Comparison(Columns):
     chosen: int
     rejected: int
     tie: bool | None = None
-    strength: Strength | None = None
+    strength: Finite | None = Field(None, ge=0)
 
     def preference(self, count: int, field: str) -> Preference:
         """The same of so many responses."""
-        for name in ("chosen", "rejected"):
-            if not 0 <= getattr(self, name) < count:
-                raise RowError(
-                    f"{field}.{name}", f"must be an index from 0 to {count - 1}, found {getattr(self, name)}"
-                )
+        for name, index in (("chosen", self.chosen), ("rejected", self.rejected)):
+            if not 0 <= index < count:
+                raise RowError(f"{field}.{name}", f"must be an index from 0 to {count - 1}, found {index}")
         if self.chosen == self.rejected:
             raise RowError(field, "prefers a response over itself; name two responses")
         return Preference(self.chosen, self.rejected, bool(self.tie), self.strength)
@@ -103,10 +88,9 @@ class Own(Row, format="records"):
         count, fewest = len(self.responses), 1 if self.split == "demonstrations" or self.desirable is not None else 2
         if count < fewest:
             raise RowError("responses", f"needs at least {fewest}, found {count}; delete the row")
-        given = {name: values for name in ("scores", "desirable") if (values := getattr(self, name)) is not None}
-        for name, values in given.items():
-            one_each(values, self.responses, name)
-        others = {"id": self.id, "split": self.split or None, **{name: tuple(values) for name, values in given.items()}}
+        scores = one_each(self.scores, self.responses, "scores")
+        desirable = one_each(self.desirable, self.responses, "desirable")
+        others = {"id": self.id, "split": self.split or None, "scores": scores, "desirable": desirable}
         preferences = [p.preference(count, f"preferences[{n}]") for n, p in enumerate(self.preferences or [])]
         return [query.record(self.responses, *preferences, **others)]
 
@@ -122,7 +106,7 @@ class Ranking(Row):
 
 
 class BestFirst(Ranking, format="ranked"):
-    ranked_responses: Responses
+    ranked_responses: list[Response] = Field(min_length=2)
 
     def records(self) -> list[Record]:
         return [self.prompt.record(self.ranked_responses, *by_rank(range(len(self.ranked_responses))))]
@@ -131,7 +115,7 @@ class BestFirst(Ranking, format="ranked"):
 class Ranks(Ranking, format="ranked"):
     """The lowest rank is best, equal ones are ties."""
 
-    responses: Responses
+    responses: list[Response] = Field(min_length=2)
     ranks: list[Finite]
 
     def records(self) -> list[Record]:
@@ -147,7 +131,7 @@ class RankedAnswer(Columns):
 class Nectar(Ranking, format="ranked"):
     """berkeley-nest/Nectar."""
 
-    answers: Annotated[list[RankedAnswer], Field(min_length=2)]
+    answers: list[RankedAnswer] = Field(min_length=2)
 
     def records(self) -> list[Record]:
         return [self.prompt.record([a.answer for a in self.answers], *by_rank([a.rank for a in self.answers]))]
@@ -162,7 +146,7 @@ class StackExchange(Row, format="ranked"):
     """HuggingFaceH4/stack-exchange-preferences: the highest score is best."""
 
     question: Asked
-    answers: Annotated[list[VotedAnswer], Field(min_length=2)]
+    answers: list[VotedAnswer] = Field(min_length=2)
 
     def records(self) -> list[Record]:
         texts, scores = [a.text for a in self.answers], [a.pm_score for a in self.answers]
@@ -177,10 +161,12 @@ def _number(value: object) -> object:
 Rating = Annotated[Finite, BeforeValidator(_number)]
 
 
+def _unrated(value: object) -> object:
+    return None if value == "N/A" else value
+
+
 class Aspect(Columns):
-    rating: Annotated[Rating | None, BeforeValidator(lambda value: None if value == "N/A" else value)] = Field(
-        validation_alias="Rating"
-    )
+    rating: Annotated[Rating | None, BeforeValidator(_unrated)] = Field(validation_alias="Rating")
 
 
 class Completion(Columns):
@@ -225,7 +211,7 @@ class Rated(Row, format="ultrafeedback"):
     """The same in flat columns: one rating a response."""
 
     instruction: QueryText
-    responses: Responses
+    responses: list[Response] = Field(min_length=2)
     ratings: list[Rating]
 
     def records(self) -> list[Record]:
@@ -251,17 +237,15 @@ class QAFeedback(Row, format="qa_feedback"):
         query = Query("\n\n".join([*(_passage(*passage) for passage in self.passages), f"QUESTION: {self.question}"]))
         given = {name: value for name, value in (self.model_extra or {}).items() if value is not None}
         numbers = (int(match[1]) for name in given if (match := self.reads.fullmatch(name)))
-        texts = [
-            checked(Response, given.get(name := f"prediction {k}"), name) for k in range(1, max([2, *numbers]) + 1)
-        ]
+        names = [f"prediction {k}" for k in range(1, max([2, *numbers]) + 1)]
+        texts = [checked(Response, given.get(name), name) for name in names]
         pairs = list(combinations(range(len(texts)), 2))
         if len(self.preference) != len(pairs):
             counts = f"{len(self.preference)} for {len(texts)} predictions, which make {len(pairs)} pairs"
             raise RowError("preference", f"{counts}; give one for each")
         verdicts = zip(pairs, self.preference, strict=True)
-        return [
-            query.record(texts, *(Preference(j, i) if v == 2 else Preference(i, j, v == 0) for (i, j), v in verdicts))
-        ]
+        preferences = (Preference(j, i) if v == 2 else Preference(i, j, v == 0) for (i, j), v in verdicts)
+        return [query.record(texts, *preferences)]
 
 
 def _passage(title: str, *sentences: str) -> str:

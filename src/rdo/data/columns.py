@@ -27,14 +27,9 @@ class RowError(DataError):
     """A row cannot be used. reason: `broken`, or, of a row that is well formed but says nothing about which response is
     better, why not (blank_responses, unranked, ...): the name of the count that it goes to."""
 
-    def __init__(self, field: str, problem: str, reason: str = "broken", place: str = "") -> None:
-        named = f"field '{field}'" if field else ""
-        super().__init__(f"{', '.join(filter(None, (place, named)))}: {problem}")
-        self.field, self.problem, self.reason = field, problem, reason
-
-    def at(self, place: str) -> RowError:
-        """The same, of a row that stands there ("FILE, line 12")."""
-        return RowError(self.field, self.problem, self.reason, place)
+    def __init__(self, field: str, problem: str, reason: str = "broken") -> None:
+        super().__init__(f", field '{field}': {problem}" if field else f": {problem}")  # goes on from the row's place
+        self.reason = reason
 
 
 class Columns(BaseModel):
@@ -140,9 +135,7 @@ def _undecimal(value: object) -> object:
 Text = Annotated[str, AfterValidator(_utf8)]
 QueryText = Annotated[Text, _not_blank("query", "broken")]
 Response = Annotated[Text, _not_blank("response", "blank_responses")]
-Responses = Annotated[list[Response], Field(min_length=2)]
 Finite = Annotated[float, BeforeValidator(_undecimal), Field(allow_inf_nan=False)]
-Strength = Annotated[Finite, Field(ge=0)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
-FirstOrSecond = Annotated[Literal[0, 1], AfterValidator(int)]  # true and 1.0, too
+Choice = Annotated[Literal[0, 1], AfterValidator(int)]  # true and 1.0, too
 Identifier = Annotated[Text, BeforeValidator(_named)]  # "": one is to be made

@@ -50,13 +50,9 @@ class TruncationReport:
     query_tokens_cut: int = 0
     response_tokens_cut: int = 0
 
-    @property
-    def share(self) -> float:
-        return self.truncated / self.records if self.records else 0.0
-
     def check(self, max_length: int, max_truncated_share: float) -> None:
         """Raises UserError where more than `max_truncated_share` of the records had to be cut."""
-        if self.share > max_truncated_share:
+        if self.truncated > max_truncated_share * self.records:
             raise UserError(
                 f"{self.truncated} of {self.records} records are longer than dataset.max_length={max_length} tokens "
                 f"({self.query_tokens_cut} query and {self.response_tokens_cut} response tokens were cut), more than "
@@ -69,39 +65,32 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     template: str,
     max_length: int,
-    max_truncated_share: float = 1.0,
     parse_special: bool = False,
 ) -> tuple[list[EncodedRecord], TruncationReport]:
     """Token ids of the records, in their order, and what had to be cut to fit `max_length`.
 
     Prompt: the rendered prompt's ids, with the tokenizer's BOS, if it has one, in front unless they start with it.
     Response: its text's ids and one EOS. Prompt and response are tokenized apart, so a response's ids never depend on
-    the query's last characters; the text is taken word for word, no space is put between (the replies of HH, rm-static
-    and TL;DR bring theirs with them; data that does not joins directly onto "Assistant:" or "TL;DR:").
+    the query's last characters, and no space is put between (the replies of HH and TL;DR bring theirs with them).
 
     Special tokens written out in the data's texts ("</s>") stay text, unless parse_special is set, as the toy world's
     demonstrations need it. What the chat template writes is always parsed, for its markers are the point; there a
-    special token inside a user's message becomes one too, a known limitation. (A tokenizer whose ordinary vocabulary
-    holds a special token as a word finds it in either case.)
+    special token inside a user's message becomes one too, a known limitation.
 
     Cutting: the query loses tokens first, from the left (BOS stays), the same for all responses of the record, so that
     the longest fits; at least one token of it stays. Responses that are still too long lose their end and keep EOS.
 
-    Raises UserError if the tokenizer has no EOS, a prompt has no token, `max_length` leaves no room for one token of
-    each, or more than `max_truncated_share` of the records were cut.
+    Raises UserError if the tokenizer has no EOS, a prompt has no token, or `max_length` leaves no room for one token of
+    each.
     """
-    encoded: list[EncodedRecord] = []
-    cuts: list[tuple[int, int]] = []
+    made: list[tuple[EncodedRecord, tuple[int, int]]] = []
     with progress_bar(len(records), "tokenizing") as bar:
         for start in range(0, len(records), RECORDS_PER_CALL):
             part = records[start : start + RECORDS_PER_CALL]
-            for record, cut in encode_batch(part, tokenizer, template, max_length, parse_special):
-                encoded.append(record)
-                cuts.append(cut)
+            made += encode_batch(part, tokenizer, template, max_length, parse_special)
             bar.update(len(part))
-    report = report_cuts(np.array(cuts, dtype=np.int64).reshape(-1, 2))
-    report.check(max_length, max_truncated_share)
-    return encoded, report
+    cuts = np.array([cut for _, cut in made], dtype=np.int64).reshape(-1, 2)
+    return [record for record, _ in made], report_cuts(cuts)
 
 
 def encode_batch(
@@ -112,16 +101,16 @@ def encode_batch(
     parse_special: bool = False,
 ) -> Iterator[tuple[EncodedRecord, tuple[int, int]]]:
     """Token ids of a few records, each with its query and response tokens that were cut; see `encode`."""
-    end = end_id(tokenizer)
-    prompts = _ids(
-        [render_prompt(template, record, tokenizer) for record in records],
-        tokenizer,
-        parse_special or template == "chat",
-    )
+    begin, end = begin_id(tokenizer), end_id(tokenizer)
+    rendered = [render_prompt(template, record, tokenizer) for record in records]
+    prompts = _ids(rendered, tokenizer, parse_special or template == "chat")
     replies = iter(_ids([response for record in records for response in record.responses], tokenizer, parse_special))
     for record, prompt in zip(records, prompts, strict=True):
-        responses = [_ended(next(replies), end) for _ in record.responses]
-        yield _fit(record, _begun(prompt, tokenizer), responses, tokenizer, max_length)
+        if begin is not None and prompt[:1] != [begin]:
+            prompt.insert(0, begin)
+        responses = [next(replies) for _ in record.responses]
+        responses = [ids if ids[-1:] == [end] else [*ids, end] for ids in responses]
+        yield _fit(record, prompt, responses, head=int(begin is not None), max_length=max_length)
 
 
 def report_cuts(cuts: np.ndarray) -> TruncationReport:
@@ -148,31 +137,17 @@ def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, parse_special: bo
         return []
     # verbose=False: the warning that a text is longer than the model's context; what is too long is cut and counted.
     batch = tokenizer(texts, add_special_tokens=False, split_special_tokens=not parse_special, verbose=False)
-    ids: list[list[int]] = batch["input_ids"]
-    return ids
-
-
-def _ended(ids: list[int], end: int) -> list[int]:
-    return ids if ids and ids[-1] == end else [*ids, end]
-
-
-def _begun(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    begin = begin_id(tokenizer)
-    return ids if begin is None or (ids and ids[0] == begin) else [begin, *ids]
+    return list(batch["input_ids"])
 
 
 def _fit(
-    record: Record,
-    prompt: list[int],
-    responses: list[list[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
+    record: Record, prompt: list[int], responses: list[list[int]], head: int, max_length: int
 ) -> tuple[EncodedRecord, tuple[int, int]]:
-    """One record cut to max_length, and how many query and response tokens that took."""
+    """One record cut to max_length, and how many query and response tokens that took. head: tokens of the prompt that
+    stay, whatever is cut."""
     if not prompt:
         where = record.place or f"record {record.id}"
         raise UserError(f"{where}: the prompt has no token; correct the query or the template")
-    head = int(prompt[0] == begin_id(tokenizer))
     fewest = min(head + 1, len(prompt))
     # Room for the head, one token of the query, one of the response, and end-of-sequence.
     if max_length < fewest + 2:
@@ -181,12 +156,8 @@ def _fit(
     room = max_length - kept
     query_cut = len(prompt) - kept
     response_cut = sum(max(0, len(ids) - room) for ids in responses)
-    encoded = EncodedRecord(
-        record.id,
-        (*prompt[:head], *prompt[head + query_cut :]),
-        tuple(tuple(ids if len(ids) <= room else [*ids[: room - 1], ids[-1]]) for ids in responses),
-    )
-    return encoded, (query_cut, response_cut)
+    fitting = tuple(tuple(ids if len(ids) <= room else [*ids[: room - 1], ids[-1]]) for ids in responses)
+    return EncodedRecord(record.id, (*prompt[:head], *prompt[head + query_cut :]), fitting), (query_cut, response_cut)
 
 
 class MappedTokens(Sequence[EncodedRecord]):
@@ -214,13 +185,13 @@ class MappedTokens(Sequence[EncodedRecord]):
     def report(self) -> TruncationReport:
         """What had to be cut."""
         table = self.rows.data
-        columns = [table.column(name).to_numpy() for name in ("query_cut", "response_cut")]
-        return report_cuts(np.stack(columns, axis=1))
+        cuts = [table.column(name).to_numpy() for name in ("query_cut", "response_cut")]
+        return report_cuts(np.stack(cuts, axis=1))
 
 
 def order_fingerprint(records: Records) -> str:
     """Hash of which record stands where: token ids are found by place."""
-    return hashlib.blake2b(records.order_keys().tobytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(records.known("id_key").tobytes(), digest_size=16).hexdigest()
 
 
 def encode_into(
@@ -243,7 +214,9 @@ def encode_into(
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     print(f"[tokens] {len(records)} records, {workers} process{'es' if workers > 1 else ''}", flush=True)
-    integers = datasets.Sequence(datasets.Value("int32"))
+    options = {"tokenizer": tokenizer, "template": template, "max_length": max_length, "parse_special": parse_special}
+    string, ids = datasets.Value("string"), datasets.Sequence(datasets.Value("int32"))
+    cuts = dict.fromkeys(("query_cut", "response_cut"), datasets.Value("int64"))
     records.source.select(records.rows, keep_in_memory=True).map(
         tokenize_rows,
         batched=True,
@@ -251,20 +224,12 @@ def encode_into(
         writer_batch_size=RECORDS_PER_CALL,
         num_proc=workers if workers > 1 else None,
         remove_columns=records.source.column_names,
-        features=datasets.Features(
-            id=datasets.Value("string"),
-            prompt=integers,
-            responses=datasets.Sequence(integers),
-            query_cut=datasets.Value("int64"),
-            response_cut=datasets.Value("int64"),
-        ),
-        fn_kwargs={
-            "tokenizer": tokenizer, "template": template, "max_length": max_length, "parse_special": parse_special
-        },
+        features=datasets.Features({"id": string, "prompt": ids, "responses": datasets.Sequence(ids), **cuts}),
+        fn_kwargs=options,
         cache_file_name=str(folder / f"{TOKENS}.arrow"),
         new_fingerprint=folder.name,
         desc="tokenizing",
-    )  # fmt: skip
+    )
     return {"records": len(records)}
 
 
@@ -272,9 +237,7 @@ def tokenize_rows(columns: dict[str, list[Any]], **options: Any) -> dict[str, li
     """A batch of rows of the records' file as rows of the tokens' file."""
     from rdo.data.table import as_records  # needs pyarrow, which what only computes has no use for
 
-    made = [
-        (record.id, record.prompt, record.responses, *cut)
-        for record, cut in encode_batch(as_records(columns), **options)
-    ]
+    encoded = encode_batch(as_records(columns), **options)
+    made = [(record.id, record.prompt, record.responses, *cut) for record, cut in encoded]
     names = ("id", "prompt", "responses", "query_cut", "response_cut")
     return dict(zip(names, map(list, zip(*made, strict=True)), strict=True))

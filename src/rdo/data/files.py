@@ -1,7 +1,7 @@
 """Rows of any file that fsspec opens: JSON lines, a JSON array, CSV, TSV, Parquet or Arrow, compressed or not.
 
-No file is ever in memory as a whole. What is wrong with a file is raised; what is wrong with a single row, behind which
-reading can go on, is handed out in the row's place, so that the caller decides whether to stop or to count it.
+No file is ever in memory as a whole, but a Parquet or Arrow file that is gzipped on top. What is wrong with a file is
+raised; what is wrong with a row, behind which reading can go on, is handed out in its place, to be raised or counted.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import hashlib
 import io
 import json
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import PurePath
 from typing import IO, Any
@@ -23,8 +21,8 @@ import pyarrow.parquet as pq
 from fsspec.core import OpenFile
 from fsspec.implementations.local import LocalFileOpener
 
+from rdo.data.columns import RowError
 from rdo.runtime.errors import DataError
-from rdo.runtime.progress import progress_bar
 
 CHUNK = 2**20  # bytes or characters that are read at a time
 BATCH = 256  # rows of a table that are Python objects at a time
@@ -61,26 +59,17 @@ def name_of(file: OpenFile) -> str:
     return str(file.full_name).removeprefix("file://")
 
 
-def state(file: OpenFile) -> str:
-    """What tells a file that was written to, or replaced or removed, from the one before."""
-    return str(file.fs.ukey(file.path)) if file.fs.exists(file.path) else ""
-
-
 def content_hash(file: OpenFile) -> str:
     """Hash of a file's content. Time of change and size would not do: tools that copy files keep the time (cp -p, rsync
     -t), and a copy of the same content has another."""
-    digest = hashlib.blake2b(digest_size=16)
-    with progress_bar(None, "hashing data files", unit="B") as bar, file.fs.open(file.path, "rb") as stream:
-        while block := stream.read(4 * CHUNK):
-            digest.update(block)
-            bar.update(len(block))
-    return digest.hexdigest()
+    with file.fs.open(file.path, "rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def rows(file: OpenFile) -> Placed:
     """Pairs of a place for messages ("FILE, line 12") and a row.
 
-    A row is a dict, a TextRow (CSV), or a DataError: a broken row behind which reading can go on, for the caller to
+    A row is a dict, a TextRow (CSV), or a RowError: a broken row behind which reading can go on, for the caller to
     raise or to count. Raises DataError for all else that is wrong with the file, one that holds no row included.
     """
     name = name_of(file)
@@ -92,7 +81,7 @@ def rows(file: OpenFile) -> Placed:
         with file as stream:
             for where, row in READERS[suffix](stream, bool(file.compression)):
                 place = f"{name}, {where}"
-                yield place, DataError(f"{place}: {row}; mend or delete it") if isinstance(row, ValueError) else row
+                yield place, RowError("", f"{row}; mend or delete it") if isinstance(row, ValueError) else row
     except Exception as error:  # of damaged bytes, decompressors and pyarrow raise nearly anything
         behind = "" if place == name else " or behind it"
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
@@ -163,12 +152,14 @@ def _csv(stream: IO[bytes], _: bool, delimiter: str = ",") -> Placed:
 
 def _parquet(stream: IO[bytes], packed: bool) -> Placed:
     # Buffers, and none in advance: otherwise all of a row group is read at once, and a file may be one row group.
-    with pq.ParquetFile(_seekable(stream, packed), buffer_size=CHUNK, pre_buffer=False) as table:
+    file = io.BytesIO(stream.read()) if packed else stream
+    with pq.ParquetFile(file, buffer_size=CHUNK, pre_buffer=False) as table:
         yield from _numbered(table.iter_batches(BATCH))
 
 
 def _arrow(stream: IO[bytes], packed: bool) -> Placed:
-    file = pa.memory_map(stream.path) if isinstance(stream, LocalFileOpener) else _seekable(stream, packed)
+    whole = io.BytesIO(stream.read()) if packed else stream
+    file = pa.memory_map(stream.path) if isinstance(stream, LocalFileOpener) else whole
     by_number = file.read(6) == b"ARROW1"
     file.seek(0)
     reader = pa.ipc.open_file(file) if by_number else pa.ipc.open_stream(file)
@@ -183,16 +174,6 @@ def _numbered(batches: Iterable[pa.RecordBatch]) -> Placed:
             for row in batch.slice(start, BATCH).to_pylist():
                 number += 1
                 yield f"row {number}", row
-
-
-def _seekable(stream: IO[bytes], packed: bool) -> Any:
-    """The stream, or a copy of what it unpacks: Parquet and Arrow are not read from front to back."""
-    if not packed:
-        return stream
-    copy = tempfile.TemporaryFile(prefix="rdo-")  # noqa: SIM115 (gone with its last reader)
-    shutil.copyfileobj(stream, copy, CHUNK)
-    copy.seek(0)
-    return copy
 
 
 READERS = {

@@ -8,14 +8,12 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AliasChoices, ValidationError
 
-from rdo.data import candidates, pairs, verdicts  # which register their formats
+from rdo.data import candidates, pairs, verdicts  # noqa: F401 (which register their formats)
 from rdo.data.chat import ALIASES
 from rdo.data.columns import Row, RowError, row_error, shown
 from rdo.data.pairs import PROMPTS
 from rdo.data.records import Record
 from rdo.data.templates import ASSISTANT
-
-__all__ = ["FORMATS", "candidates", "columns_read", "find_format", "pairs", "read_row", "structured", "verdicts"]
 
 FORMATS = Row.layouts
 # Columns that may hold a query: beside texts `chosen` and `rejected` they mean that these do not hold it, too.
@@ -24,34 +22,25 @@ QUERIES = ("context", "history", "post")
 WRITTEN_OUT = re.compile(r"\s*\[?\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 
 
-def read_row(row: dict[str, Any], format: str, place: str) -> list[Record]:
-    """The records of a row, at least one. Raises RowError, which names place and field."""
+def read_row(row: dict[str, Any], format: str) -> list[Record]:
+    """The records of a row, at least one. Raises RowError, which names the field."""
     layout = _layout(row, format)
+    for names in needed(layout):
+        if all(row.get(name) is None for name in names):
+            field = next((name for name in names if name in row), names[0])
+            raise RowError(field, f"missing; a row of format '{format}' needs {in_words(format)}")
     try:
-        for names in needed(layout):
-            if all(row.get(name) is None for name in names):
-                field = next((name for name in names if name in row), names[0])
-                raise RowError(field, f"missing; a row of format '{format}' needs {in_words(format)}")
         return layout.model_validate(row).records()
     except ValidationError as error:
-        raise row_error(error).at(place) from error
-    except RowError as error:
-        raise error.at(place) from error
+        raise row_error(error) from error
 
 
-def find_format(row: dict[str, Any], place: str) -> str:
+def find_format(row: dict[str, Any]) -> str:
     """The format whose required columns are all there, the one with most of them; a column that is null is not.
 
     Where two formats share their columns, the values decide. Raises RowError if no format fits, if several do, and for
     rows that only look like those of one.
     """
-    try:
-        return _find_format(row)
-    except RowError as error:
-        raise error.at(place) from error
-
-
-def _find_format(row: dict[str, Any]) -> str:
     present = {name for name, value in row.items() if value is not None}
     columns = f"columns [{', '.join(shown(name) for name in sorted(map(str, present))[:20])}]"
     found, size = _fitting(present)
@@ -66,9 +55,7 @@ def _find_format(row: dict[str, Any]) -> str:
         raise RowError("", f"{columns} fit {' and '.join(found)}; set dataset.format to the one that is meant")
     for column in {"prompt", "completion", "chosen", "rejected", "conversations"} & present:
         if isinstance(row[column], str) and WRITTEN_OUT.match(row[column]):
-            way_out = (
-                f"store the rows as JSON lines or Parquet, or set dataset.format={found[0]} if it is meant as text"
-            )
+            way_out = f"store the rows as JSON lines or Parquet, or set dataset.format={found[0]} if text is meant"
             raise RowError(column, f"is messages written out as text; {way_out}")
     return found[0]
 
@@ -92,9 +79,8 @@ def structured(row: dict[str, Any], format: str) -> set[str]:
 @cache
 def fields(layout: type[Row]) -> dict[str, bool]:
     """Every column of a layout, and whether it may hold a text."""
-    return {
-        n: _may_be_text(f.annotation) for k, f in layout.model_fields.items() for n in _names(k, f.validation_alias)
-    }
+    columns = layout.model_fields.items()
+    return {name: _may_be_text(f.annotation) for key, f in columns for name in _names(key, f.validation_alias)}
 
 
 @cache
@@ -121,20 +107,18 @@ def _missing(layout: type[Row], present: set[str]) -> int:
 
 def _layout(row: dict[str, Any], format: str) -> type[Row]:
     """The layout of the format that the row is in, or the one of which least is missing."""
-    if len(FORMATS[format]) == 1:
-        return FORMATS[format][0]
     present = {name for name, value in row.items() if value is not None}
     return min(FORMATS[format], key=lambda layout: _missing(layout, present))
 
 
 def _fitting(present: set[str]) -> tuple[list[str], int]:
     """The formats with most columns among those whose required columns are all there, and how many these are."""
-    fitting = ((name, x) for name, layouts in FORMATS.items() for x in layouts if not _missing(x, present))
-    sizes: dict[str, int] = {}
-    for name, layout in fitting:
-        sizes[name] = max(sizes.get(name, 0), len(needed(layout)))
-    largest = max(sizes.values(), default=0)
-    return [name for name, size in sizes.items() if size == largest], largest
+    sizes = {
+        name: max((len(needed(layout)) for layout in layouts if not _missing(layout, present)), default=0)
+        for name, layouts in FORMATS.items()
+    }
+    largest = max(sizes.values())
+    return [name for name, size in sizes.items() if size == largest > 0], largest
 
 
 def _format_of_pair(row: dict[str, Any]) -> str:

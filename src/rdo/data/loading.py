@@ -7,14 +7,14 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fsspec.core import OpenFile
 
 from rdo.data.columns import RowError
-from rdo.data.files import content_hash, name_of, resolve, rows, state
+from rdo.data.files import content_hash, name_of, resolve, rows
 from rdo.data.readers import Reading, read_records
 from rdo.data.records import SPLITS, Record, content_id
 from rdo.data.table import Records, id_key, write_records
@@ -40,11 +40,9 @@ Rows = Iterable[tuple[str, Any]]
 class Splits:
     """splits: the records of each of `records.SPLITS`, in the source's order; possibly none.
 
-    counts: of rows, `rows_read`, `dropped_<reason>` and `invalid_<reason>` (readers.Reading), and
-    `validation_used_as_test`; of records, `dropped_query_in_test` and `dropped_query_in_validation` (their query is in
-    a held-out split too) and `records_<split>`, before `max_records`. The toy world, made to order, has only the last.
-    source: the artifact that holds the records, None for the toy world. format: what the rows were read as. ignored:
-    columns of the rows that nothing was read from.
+    counts: of rows, those of `readers.Reading`; of records, `dropped_query_in_<split>` (one that is held out) and
+    `records_<split>`, before `max_records`; `validation_used_as_test`. source: the artifact that holds the records,
+    None for the toy world. format: what the rows were read as. ignored: columns that nothing was read from.
     """
 
     splits: dict[str, Records]
@@ -59,25 +57,24 @@ def load_splits(dataset: DatasetConfig, provenance: Provenance) -> Splits:
 
     What files or the hub hold is read once, into a memory-mapped file under `provenance.run_dir`/data.
 
-    Which query goes where: a hash of (split_seed, query) decides, so the choice depends on nothing else and more rows
-    move no query. Where the source has splits of its own, they stay: the hash takes out of train only what is missing,
-    train, validation and demonstrations lose the records whose query is in test, and train and demonstrations those
-    whose query is in validation. A hub data set of train and validation alone (OpenAI's TL;DR) gives its validation
-    as test, for that is the set on which others report.
+    A hash of (split_seed, query) decides where a query goes, so more rows move none. Splits of the source's own stay:
+    the hash takes out of train only what is missing; train, validation and demonstrations lose the records whose query
+    is in test, and train and demonstrations those whose query is in validation. A hub data set of train and validation
+    alone (OpenAI's TL;DR) gives its validation as test, for that is the set on which others report.
 
     Raises UserError for a hub that cannot be reached and an empty train split, and DataError for the data's own faults.
     """
     if dataset.source == "toy":
         from rdo.data import toy
 
-        made = {split: Records.in_memory(records) for split, records in toy.load(dataset.toy).items()}
-        found = Splits({split: made.get(split, Records.in_memory([])) for split in SPLITS}, {})
+        found = Splits({split: Records.in_memory(made) for split, made in toy.load(dataset.toy).items()}, {})
     else:
         found = _load(dataset, provenance)
     if not len(found.splits["train"]):
         raise UserError(
-            f"dataset={dataset.name}: nothing is left to train on ({_shown(found.counts)}); check dataset.path, "
-            "dataset.validation_share and dataset.test_share"
+            f"dataset={dataset.name}: nothing is left to train on "
+            f"({', '.join(f'{count} {name}' for name, count in found.counts.items() if count)}); "
+            "check dataset.path, dataset.validation_share and dataset.test_share"
         )
     for split in SPLITS:
         found.counts[f"records_{split}"] = len(found.splits[split])
@@ -85,18 +82,14 @@ def load_splits(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     return found
 
 
-def _shown(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-
-
 def _load(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     """The splits of a file or a hub data set."""
     hub = _fetch(dataset) if dataset.source == "hub" else {}
+    ours = _hub_splits(dataset, list(hub)) if hub else {}
     files = resolve(dataset.path) if dataset.source == "file" else []
-    states = [state(file) for file in files]
     settings = {
         "files": broadcast(lambda: [[name_of(file), content_hash(file)] for file in files]),
-        "hub": [dataset.hub_name, {split: getattr(held, "_fingerprint", None) for split, held in hub.items()}],
+        "hub": [dataset.hub_name, {split: getattr(hub[split], "_fingerprint", None) for split in ours}],
         "format": dataset.format,
         "on_invalid": [dataset.on_invalid, dataset.max_invalid_share],
         "split_seed": dataset.split_seed,
@@ -104,27 +97,20 @@ def _load(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     }
 
     def make(folder: Path) -> dict[str, Any]:
-        of_files = (row for file, before in zip(files, states, strict=True) for row in _unchanged(file, before))
-        return read_into(folder, _hub_parts(dataset, hub) if hub else [(None, of_files)], dataset)
+        parts = [(split, _hub_rows(dataset, name, hub[name])) for name, split in ours.items()]
+        return read_into(folder, parts or [(None, chain.from_iterable(map(rows, files)))], dataset)
 
     # Whatever the stage, its data is read: there is no command to make it beforehand.
     always = replace(provenance, build_inputs=True)
     artifact = produce(always, "data", dataset.name, settings, {}, make, False, together=False)
     results = artifact.manifest()["results"]
     counts = Counter(results["counts"])
-    if hub and not dataset.hub_split and "validation" in hub and "test" not in hub:
+    if ours.get("validation") == "test" and not dataset.hub_split:
         counts["validation_used_as_test"] = 1
     if invalid := sum(count for name, count in counts.items() if name.startswith("invalid_")):
         logger.warning("%d invalid rows left out: %s", invalid, artifact.folder / INVALID)
     splits = _separate(_assign(Records.in_file(artifact.folder / RECORDS), dataset), counts)
     return Splits(splits, dict(counts), artifact, results["format"], results["ignored"])
-
-
-def _unchanged(file: OpenFile, before: str) -> Rows:
-    """The rows of a file. Raises UserError where it has changed by their end."""
-    yield from rows(file)
-    if state(file) != before:
-        raise UserError(f"{name_of(file)}: changed while it was read; run again when nothing writes to it")
 
 
 def read_into(folder: Path, parts: Iterable[tuple[str | None, Rows]], dataset: DatasetConfig) -> dict[str, Any]:
@@ -140,7 +126,7 @@ def read_into(folder: Path, parts: Iterable[tuple[str | None, Rows]], dataset: D
 
         reading = Reading(dataset.format, dataset.on_invalid, dataset.max_invalid_share, listed)
         try:
-            write_records(_identified(_records(parts, reading), reading), file, dataset.split_seed)
+            write_records(_records(parts, reading), file, dataset.split_seed)
         except DataError as error:
             if not reading.invalid:
                 raise
@@ -152,85 +138,65 @@ def read_into(folder: Path, parts: Iterable[tuple[str | None, Rows]], dataset: D
 
 
 def _records(parts: Iterable[tuple[str | None, Rows]], reading: Reading) -> Iterator[Record]:
-    with progress_bar(None, "reading rows", unit=" rows") as bar:
-        for split, part in parts:
-            for record in read_records(_counted(part, bar), reading):
-                yield record if split is None else replace(record, split=split)
-
-
-def _counted(part: Rows, bar: Any) -> Rows:
-    for entry in part:
-        yield entry
-        bar.update(1)
-
-
-def _identified(records: Iterable[Record], reading: Reading) -> Iterator[Record]:
     """The records with ids of their own: those of the data must differ; one that we made and is taken gets "-2"."""
     taken: Counter[int] = Counter()
     usable = 0
-    for record in records:
-        name = record.id or content_id(record.query, record.responses)
-        key = id_key(name)
-        taken[key] += 1
-        if taken[key] > 1 and record.id:
-            problem = f"{name!r:.60} is taken by a row before; make ids unique"
-            reading.refuse(record.place, RowError("id", problem, "repeated_id", record.place))
-            continue
-        usable += 1
-        yield replace(record, id=name if taken[key] == 1 else f"{name}-{taken[key]}")
+    with progress_bar(None, "reading rows", unit=" rows") as bar:
+        for split, record in ((split, record) for split, part in parts for record in read_records(part, reading)):
+            bar.update(reading.counts["rows_read"] - bar.n)
+            name = record.id or content_id(record.query, record.responses)
+            key = id_key(name)
+            taken[key] += 1
+            if taken[key] > 1 and record.id:
+                problem = f"{name!r:.60} is taken by a row before; make ids unique"
+                reading.refuse(record.place, RowError("id", problem, "repeated_id"))
+                continue
+            usable += 1
+            name = name if taken[key] == 1 else f"{name}-{taken[key]}"
+            yield replace(record, id=name, split=split or record.split)
     reading.judge(usable)
 
 
-def _hub_parts(dataset: DatasetConfig, found: Mapping[str, Any]) -> Iterator[tuple[str | None, Rows]]:
-    """The hub's splits, and which of ours each becomes."""
-    names = _hub_splits(dataset, set(found))
-    for split, held in found.items():
-        place = f"{dataset.hub_name}, split {split}, row"
-        yield names[split], ((f"{place} {number}", row) for number, row in enumerate(held, 1))
+def _hub_rows(dataset: DatasetConfig, split: str, held: Iterable[dict[str, Any]]) -> Rows:
+    return ((f"{dataset.hub_name}, split {split}, row {number}", row) for number, row in enumerate(held, 1))
 
 
-def _hub_splits(dataset: DatasetConfig, found: set[str]) -> dict[str, str | None]:
-    """Which of our splits each of the hub's becomes; None: ours to choose."""
-    if dataset.hub_split:
-        ours = {dataset.hub_split: "train" if dataset.hub_test_split else None}
-        return ours | ({dataset.hub_test_split: "test"} if dataset.hub_test_split else {})
-    if "train" not in found or not found <= {"train", "validation", "test"}:
+def _hub_splits(dataset: DatasetConfig, found: list[str]) -> dict[str, str | None]:
+    """The hub's splits that are read, and which of ours each becomes; None: ours to choose."""
+    has = f"{dataset.hub_name} has the splits {', '.join(sorted(found))}"
+    for setting in ("hub_split", "hub_test_split"):
+        if (split := getattr(dataset, setting)) and split not in found:
+            raise UserError(f"dataset.{setting}={split}: {has}")
+    if dataset.hub_split and dataset.hub_test_split:
+        return {dataset.hub_split: "train", dataset.hub_test_split: "test"}
+    if dataset.hub_split or found == ["train"]:
+        return {dataset.hub_split or "train": None}
+    if "train" not in found or not {"train", "validation", "test"}.issuperset(found):
         raise UserError(
-            f"{dataset.hub_name} has the splits {', '.join(sorted(found))}: set dataset.hub_split to the one to train "
-            "on, and dataset.hub_test_split to the one to test on, if there is one"
+            f"{has}: set dataset.hub_split to the one to train on, and dataset.hub_test_split to the one to test on, "
+            "if there is one"
         )
-    if len(found) == 1:
-        return {"train": None}
-    names: dict[str, str | None] = {split: split for split in found}
-    if "test" not in found:
-        names["validation"] = "test"
-    return names
+    return {split: "test" if split == "validation" and "test" not in found else split for split in found}
 
 
 def _fetch(dataset: DatasetConfig) -> Mapping[str, Any]:
-    """The hub's splits that are read, each an iterable of rows."""
+    """The hub's splits, each an iterable of rows."""
     import datasets  # takes a second to import, and most runs read no hub
 
     name, config, revision = dataset.hub_name, dataset.hub_config, dataset.hub_revision
     try:
         try:
-            found = datasets.load_dataset(name, name=config, revision=revision)
+            return datasets.load_dataset(name, name=config, revision=revision)
         except RuntimeError as error:
             if "scripts are no longer supported" not in str(error) or revision is not None:
                 raise
             logger.warning("%s is published as a script; reading the hub's conversion of it, %s", name, PARQUET_BRANCH)
-            found = datasets.load_dataset(name, data_dir=config, revision=PARQUET_BRANCH)
+            return datasets.load_dataset(name, data_dir=config, revision=PARQUET_BRANCH)
     except Exception as error:  # whatever the network, the hub and its client may raise: the way out is the same
         raise UserError(
             f"cannot load {name} from the hub ({type(error).__name__}: {error}); check dataset.hub_name, hub_config, "
             "hub_revision and the network, or download its file elsewhere and set dataset=file dataset.path=FILE"
         ) from error
-    wanted = [split for split in (dataset.hub_split, dataset.hub_test_split) if split]
-    for split in wanted:
-        if split not in found:
-            setting = "hub_split" if split == dataset.hub_split else "hub_test_split"
-            raise UserError(f"dataset.{setting}={split}: {name} has the splits {', '.join(sorted(found))}")
-    return {split: found[split] for split in wanted} if wanted else found
 
 
 def _assign(records: Records, dataset: DatasetConfig) -> dict[str, Records]:
@@ -255,12 +221,10 @@ def _assign(records: Records, dataset: DatasetConfig) -> dict[str, Records]:
 def _separate(splits: dict[str, Records], counts: Counter[str]) -> dict[str, Records]:
     """Without the records whose query is in a split that is held out from theirs; counts how many."""
     splits = dict(splits)
-    for held_out, others in (
-        ("test", ("validation", "train", "demonstrations")),
-        ("validation", ("train", "demonstrations")),
-    ):
+    others = ("train", "demonstrations")
+    for held_out, fuller in (("test", ("validation", *others)), ("validation", others)):
         queries = splits[held_out].query_keys()
-        for split in others:
+        for split in fuller:
             kept = ~np.isin(splits[split].query_keys(), queries)
             counts[f"dropped_query_in_{held_out}"] += int((~kept).sum())
             splits[split] = splits[split].only(kept)

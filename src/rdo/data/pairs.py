@@ -17,7 +17,6 @@ PAIR = ("chosen", "rejected")
 # Where a row of chosen and rejected may have its query: the first of these columns.
 PROMPTS = ("prompt", "question", "query", "instruction", "input", "conversations")
 
-
 Exchange = Annotated[list[Text], Field(min_length=2, max_length=2)]
 
 
@@ -84,20 +83,16 @@ class TRL(Scored, format="trl"):
     def records(self) -> list[Record]:
         query, chosen, rejected = self.prompt, self.chosen, self.rejected
         system = [Message("system", self.system)] if self.system and self.system.strip() else []
-        before = (
-            *system,
-            *(m for asked, reply in self.history for m in (Message("user", asked), Message("assistant", reply))),
-        )
+        turns = (m for asked, reply in self.history for m in (Message("user", asked), Message("assistant", reply)))
+        before = (*system, *turns)
         if not before and not query.messages and isinstance(chosen, str) and isinstance(rejected, str):
             asked = query.text
             if asked.rstrip().endswith(ASSISTANT) and chosen.startswith(asked) and rejected.startswith(asked):
                 raise RowError("chosen", "repeats the prompt: these are whole dialogues, set dataset.format=hh")
             return self.pair(query, (chosen, rejected))
-        whole = (
-            _behind(before, continued(query, chosen, "chosen")),
-            _behind(before, continued(query, rejected, "rejected")),
-        )
-        return self.pair(*parted(whole, PAIR))
+        first = _behind(before, continued(query, chosen, "chosen"))
+        second = _behind(before, continued(query, rejected, "rejected"))
+        return self.pair(*parted((first, second), PAIR))
 
 
 def _behind(before: Chat, messages: Chat) -> Chat:

@@ -21,7 +21,6 @@ from rdo.data.records import Record
 from rdo.runtime.errors import DataError, UserError
 
 BY_DESIGN = ("articles", "unranked", "separate_conversations")
-LEAVE_OUT = "; dataset.on_invalid=skip leaves such rows out and lists them"
 
 
 @dataclass
@@ -47,18 +46,18 @@ class Reading:
         """Columns that nothing was read from."""
         return sorted(map(str, self.columns - self.read))
 
-    def refuse(self, place: str, error: DataError) -> None:
+    def refuse(self, place: str, error: RowError) -> None:
         """Raises, lists or only counts, as the row's fault and the settings demand."""
-        reason = getattr(error, "reason", "broken")
-        self.first = self.first or str(error)
-        if reason in BY_DESIGN:
-            self.counts[f"dropped_{reason}"] += 1
-            return
-        if self.on_invalid == "error":
-            raise DataError(f"{error}{LEAVE_OUT}") from error
-        self.counts[f"invalid_{reason}"] += 1
-        self.invalid += 1
-        self.listed(place, reason, str(error))
+        message = f"{place}{error}"
+        self.first = self.first or message
+        if error.reason in BY_DESIGN:
+            self.counts[f"dropped_{error.reason}"] += 1
+        elif self.on_invalid == "error":
+            raise DataError(f"{message}; dataset.on_invalid=skip leaves such rows out and lists them") from error
+        else:
+            self.counts[f"invalid_{error.reason}"] += 1
+            self.invalid += 1
+            self.listed(place, error.reason, message)
 
     def judge(self, usable: int) -> None:
         """Raises DataError where too many rows were invalid, or none is left."""
@@ -75,10 +74,9 @@ class Reading:
 def read_records(rows: Iterable[tuple[str, Any]], reading: Reading) -> Iterator[Record]:
     """Records of the rows, in their order, ids as the data gives them ("" where it gives none).
 
-    rows: pairs of a place for messages ("FILE, line 12") and the row, a dict of columns, or the DataError that stands
-    in its place. The format, if `reading.format` is "auto", is told from the first row; the first rows of other files
-    must be in it, too (UserError). Raises DataError, naming place and field, for a row that cannot be used (see
-    `Reading`), for too many of them, and when no row is left.
+    rows: pairs of a place for messages ("FILE, line 12") and the row, a dict of columns, or the RowError that stands
+    in its place. The format, if it is "auto", is told from the first row; other files must be in it, too (UserError).
+    Raises DataError for a row that cannot be used (see `Reading`), for too many of them, and when no row is left.
     """
     if reading.format not in ("auto", *FORMATS):
         raise DataError(f"dataset.format={reading.format} is not known; choose auto, {', '.join(FORMATS)}")
@@ -89,8 +87,8 @@ def read_records(rows: Iterable[tuple[str, Any]], reading: Reading) -> Iterator[
         try:
             if told and file != last and isinstance(row, dict):
                 _tell(row, place, reading)
-            records = _row_records(row, place, reading)
-        except DataError as error:
+            records = [_informative(record, place, reading) for record in _row_records(row, reading)]
+        except RowError as error:
             reading.refuse(place, error)
             continue
         last = file
@@ -101,7 +99,7 @@ def read_records(rows: Iterable[tuple[str, Any]], reading: Reading) -> Iterator[
 
 def _tell(row: dict[str, Any], place: str, reading: Reading) -> None:
     """Sets the format by the first row of a file. Raises UserError where the files before were in another one."""
-    found = find_format(row, place)
+    found = find_format(row)
     if reading.format == "auto":
         reading.format = found
     if found != reading.format and {found, reading.format} != {"rrhf", "records"}:
@@ -111,25 +109,25 @@ def _tell(row: dict[str, Any], place: str, reading: Reading) -> None:
         )
 
 
-def _row_records(row: Any, place: str, reading: Reading) -> list[Record]:
-    if isinstance(row, DataError):
+def _row_records(row: Any, reading: Reading) -> list[Record]:
+    if isinstance(row, RowError):
         raise row
     if not isinstance(row, dict):
-        raise RowError("", f"must be an object of columns, found {type(row).__name__}", place=place)
+        raise RowError("", f"must be an object of columns, found {type(row).__name__}")
     if isinstance(row, TextRow):
         row = {n: _cell(text) if n in structured(row, reading.format) else text for n, text in row.items()}
     if not reading.columns.issuperset(row):
         reading.columns.update(name for name, value in row.items() if value is not None)
         reading.read |= columns_read(row, reading.format)
-    return [_informative(record, place, reading) for record in read_row(row, reading.format, place)]
+    return read_row(row, reading.format)
 
 
 def _informative(record: Record, place: str, reading: Reading) -> Record:
-    """The record without preferences between identical texts."""
+    """The record with its place, and without preferences between identical texts."""
     texts = record.responses
     if len(texts) > 1 and len(set(texts)) == 1:
         problem = "all responses are identical, so there is no preference; delete the row"
-        raise RowError("", problem, "identical_responses", place)
+        raise RowError("", problem, "identical_responses")
     kept = tuple(p for p in record.preferences if p.tie or texts[p.chosen] != texts[p.rejected])
     reading.counts["dropped_identical_preferences"] += len(record.preferences) - len(kept)
     return replace(record, preferences=kept, place=place)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
 
 SPLITS = ("demonstrations", "train", "validation", "test")
 ROLES = ("system", "user", "assistant")
@@ -75,27 +73,8 @@ def query_key(query: str) -> str:
 
 def digest(record: Record) -> tuple[int, int]:
     """Hash of everything that a stage can see of a record, as two numbers below 2^64."""
-    row = json.dumps(
-        [
-            record.id,
-            record.query,
-            record.responses,
-            [(p.chosen, p.rejected, p.tie, p.strength) for p in record.preferences],
-            record.scores,
-            [(message.role, message.content) for message in record.messages],
-            record.desirable,
-        ]
-    )
-    value = hashlib.blake2b(row.encode(), digest_size=16).digest()
+    preferences = [(p.chosen, p.rejected, p.tie, p.strength) for p in record.preferences]
+    messages = [(message.role, message.content) for message in record.messages]
+    seen = [record.id, record.query, record.responses, preferences, record.scores, messages, record.desirable]
+    value = hashlib.blake2b(json.dumps(seen).encode(), digest_size=16).digest()
     return int.from_bytes(value[:8], "big"), int.from_bytes(value[8:], "big")
-
-
-def fingerprint_digests(digests: np.ndarray) -> str:
-    """Hash of records, [n, 2] digests of type uint64, independent of their order."""
-    first, second = (int(column.sum(dtype=np.uint64)) for column in digests.T)
-    return f"{first:016x}{second:016x}"
-
-
-def fingerprint_records(records: Iterable[Record]) -> str:
-    """The same from the records themselves."""
-    return fingerprint_digests(np.array([digest(record) for record in records], dtype=np.uint64).reshape(-1, 2))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import pyarrow as pa
 
-from rdo.data.records import SPLITS, Message, Preference, Record, digest, fingerprint_digests, query_key
+from rdo.data.records import SPLITS, Message, Preference, Record, digest, query_key
 
 if TYPE_CHECKING:
     import datasets
@@ -27,15 +27,14 @@ NUMBERS = {
     **{"split": pa.int8(), "response_count": pa.int32(), "chance": pa.float64()},
     **dict.fromkeys(("id_key", "query_key", "digest_first", "digest_second"), pa.uint64()),
 }
-TEXT, PREFERENCE = (
-    pa.string(),
-    {"chosen": pa.int32(), "rejected": pa.int32(), "tie": pa.bool_(), "strength": pa.float64()},
-)
+TEXT = pa.string()
+MESSAGE = pa.struct({"role": TEXT, "content": TEXT})
+PREFERENCE = pa.struct({"chosen": pa.int32(), "rejected": pa.int32(), "tie": pa.bool_(), "strength": pa.float64()})
 SCHEMA = pa.schema(
     {
         **{"id": TEXT, "query": TEXT, "place": TEXT, "responses": pa.list_(TEXT), "scores": pa.list_(pa.float64())},
-        **{"messages": pa.list_(pa.struct({"role": TEXT, "content": TEXT})), "desirable": pa.list_(pa.bool_())},
-        **{"preferences": pa.list_(pa.struct(PREFERENCE)), **NUMBERS},
+        **{"messages": pa.list_(MESSAGE), "desirable": pa.list_(pa.bool_()), "preferences": pa.list_(PREFERENCE)},
+        **NUMBERS,
     }
 )
 
@@ -45,10 +44,9 @@ def id_key(identifier: str) -> int:
     return int.from_bytes(hashlib.blake2b(identifier.encode()).digest()[:8], "big")
 
 
-def chance(seed: int, key: str) -> float:
-    """A number in [0, 1) that looks random, the same for the same seed and text everywhere."""
-    value = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
-    return int.from_bytes(value, "big") / 2**64
+def hashed(text: str) -> int:
+    """A number below 2^64 that looks random, the same for the same text everywhere."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def describe(record: Record, split_seed: int) -> dict[str, Any]:
@@ -58,8 +56,8 @@ def describe(record: Record, split_seed: int) -> dict[str, Any]:
     return {
         "split": SPLITS.index(record.split) if record.split else -1,
         "id_key": id_key(record.id),
-        "query_key": int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big"),
-        "chance": chance(split_seed, key),
+        "query_key": hashed(key),
+        "chance": hashed(f"{split_seed}:{key}") / 2**64,
         "digest_first": first,
         "digest_second": second,
         "response_count": len(record.responses),
@@ -70,24 +68,19 @@ class Records(Sequence[Record]):
     """Some of the records of a source, in the source's order."""
 
     def __init__(
-        self,
-        source: Sequence[Record] | datasets.Dataset,
-        numbers: Mapping[str, np.ndarray],
-        rows: np.ndarray | None = None,
+        self, source: Sequence[Record] | datasets.Dataset, numbers: Mapping[str, np.ndarray], rows: np.ndarray
     ) -> None:
-        """numbers: `NUMBERS` of the whole source. rows: which of the source; None: all."""
-        self.source, self.numbers = source, numbers
-        self.rows = np.arange(len(source)) if rows is None else rows
+        """numbers: `NUMBERS` of the whole source. rows: which of the source these are."""
+        self.source, self.numbers, self.rows = source, numbers, rows
 
     @classmethod
     def in_memory(cls, records: Iterable[Record], split_seed: int = 0) -> Records:
         """Records that are in memory as they are."""
         source = list(records)
         described = [describe(record, split_seed) for record in source]
-        return cls(
-            source,
-            {name: np.array([d[name] for d in described], kind.to_pandas_dtype()) for name, kind in NUMBERS.items()},
-        )
+        kinds = {name: kind.to_pandas_dtype() for name, kind in NUMBERS.items()}
+        numbers = {name: np.array([d[name] for d in described], kind) for name, kind in kinds.items()}
+        return cls(source, numbers, np.arange(len(source)))
 
     @classmethod
     def in_file(cls, file: Path) -> Records:
@@ -95,7 +88,8 @@ class Records(Sequence[Record]):
         import datasets  # takes a second to import, which the toy world need not wait for
 
         source = datasets.Dataset.from_file(str(file))
-        return cls(source, {name: source.data.column(name).to_numpy() for name in NUMBERS})
+        numbers = {name: source.data.column(name).to_numpy() for name in NUMBERS}
+        return cls(source, numbers, np.arange(len(source)))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -106,10 +100,8 @@ class Records(Sequence[Record]):
     def __getitem__(self, place: slice) -> list[Record]: ...
     def __getitem__(self, place: int | slice) -> Record | list[Record]:
         if isinstance(place, slice):
-            rows = self.rows[place].tolist()
-            return (
-                [self.source[n] for n in rows] if isinstance(self.source, Sequence) else as_records(self.source[rows])
-            )
+            rows, source = self.rows[place].tolist(), self.source
+            return [source[n] for n in rows] if isinstance(source, Sequence) else as_records(source[rows])
         found = self.source[int(self.rows[place])]
         return found if isinstance(found, Record) else as_record(found)
 
@@ -131,21 +123,14 @@ class Records(Sequence[Record]):
         """One of `NUMBERS` of every record."""
         return self.numbers[name][self.rows]
 
-    def response_counts(self) -> np.ndarray:
-        """How many responses each record has."""
-        return self.known("response_count")
-
-    def order_keys(self) -> np.ndarray:
-        """One number a record, a hash of its id."""
-        return self.known("id_key")
-
     def query_keys(self) -> np.ndarray:
         """One number a record, a hash of its query."""
         return self.known("query_key")
 
     def fingerprint(self) -> str:
         """Hash of everything a stage can see of the records; independent of their order."""
-        return fingerprint_digests(np.stack([self.known("digest_first"), self.known("digest_second")], axis=1))
+        sums = [int(self.known(name).sum(dtype=np.uint64)) for name in ("digest_first", "digest_second")]
+        return "".join(f"{value:016x}" for value in sums)
 
 
 def as_record(row: Mapping[str, Any]) -> Record:

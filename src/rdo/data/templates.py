@@ -14,8 +14,6 @@ from rdo.runtime.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEMPLATES = ("raw", "hh", "alpaca", "tldr", "chat")
-
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 ROLES = {HUMAN: "user", ASSISTANT: "assistant"}
 MARKERS = {"system": "{content}", "user": f"{HUMAN} {{content}}", "assistant": f"{ASSISTANT} {{content}}"}
@@ -28,18 +26,13 @@ ALPACA = (
 OTHER_TEMPLATES = "set dataset.template to raw, hh, alpaca or tldr, or take a tokenizer whose chat template has one"
 
 
-def is_dialogue(query: str) -> bool:
-    """Whether the text is in Anthropic HH's form, "\\n\\nHuman: ...\\n\\nAssistant: ...\\n\\nHuman: ..."."""
-    return query.startswith(HUMAN)
-
-
 def turns(query: str) -> list[dict[str, str]]:
-    """The messages of an HH dialogue, [{"role": "user" | "assistant", "content": text}, ...]; else one user message.
+    """The messages of a dialogue in Anthropic HH's form, "\\n\\nHuman: ...\\n\\nAssistant: ..."; else one user message.
 
     Texts are stripped. Empty assistant turns (the one that asks for the answer) are left out, and turns of one role in
     a row, which HH has here and there, are joined: most chat templates insist that roles alternate.
     """
-    if not is_dialogue(query):
+    if not query.startswith(HUMAN):
         return [{"role": "user", "content": query}]
     messages: list[dict[str, str]] = []
     _, *pieces = re.split(f"({HUMAN}|{ASSISTANT})", query)
@@ -74,20 +67,15 @@ def render_prompt(template: str, record: Record, tokenizer: PreTrainedTokenizerB
     the instruction is the text of a dialogue's only turn (behind the system's), or a longer dialogue as a whole.
     tldr: followed by "TL;DR:". chat: the messages, or the turns of a text, through the tokenizer's chat template,
     markers and generation prompt included (BOS too if the template has it); the other templates use no tokenizer.
-    Raises UserError for an unknown template and for a tokenizer whose chat template is missing, fails, or does not open
-    an answer.
+    Raises UserError for a tokenizer whose chat template is missing, fails, or does not open an answer.
     """
-    if template == "raw":
-        return record.query
     if template == "hh":
         return _as_dialogue(record)
     if template == "alpaca":
         return ALPACA.format(instruction=_instruction(record))
     if template == "tldr":
         return f"{record.query}\n\nTL;DR:"
-    if template == "chat":
-        return _render_chat(_messages(record), tokenizer)
-    raise UserError(f"dataset.template={template} is not known; choose one of {', '.join(TEMPLATES)}")
+    return _render_chat(_messages(record), tokenizer) if template == "chat" else record.query
 
 
 def _messages(record: Record) -> list[dict[str, str]]:
@@ -97,7 +85,7 @@ def _messages(record: Record) -> list[dict[str, str]]:
 def _as_dialogue(record: Record) -> str:
     query = record.query
     # The text of several messages is a dialogue already, even where the system's text stands in front.
-    if len(record.messages) < 2 and not is_dialogue(query):
+    if len(record.messages) < 2 and not query.startswith(HUMAN):
         return f"{HUMAN} {query}{ASSISTANT}"
     return query if query.rstrip().endswith(ASSISTANT) else f"{query}{ASSISTANT}"
 
@@ -119,8 +107,6 @@ def _render_chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerB
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(f"the chat template rejects the roles {roles} ({error}); {OTHER_TEMPLATES}") from error
     if prompt == closed:
-        raise UserError(
-            "dataset.template=chat, but the tokenizer's chat template ignores add_generation_prompt, so the prompt "
-            f"would not open an answer; {OTHER_TEMPLATES}"
-        )
+        problem = "ignores add_generation_prompt, so the prompt would not open an answer"
+        raise UserError(f"dataset.template=chat, but the tokenizer's chat template {problem}; {OTHER_TEMPLATES}")
     return str(prompt)

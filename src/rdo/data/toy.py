@@ -10,7 +10,7 @@ ones, and labels, which have their own stream, can change without any text chang
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,12 +26,12 @@ PAD, UNKNOWN, END = "<pad>", "<unk>", "<end>"
 LENGTHS = {"short": 2, "medium": 3, "long": 4}  # sentences asked for
 POLITE = ("sure", "gladly", "certainly")
 RUDE = ("whatever", "ugh", "fine")
-ADJECTIVES: dict[str, tuple[str, ...]] = {
+ADJECTIVES = {
     "kind": ("gentle", "warm", "sweet", "caring", "friendly"),
     "grim": ("bleak", "dark", "cruel", "bitter", "gloomy"),
     "funny": ("silly", "goofy", "wacky", "clumsy", "dizzy"),
 }
-NOUNS: dict[str, tuple[str, ...]] = {
+NOUNS = {
     "farm": ("cow", "barn", "tractor", "hen", "goat", "field"),
     "sea": ("wave", "boat", "whale", "sailor", "crab", "gull"),
     "city": ("tram", "tower", "street", "taxi", "market", "bridge"),
@@ -49,8 +49,6 @@ _GRADES = ("poor", "fair", "good")
 _COMPARISON = "query first second response"  # the words of the difference model's template
 
 _MOST_SENTENCES = max(LENGTHS.values()) + 1  # a note that misses the asked length misses it by one
-_REVIEWED_SHARE = 0.7
-_FEWEST_VALIDATION_PAIRS = 64
 _PURPOSES = ("first", "second", "redraw", "candidates", "labels", "reviews")
 
 
@@ -67,12 +65,8 @@ class Query(NamedTuple):
 
     @property
     def split(self) -> str:
-        """`test`, `validation` or `train`: 9, 3 and 24 queries, no query in two of them.
-
-        The test queries hold every length with every style once, and 2, 2, 3, 2 times the four topics; the validation
-        queries hold three lengths, three styles and three topics; in the rest, every length and style is there eight
-        times and every topic six times.
-        """
+        """`test`, `validation` or `train`: 9, 3 and 24 queries, in each of which the lengths, the styles and, as nearly
+        as can be, the topics are equally frequent."""
         length = tuple(LENGTHS).index(self.length)
         style = tuple(ADJECTIVES).index(self.style)
         remainder = (length + style + tuple(NOUNS).index(self.topic)) % 4
@@ -85,17 +79,8 @@ QUERIES = tuple(Query(length, style, topic) for length in LENGTHS for style in A
 _QUERY_OF = {query.text: query for query in QUERIES}
 
 
-class _Judgement(NamedTuple):
-    """What the true reward looks at."""
-
-    style_share: float  # of the adjectives; 0 where there are none
-    topic_share: float  # of the nouns; 0 where there are none
-    repeats: int
-    length_error: int
-    manners: int  # 1 polite, -1 rude, 0 neither
-
-
-def _judge(query: Query, response: str) -> _Judgement:
+def _judge(query: Query, response: str) -> tuple[float, float, int, int, int]:
+    """What the true reward looks at: style share, topic share, repeats, length error, manners; see `reward`."""
     words = response.split()
     if END in words:
         words = words[: words.index(END)]
@@ -103,12 +88,12 @@ def _judge(query: Query, response: str) -> _Judgement:
     topics = [_TOPIC_OF[word] for word in words if word in _TOPIC_OF]
     content = [word for word in words if word in _CONTENT]
     opener = words[0] if words else ""
-    return _Judgement(
-        style_share=styles.count(query.style) / max(len(styles), 1),
-        topic_share=topics.count(query.topic) / max(len(topics), 1),
-        repeats=len(content) - len(set(content)),
-        length_error=abs(words.count(".") - LENGTHS[query.length]),
-        manners=(opener in POLITE) - (opener in RUDE),
+    return (
+        styles.count(query.style) / max(len(styles), 1),
+        topics.count(query.topic) / max(len(topics), 1),
+        len(content) - len(set(content)),
+        abs(words.count(".") - LENGTHS[query.length]),
+        (opener in POLITE) - (opener in RUDE),
     )
 
 
@@ -127,16 +112,9 @@ def reward(query: str, response: str, *, stopped: bool = True) -> float:
     asked = _QUERY_OF.get(query_key(query))
     if asked is None:
         raise DataError(f"not a query of the toy world: {query!r}; they read {QUERIES[0].text!r}")
-    judgement = _judge(asked, response)
-    value = (
-        2.0 * judgement.style_share
-        + 2.0 * judgement.topic_share
-        - 0.3 * judgement.repeats
-        - 0.3 * judgement.length_error
-        + 0.4 * judgement.manners
-        - (0.0 if stopped else 1.0)
-    )
-    return round(value, 9)
+    style_share, topic_share, repeats, length_error, manners = _judge(asked, response)
+    value = 2.0 * style_share + 2.0 * topic_share - 0.3 * repeats - 0.3 * length_error + 0.4 * manners
+    return round(value - (0.0 if stopped else 1.0), 9)
 
 
 def _stream(seed: int, split: str, purpose: str) -> np.random.Generator:
@@ -151,7 +129,7 @@ def _queries(split: str, count: int) -> list[Query]:
     return [own[index % len(own)] for index in range(count)]
 
 
-def _slots(groups: dict[str, tuple[str, ...]], right: np.ndarray, hit: np.ndarray, pick: np.ndarray) -> np.ndarray:
+def _slots(groups: Mapping[str, tuple[str, ...]], right: np.ndarray, hit: np.ndarray, pick: np.ndarray) -> np.ndarray:
     """The words of the slots: where `hit`, one of the group number `right`; elsewhere any word, which may be right too.
 
     pick: uniform numbers in [0, 1); right: one group number a row.
@@ -196,10 +174,9 @@ def _notes(queries: Sequence[Query], rng: np.random.Generator) -> list[str]:
 def _review(query: Query, note: str) -> str:
     """A reader's verdict in words: a share is good from two thirds, fair from one third, else poor; manners are good
     if polite, poor if rude."""
-    judgement = _judge(query, note)
-    shares = (judgement.style_share, judgement.topic_share)
+    *shares, _, _, manners = _judge(query, note)
     grades = [_GRADES[(share >= 1 / 3) + (share >= 2 / 3)] for share in shares]
-    return _REVIEW.format(*grades, _GRADES[1 + judgement.manners])
+    return _REVIEW.format(*grades, _GRADES[1 + manners])
 
 
 def _demonstrations(config: ToyConfig) -> list[Record]:
@@ -211,17 +188,13 @@ def _demonstrations(config: ToyConfig) -> list[Record]:
     split = "demonstrations"
     queries = _queries(split, config.demonstrations)
     notes = _notes(queries, _stream(config.seed, split, "first"))
-    reviewed = _stream(config.seed, split, "reviews").random(len(notes)) < _REVIEWED_SHARE
-    return [
-        Record(
-            id=f"toy-{split}-{index}",
-            query=query.text,
-            responses=(f"{note} {END} {_review(query, note)}" if with_review else note,),
-            scores=(reward(query.text, note),),
-            split=split,
-        )
-        for index, (query, note, with_review) in enumerate(zip(queries, notes, reviewed, strict=True))
-    ]
+    reviewed = _stream(config.seed, split, "reviews").random(len(notes)) < 0.7
+    records = []
+    for index, (query, note, with_review) in enumerate(zip(queries, notes, reviewed, strict=True)):
+        text = f"{note} {END} {_review(query, note)}" if with_review else note
+        scores = (reward(query.text, note),)
+        records.append(Record(f"toy-{split}-{index}", query.text, (text,), scores=scores, split=split))
+    return records
 
 
 def _labels(rewards: np.ndarray, config: ToyConfig, rng: np.random.Generator) -> np.ndarray:
@@ -237,22 +210,16 @@ def _pairs(config: ToyConfig, split: str, count: int, with_candidates: int = 0) 
 
     Both responses of a pair are drawn alike and labelled afterwards, so either place is as likely to win.
     """
-
-    def draw(asked: Sequence[Query], purpose: str) -> list[str]:
-        return _notes(asked, _stream(config.seed, split, purpose))
-
+    first_rng, second_rng, redraw, extra_rng, label_rng = (_stream(config.seed, split, p) for p in _PURPOSES[:5])
     queries = _queries(split, count)
-    first, second = draw(queries, "first"), draw(queries, "second")
-    redraw = _stream(config.seed, split, "redraw")
+    first, second = _notes(queries, first_rng), _notes(queries, second_rng)
     for index, query in enumerate(queries):
         while second[index] == first[index]:
             second[index] = _notes([query], redraw)[0]
     others = config.candidates - 2
-    extra = draw([query for query in queries[:with_candidates] for _ in range(others)], "candidates")
-
+    extra = _notes([query for query in queries[:with_candidates] for _ in range(others)], extra_rng)
     responses = [(*extra[i * others : (i + 1) * others], first[i], second[i]) for i in range(count)]
     scores = [tuple(reward(q.text, text) for text in texts) for q, texts in zip(queries, responses, strict=True)]
-    label_rng = _stream(config.seed, split, "labels")
     first_wins = _labels(np.array([row[-2:] for row in scores]), config, label_rng)
     records = []
     for index, (query, texts, wins) in enumerate(zip(queries, responses, first_wins, strict=True)):
@@ -271,7 +238,7 @@ def load(config: ToyConfig) -> dict[str, list[Record]]:
     return {
         "demonstrations": _demonstrations(config),
         "train": _pairs(config, "train", config.pairs, config.candidate_queries),
-        "validation": _pairs(config, "validation", max(_FEWEST_VALIDATION_PAIRS, config.test_pairs // 4)),
+        "validation": _pairs(config, "validation", max(64, config.test_pairs // 4)),
         "test": _pairs(config, "test", config.test_pairs),
     }
 

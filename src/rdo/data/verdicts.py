@@ -6,24 +6,10 @@ import json
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AliasChoices, BeforeValidator, Field
 
 from rdo.data.chat import Asked, Conversation, Query, parted
-from rdo.data.columns import (
-    Columns,
-    Finite,
-    FirstOrSecond,
-    Flag,
-    QueryText,
-    Response,
-    Row,
-    RowError,
-    Strength,
-    Text,
-    checked,
-    shown,
-    wrong,
-)
+from rdo.data.columns import Choice, Columns, Finite, Flag, QueryText, Response, Row, RowError, Text, checked, wrong
 from rdo.data.records import Message, Preference, Record
 
 FIRST, SECOND, TIE = Preference(0, 1), Preference(1, 0), Preference(0, 1, tie=True)
@@ -73,7 +59,7 @@ class OpenAI(Row, format="openai"):
 
     info: Annotated[Post, BeforeValidator(_no_article)]
     summaries: Annotated[list[Summary], Field(min_length=2, max_length=2)]
-    choice: FirstOrSecond
+    choice: Choice
     extra: Judgement | None = None
 
     def records(self) -> list[Record]:
@@ -95,8 +81,8 @@ class SHP(Row, format="shp"):
     history: QueryText
     human_ref_A: Response
     human_ref_B: Response
-    labels: FirstOrSecond
-    score_ratio: Strength | None = None
+    labels: Choice
+    score_ratio: Finite | None = Field(None, ge=0)
 
     def records(self) -> list[Record]:
         preference = Preference(1 - self.labels, self.labels, strength=self.score_ratio)
@@ -164,7 +150,7 @@ class AlpacaFarm(Row, format="alpaca"):
     def records(self) -> list[Record]:
         verdict = {1.0: FIRST, 2.0: SECOND, 1.5: TIE}.get(self.preference)
         if verdict is None:
-            raise RowError("preference", f"must be 1, 2 or 1.5, found {shown(self.preference)}")
+            raise RowError("preference", f"must be 1, 2 or 1.5, found {self.preference}")
         return [with_input(self.instruction, self.input).record((self.output_1, self.output_2), verdict)]
 
 
@@ -185,35 +171,23 @@ class SafeRLHF(Row, format="safe_rlhf"):
     prompt: QueryText
     response_0: Response
     response_1: Response
-    better_response_id: FirstOrSecond
+    better_response_id: Choice
 
     def records(self) -> list[Record]:
         better = (FIRST, SECOND)[self.better_response_id]
         return [Query(self.prompt).record((self.response_0, self.response_1), better)]
 
 
-class HelpSteer2(Row, format="helpsteer"):
-    """HelpSteer2-preference; from -3 (the first is much better) over 0 (a tie) to 3."""
+class HelpSteer(Row, format="helpsteer"):
+    """HelpSteer2-preference, or HelpSteer3; from -3 (the first is much better) over 0 (a tie) to 3."""
 
-    prompt: Asked
-    response_1: Response
-    response_2: Response
-    preference_strength: Finite
-
-    def records(self) -> list[Record]:
-        return [self.prompt.record((self.response_1, self.response_2), by_sign(self.preference_strength))]
-
-
-class HelpSteer3(Row, format="helpsteer"):
-    """The same scale; the query is messages."""
-
-    context: Asked
-    response1: Response
-    response2: Response
-    overall_preference: Finite
+    prompt: Asked = Field(validation_alias=AliasChoices("prompt", "context"))
+    response_1: Response = Field(validation_alias=AliasChoices("response_1", "response1"))
+    response_2: Response = Field(validation_alias=AliasChoices("response_2", "response2"))
+    strength: Finite = Field(validation_alias=AliasChoices("preference_strength", "overall_preference"))
 
     def records(self) -> list[Record]:
-        return [self.context.record((self.response1, self.response2), by_sign(self.overall_preference))]
+        return [self.prompt.record((self.response_1, self.response_2), by_sign(self.strength))]
 
 
 class Question(Columns):

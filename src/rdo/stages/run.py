@@ -197,6 +197,6 @@ def model_path(artifact: Artifact) -> Path:
 def select(records: Sequence[Record], config: TrainingConfig) -> list[int]:
     """Positions of the records that a stage trains on, chosen by a hash of their ids, whatever their order."""
     records = records if isinstance(records, Records) else Records.in_memory(records)
-    enough = np.flatnonzero(records.response_counts() >= config.min_responses)
-    order = np.argsort(records.order_keys()[enough], kind="stable")
+    enough = np.flatnonzero(records.known("response_count") >= config.min_responses)
+    order = np.argsort(records.known("id_key")[enough], kind="stable")
     return [int(n) for n in enough[order][: config.max_records]]
