@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 SLOW = {
-    "test_bench", "test_command_line", "test_comparison", "test_engines", "test_gpu_check", "test_kills", "test_launch", "test_lora",
-    "test_malformed", "test_recorded", "test_report", "test_resume", "test_safety", "test_slurm", "test_stopping",
-    "test_tracking", "test_dashboards", "test_errors",
+    "test_bench", "test_command_line", "test_comparison", "test_dashboards", "test_engines", "test_errors",
+    "test_gpu_check", "test_kills", "test_launch", "test_lora", "test_malformed", "test_recorded", "test_report",
+    "test_resume", "test_safety", "test_slurm", "test_stopping", "test_tracking",
 }  # fmt: skip
 
 

@@ -1,12 +1,14 @@
 """Runs on a toy world so small that a whole pipeline takes seconds."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from rdo.checks import compose_config, plain
 from rdo.main import prepare_process
+from rdo.runtime.errors import UserError
 from rdo.runtime.files import read_json_lines
-from rdo.runtime.store import Artifact, Provenance
+from rdo.runtime.store import Artifact, Provenance, found
 from rdo.stages.run import Cache, Run
 
 TINY = (
@@ -42,3 +44,17 @@ def metrics(artifact: Artifact) -> list[dict[str, Any]]:
     lines = read_json_lines(artifact.folder / "metrics.jsonl")
     machine = {"seconds", "tokens_per_second", "memory_bytes"}
     return [{key: value for key, value in line.items() if key not in machine} for line in lines]
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a stage of ours ran to its end there; any folder may be asked about."""
+    try:
+        return found(folder)
+    except UserError:
+        return False
+
+
+def append_json_line(path: Path, data: dict[str, Any]) -> None:
+    """One more line of a JSON-lines file."""
+    with path.open("a") as file:
+        file.write(json.dumps(data) + "\n")

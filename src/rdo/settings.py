@@ -73,7 +73,7 @@ class DatasetConfig:
 
 @dataclass(config=SECTION)
 class LoraConfig:
-    """LoRA (rdo/adapters.py). It has no dropout, which would put noise into every log-ratio."""
+    """LoRA (models/lora.py). It has no dropout, which would put noise into every log-ratio."""
 
     rank: Count | None = None  # null: all weights are trained; RDO's KTO runs used 8 (its section A.1.1)
     alpha: Positive = 16.0  # what an adapter adds is scaled by alpha / rank

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from rdo.data.loading import INVALID, PARQUET_BRANCH, Splits, load_splits
 from rdo.data.records import SPLITS, content_id, query_key
 from rdo.runtime.errors import DataError, UserError
-from rdo.runtime.store import Provenance, is_finished
+from rdo.runtime.store import Provenance
 from rdo.settings import DatasetConfig, ToyConfig
+from tiny import is_finished
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 CONFIGURATIONS = Path(__file__).parents[2] / "conf" / "dataset"

@@ -20,9 +20,10 @@ from rdo.objectives.intervals import mean_interval
 from rdo.report.results import Row, at_equal_kl, difference, frame_of, rows_of, sweeps
 from rdo.report.tables import number
 from rdo.runtime.errors import UserError
-from rdo.runtime.files import append_json_line, write_json
+from rdo.runtime.files import write_json
 from rdo.runtime.store import Artifact, Provenance, produce
 from rdo.stages.report import make_report
+from tiny import append_json_line
 
 EVIL = "<script>alert('x')</script> a|b $x$ `c` &amp; {{ 7 * 7 }} ![x](http://x) <!-- \x1b[2J\u202e"
 PROMPTS = (-1.0, 0.0, 1.5, -0.5)  # what the rewards of a policy's responses differ from their mean by

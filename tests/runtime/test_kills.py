@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from rdo.runtime import files
-from rdo.runtime.store import MANIFEST, Artifact, is_finished
+from rdo.runtime.store import MANIFEST, Artifact
 from rdo.stages.align import aligned_policy
 from rdo.stages.evaluate import evaluate_policy
 from rdo.stages.reference import reference
@@ -33,7 +33,7 @@ from rdo.stages.run import Run
 from rdo.stages.score import scores
 from rdo.stages.scorer import scorer
 from rdo.stages.sft import base_policy
-from tiny import metrics, tiny_run
+from tiny import is_finished, metrics, tiny_run
 
 torch.set_num_threads(1)
 tqdm.monitor_interval = 0  # no thread beside the one that forks

@@ -16,7 +16,6 @@ import pytest
 
 from rdo.runtime.files import held
 from rdo.runtime.stopping import Stopped, check, handled, postponed, requested, stoppable
-from rdo.runtime.store import is_finished
 from rdo.stages.evaluate import evaluate_policy
 from rdo.stages.reference import reference
 from rdo.stages.score import scores
@@ -24,7 +23,7 @@ from rdo.stages.scorer import scorer
 from rdo.stages.sft import base_policy
 from rdo.tracking import Tracker
 from rdo.training.tasks import SftTask
-from tiny import TINY, metrics, tiny_run, weights
+from tiny import TINY, is_finished, metrics, tiny_run, weights
 
 ROOT = Path(__file__).parents[2]
 ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)

@@ -12,8 +12,9 @@ import pytest
 
 from rdo.models.given import given
 from rdo.runtime.errors import UserError
-from rdo.runtime.files import append_json_line, read_json_lines, replace_file, replace_folder, write_json
-from rdo.runtime.store import ARTIFACT_VERSION, Artifact, MissingInput, Provenance, fingerprint, is_finished, produce
+from rdo.runtime.files import read_json_lines, replace_file, replace_folder, write_json
+from rdo.runtime.store import ARTIFACT_VERSION, Artifact, MissingInput, Provenance, fingerprint, produce
+from tiny import append_json_line, is_finished
 
 SETTINGS = {"learning_rate": 0.1, "data": {"split": "train", "records": "abc"}}
 BASE, OTHER = Artifact(Path("here"), "key of base"), Artifact(Path("here"), "other key")

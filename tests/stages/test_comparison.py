@@ -15,10 +15,10 @@ from rdo.checks import CONF, compose_config
 from rdo.evaluation.metric import stage_metric
 from rdo.main import run_config
 from rdo.runtime.errors import UserError
-from rdo.runtime.files import append_json_line, write_json
+from rdo.runtime.files import write_json
 from rdo.runtime.store import Provenance, produce
 from rdo.stages.comparison import Comparison
-from tiny import TINY
+from tiny import TINY, append_json_line
 
 ROOT = Path(__file__).parents[2]
 SWEEPS = sorted(file.stem for file in (CONF / "experiment").glob("sweep_*.yaml"))

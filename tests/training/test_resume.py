@@ -17,7 +17,7 @@ import torch
 from engines import save_when_due, torch_engine
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import read_json_lines
-from rdo.runtime.store import Artifact, is_finished
+from rdo.runtime.store import Artifact
 from rdo.settings import EngineConfig
 from rdo.stages.align import aligned_policy
 from rdo.stages.run import Run
@@ -25,7 +25,7 @@ from rdo.stages.scorer import scorer
 from rdo.stages.sft import base_policy
 from rdo.tracking import Tracker
 from rdo.training.checkpoints import Checkpoints
-from tiny import TINY, metrics, tiny_run, weights
+from tiny import TINY, is_finished, metrics, tiny_run, weights
 
 ROOT = Path(__file__).parents[2]
 OFTEN = "engine.checkpoint_every_steps=2"

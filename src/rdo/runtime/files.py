@@ -114,12 +114,6 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def append_json_line(path: Path, data: dict[str, Any]) -> None:
-    """One more line of a JSON-lines file."""
-    with path.open("a") as file:
-        file.write(json.dumps(data) + "\n")
-
-
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, blank lines skipped."""
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]

@@ -167,14 +167,6 @@ def found(folder: Path) -> bool:
     return (folder / MANIFEST).exists() and bool(read_manifest(folder))
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether a stage of ours ran to its end there; any folder may be asked about."""
-    try:
-        return found(folder)
-    except UserError:
-        return False
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a finished folder. Raises UserError where it cannot be read, or another version wrote it."""
     path = folder / MANIFEST

@@ -1,11 +1,11 @@
 """Tree attention: a token attends to its own path from the root and to nothing else.
 
-Registered with transformers' AttentionInterface, one name a kernel (`gathered`: rectangles.py; `contiguous`: spans.py;
-`varlen`: cuda_attention.py), so that every decoder that goes through the interface works unpatched: the tree
+Registered with transformers' AttentionInterface, one name a kernel (`gathered`, `contiguous`,
+`varlen`; see kernels/), so that every decoder that goes through the interface works unpatched: the tree
 travels to the attention layers as the extra forward argument `tree`, as the plan of the kernel that runs it.
 
 No mask function is registered: transformers then builds no mask, which is what a tree wants. Padded rows (`Padded`)
-need their mask and therefore never run under this attention (see models.set_layout).
+need their mask and therefore never run under this attention (see preparation.set_layout).
 """
 
 from __future__ import annotations

@@ -119,11 +119,6 @@ class Run:
         tokens = MappedTokens(produce(always, "tokens", split, settings, {}, make, False, together=False).folder)
         return tokens, tokens.report()
 
-    def truncation(self) -> dict[str, Any] | None:
-        """What encoding has cut so far, by split."""
-        reports = {key[1]: asdict(report) for key, (_, report) in self.cache.encoded.items()}
-        return reports or None
-
     def device(self) -> torch.device:
         """The device of engine.device; UserError where CUDA is asked for and there is none."""
         wanted = self.config.engine.device
