@@ -109,6 +109,17 @@ def test_manifests_name_the_command_of_their_row(pipeline):
         assert json.loads((pipeline / entry["folder"] / "manifest.json").read_text())["key"] == entry["key"]
 
 
+def test_two_runs_on_several_threads_end_with_the_same_bits(tmp_path):
+    """Without deterministic algorithms threads add up gradients in the order in which they come."""
+    found = set()
+    for name in ("one", "another"):
+        settings = [setting for setting in TINY if not setting.startswith("engine.threads")]
+        done = train_apart(*settings, "stage=sft", "sft.max_steps=20", "engine.threads=2", f"run_dir={tmp_path / name}")
+        assert done.returncode == 0, done.stderr
+        found |= {file.read_bytes() for file in tmp_path.glob(f"{name}/sft/*/model/model.safetensors")}
+    assert len(found) == 1
+
+
 def test_a_second_pipeline_makes_nothing_again(copied, train_here):
     before = artifacts(copied)
     train_here(*PIPELINE, f"run_dir={copied}")

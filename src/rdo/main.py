@@ -158,6 +158,9 @@ def prepare_process(config: EngineConfig) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which saving a model imports, warns of it
+    # On several threads of a CPU PyTorch else adds up gradients of gathered rows in whatever order the threads come.
+    torch.use_deterministic_algorithms(config.device == "cpu" or not torch.cuda.is_available())
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     processor.keep_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
