@@ -23,7 +23,7 @@ from rdo.runtime.processes import barrier, broadcast, is_rank0, world
 from rdo.runtime.progress import progress_bar, say, warn
 from rdo.runtime.store import fingerprint
 
-FOLDER = "shards"  # one of artifacts.PARTIAL
+FOLDER = "shards"  # one of store.PARTIAL
 INPUTS = b"rdo_inputs"
 
 

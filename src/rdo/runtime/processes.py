@@ -56,7 +56,7 @@ def world() -> World:
 
 def is_rank0() -> bool:
     """Whether this is the process that writes and talks."""
-    return _world.rank == 0
+    return _world.first
 
 
 def found_world(environment: Mapping[str, str]) -> World:

@@ -26,10 +26,8 @@ from rdo.models.scorers import ComparisonTemplate, Reading, add_difference, add_
 from rdo.objectives.intervals import empty_estimate, mean_interval, win_tie_lose
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import read_json_lines, replace_file, write_json
-from rdo.runtime.processes import dealt, is_rank0
-from rdo.runtime.progress import progress_bar
+from rdo.runtime.processes import is_rank0
 from rdo.runtime.store import Artifact, produce, stable_seed
-from rdo.sequences.preparation import set_layout
 from rdo.settings import EvalConfig, TrainingConfig
 from rdo.stages.align import aligned_policy
 from rdo.stages.reference import log_probabilities
@@ -253,14 +251,7 @@ def encode_texts(
 
 def judge_all(run: Run, model: PreTrainedModel, readings: list[Reading], title: str) -> list[list[float]]:
     """A judge's values of all readings, in the layout that it can run."""
-    engine = run.config.engine
-    layout, budget = set_layout(model, engine.layout, engine.attention), engine.tokens_per_micro_batch
-    with progress_bar(len(readings), title) as bar:
-
-        def read(part: range) -> list[list[float]]:
-            return read_under(bar, model, layout, readings[part.start : part.stop], budget)
-
-        return dealt(len(readings), run.config.eval.batch_size, read)
+    return run.read_all(model, readings, title, read_under)
 
 
 def log_ratios(

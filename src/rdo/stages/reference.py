@@ -21,8 +21,6 @@ from rdo.data.records import Record
 from rdo.data.table import Records
 from rdo.runtime.errors import UserError
 from rdo.runtime.parts import Shards
-from rdo.runtime.processes import dealt
-from rdo.runtime.progress import progress_bar
 from rdo.runtime.store import Artifact, produce
 from rdo.sequences.forward import Prompted, read_under
 from rdo.sequences.preparation import set_layout
@@ -116,14 +114,7 @@ def write_reference(run: Run, base: Artifact, mismatched: bool, folder: Path) ->
 def log_probabilities(run: Run, model: PreTrainedModel, items: Sequence[Prompted], title: str) -> list[list[float]]:
     """Log-probability of each response given its record's prompt, without gradients, in the order given. Raises
     Stopped between two batches when the process is asked to stop."""
-    engine = run.config.engine
-    layout, budget = set_layout(model, engine.layout, engine.attention), engine.tokens_per_micro_batch
-    with progress_bar(len(items), title) as bar:
-
-        def read(part: range) -> list[list[float]]:
-            return read_under(bar, model, layout, items[part.start : part.stop], budget)
-
-        return dealt(len(items), run.config.eval.batch_size, read)
+    return run.read_all(model, items, title, read_under)
 
 
 def read_reference(artifact: Artifact) -> Reference:

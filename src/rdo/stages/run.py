@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,11 +19,15 @@ from rdo.data.table import Records
 from rdo.models.pretrained import load_policy, load_scorer, load_tokenizer
 from rdo.models.traits import check_vocabulary
 from rdo.runtime.errors import NotFiniteError, UserError
-from rdo.runtime.processes import world
+from rdo.runtime.processes import dealt, world
+from rdo.runtime.progress import progress_bar
 from rdo.runtime.store import Artifact, Provenance, fingerprint, produce
+from rdo.sequences.preparation import set_layout
 from rdo.settings import Config, TrainingConfig
 from rdo.tracking import Tracker
 from rdo.training.engine.surface import precision_of
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -158,6 +162,20 @@ class Run:
     def on_device(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model, moved to the run's device."""
         return model.to(self.device())  # type: ignore[arg-type]
+
+    def read_all(
+        self, model: PreTrainedModel, items: Sequence[T], title: str, read: Callable[..., list[list[float]]]
+    ) -> list[list[float]]:
+        """What `read` reads off all items with the model, in the layout that it can run, dealt to the processes, in the
+        order given. read(bar, model, layout, items, budget): `forward.read_under` or `scorers.read_under`."""
+        engine = self.config.engine
+        layout, budget = set_layout(model, engine.layout, engine.attention), engine.tokens_per_micro_batch
+        with progress_bar(len(items), title) as bar:
+
+            def part_of(part: range) -> list[list[float]]:
+                return read(bar, model, layout, items[part.start : part.stop], budget)
+
+            return dealt(len(items), self.config.eval.batch_size, part_of)
 
     def tracker(self, folder: Path, name: str) -> Tracker:
         """Where a training run in this folder logs to."""
