@@ -13,7 +13,6 @@ import json
 import math
 import pickle
 import runpy
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -292,8 +291,8 @@ case("model", "too few positions", r"positions|takes 64; lower dataset\.max_leng
 # Artifacts
 
 
-def artifact_case(name: str, message: str, spoil: Callable[[Path], None], *more: str) -> None:
-    """Alignment that reads given scores, which `spoil` has changed, or which other settings (`more`) cannot use."""
+def artifact_case(name: str, message: str, spoil: Callable[[Path], None]) -> None:
+    """Alignment that reads finished scores, which `spoil` has changed."""
 
     def make(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
         from rdo.stages.score import scores
@@ -301,7 +300,7 @@ def artifact_case(name: str, message: str, spoil: Callable[[Path], None], *more:
         run = tiny_run(folder / "runs", *TOY, "rc=reward")
         made = scores(run, "reward", "train", False, run.config.align)
         spoil(made.folder)
-        return ["stage=align", *TINY, *TOY, "rc=reward", f"rc.scores={made.folder}", *more]
+        return ["stage=align", *TINY, *TOY, "rc=reward"]
 
     case("artifact", name, message, make)
 
@@ -317,9 +316,9 @@ def cut(name: str) -> Callable[[Path], None]:
 
 
 def flip(folder: Path) -> None:
-    data = bytearray((folder / "scores.parquet").read_bytes())
+    data = bytearray((folder / "score.parquet").read_bytes())
     data[len(data) // 2] ^= 1
-    (folder / "scores.parquet").write_bytes(bytes(data))
+    (folder / "score.parquet").write_bytes(bytes(data))
 
 
 def older(folder: Path) -> None:
@@ -327,23 +326,11 @@ def older(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 0}))
 
 
-def nothing(folder: Path) -> None:
-    """The artifact as it is."""
-
-
-artifact_case("scores of another data set", r"rc\.scores=.*other records", nothing, "dataset.toy.seed=5")
-artifact_case("scores of another template", r"rc\.scores=.*dataset\.template", nothing, "dataset.template=alpaca")
-artifact_case(
-    "scores of another truncation", r"rc\.scores=.*dataset\.max_length: 96, not 95", nothing, "dataset.max_length=95"
-)
-artifact_case("scores of another model", r"rc\.scores=.*pointwise.*rc=diff", nothing, "rc=diff")
-artifact_case("scores of a selection", r"rc\.scores=.*align\.max_records", nothing, "align.max_records=9")
-artifact_case("a half-written file", r"scores\.parquet.*delete", cut("scores.parquet"))
-artifact_case("a file with a changed bit", r"scores\.parquet cannot be read.*delete", flip)
-artifact_case("a missing file", r"scores\.parquet.*delete", lambda folder: (folder / "scores.parquet").unlink())
+artifact_case("a half-written file", r"score\.parquet.*delete", cut("score.parquet"))
+artifact_case("a file with a changed bit", r"score\.parquet cannot be read.*delete", flip)
+artifact_case("a missing file", r"score\.parquet.*delete", lambda folder: (folder / "score.parquet").unlink())
 artifact_case("a half-written manifest", r"manifest\.json.*delete", cut("manifest.json"))
 artifact_case("another version", r"version", older)
-artifact_case("no artifact at all", r"rc\.scores=.*no finished folder", lambda folder: shutil.rmtree(folder))
 
 # The machine
 
@@ -393,10 +380,10 @@ def not_a_number(folder: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def no_score(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    from rdo.stages import score
+    from rdo.stages import run
 
-    real = score.read_under
-    patch.setattr(score, "read_under", lambda *given: [[value * math.inf for value in row] for row in real(*given)])
+    real = run.read_all
+    patch.setattr(run, "read_all", lambda *given: [[value * math.inf for value in row] for row in real(*given)])
     write_breads(folder)
 
 

@@ -24,14 +24,13 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, P
 
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
-from rdo.models import scorers
 from rdo.models.pretrained import load_policy, load_scorer, new_policy, new_scorer, save_model
-from rdo.models.scorers import ComparisonTemplate, Reading, add_difference
+from rdo.models.scorers import ComparisonTemplate, add_value
 from rdo.models.traits import head_parameters
 from rdo.objectives.choice import choose_loss
 from rdo.objectives.losses import best_response, rrhf_pairs
 from rdo.sequences import forward
-from rdo.sequences.forward import read_under
+from rdo.sequences.forward import Reads, read_all
 from rdo.sequences.layout import LayoutName, Padded, TokenIds
 from rdo.sequences.preparation import set_layout
 from rdo.settings import EngineConfig, EvalConfig, ModelConfig
@@ -221,10 +220,8 @@ def alignment_task(
     known = [[0.0] * len(record.responses) for record in records]
     if loss.needs_reference:
         bench.reference.set_attn_implementation(bench.attention["padded"])
-        read = [
-            (record.prompt, (*record.responses, *others)) for record, others in zip(records, mismatched, strict=True)
-        ]
-        known = read_under(tqdm(disable=True), bench.reference, "padded", read, bench.engine.tokens_per_micro_batch)
+        items = [responses_of(record, others) for record, others in zip(records, mismatched, strict=True)]
+        known = read_all(tqdm(disable=True), bench.reference, "padded", items, bench.engine.tokens_per_micro_batch)
     examples = []
     for record, others, values in zip(records, mismatched, known, strict=True):
         count = len(record.responses)
@@ -240,42 +237,46 @@ def alignment_task(
 def reading_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Work:
     """Without gradients: log-probabilities of all responses (reference), or f of all pairs of a record's responses, in
     one order (score15 of six) or both (score30)."""
-    examples: list[Any]
     if name == "reference":
-        model, read, examples = bench.reference, read_under, [(record.prompt, record.responses) for record in records]
-        sequences = [(*prompt, *ids) for prompt, responses in examples for ids in responses]
-        reads = sum(len(ids) for _, responses in examples for ids in responses)
+        model, items = bench.reference, [responses_of(record) for record in records]
+        reads = sum(len(ids) for record in records for ids in record.responses)
     else:
-        model, read, examples = bench.reward, scorers.read_under, [Reading() for _ in records]
+        model, items = bench.reward, [Reads() for _ in records]
         template = ComparisonTemplate(COMPARISON, bench.tokenizer)
         ordered = combinations if name == "score15" else permutations
-        for record, reading in zip(records, examples, strict=True):
+        for record, listed in zip(records, items, strict=True):
             for i, j in ordered(range(len(record.responses)), 2):
-                add_difference(reading, "paper", template, record, i, j)
-        sequences = [ids for reading in examples for ids in reading.sequences]
-        reads = len(sequences)
+                add_value(listed, "paper", template, record, i, j)
+        reads = sum(map(len, items))
+    sequences = [ids for item in items for ids in item.sequences]
 
     def run(layout: LayoutName) -> torch.Tensor:
-        found = read(tqdm(disable=True), model, layout, examples, bench.engine.tokens_per_micro_batch)
+        found = read_all(tqdm(disable=True), model, layout, items, bench.engine.tokens_per_micro_batch)
         return torch.tensor([number for values in found for number in values])
 
     return Work(name, model, records, run, sequences, reads)
 
 
+def responses_of(record: EncodedRecord, others: Sequence[Sequence[int]] = ()) -> Reads:
+    """The log-probabilities of a record's responses, and of others to its prompt."""
+    reads = Reads()
+    for response in (*record.responses, *others):
+        reads.add_response(record.prompt, response)
+    return reads
+
+
 def generation_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Work:
     """Greedy responses to all prompts at once, as stage eval makes them, or one by one. What must agree are the
     first tokens: later ones follow from earlier ones, and a tie may break either way."""
-    from rdo.models.generation import generate_batch, no_generation_defaults  # needs pyarrow
+    from rdo.models.generation import generate_batch  # needs pyarrow
 
     config = EvalConfig(decoding="greedy", max_new_tokens=NEW_TOKENS)
 
     def run(layout: LayoutName) -> torch.Tensor:
         size, made = 1 if layout == "padded" else config.batch_size, []
-        bench.policy.set_attn_implementation(bench.attention["padded"])
-        with torch.no_grad(), no_generation_defaults(bench.policy):
-            for start in range(0, len(records), size):
-                prompts = [record.prompt for record in records[start : start + size]]
-                made += generate_batch(bench.policy, bench.tokenizer, prompts, config)
+        for start in range(0, len(records), size):
+            prompts = [record.prompt for record in records[start : start + size]]
+            made += generate_batch(bench.policy, bench.tokenizer, prompts, config, seed=start)
         return torch.tensor([one.ids[0] for one in made])
 
     return Work(name, bench.policy, records, run)

@@ -41,7 +41,6 @@ READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
     "rc.order": ("rc.name", ("diff",)),
     "rc.ablation": ("rc.name", ("reward", "diff", "gold")),
     "rc.epsilon": ("rc.negative", ("floor",)),
-    "rc.scores": ("rc.name", ("reward", "diff")),
     "eval.temperature": ("eval.decoding", ("sample",)),
     "tracker.project": ("tracker.name", ("wandb",)),
     "tracker.group": ("tracker.name", ("wandb",)),
@@ -337,8 +336,6 @@ def scorer_problems(config: Config, _: LossChoice) -> Iterator[str]:
         yield "rc.ablation=filter drops the pairs with R < 0, so rc.negative must be clip"
     if rc.ablation == "filter" and rc.scale != "none":
         yield "rc.ablation=filter weighs no pair, so rc.scale must be none"
-    if rc.scores and config.stage.name == "score":
-        yield "stage=score makes scores, but rc.scores names finished ones: leave one out"
     for name in ("rm", "diffmodel"):
         section = getattr(config, name)
         if section.path and section.backbone:

@@ -162,7 +162,6 @@ class RcConfig:
         "forward"  # forward | antisymmetric: which f of the difference model is R
     )
     ablation: Literal["none", "shuffle", "filter"] = "none"  # none | shuffle | filter: ablations of the toy study
-    scores: Text | None = None  # the finished folder of a stage=score to read R from, instead of making it
 
 
 @dataclass(config=SECTION)

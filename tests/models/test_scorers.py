@@ -12,19 +12,11 @@ from transformers import PreTrainedModel
 from helpers import TEXTS, relative_error, scorer, tokenizer
 from rdo.data.encoding import encode
 from rdo.data.records import Preference, Record
-from rdo.models.scorers import (
-    FORMS,
-    ComparisonTemplate,
-    Reading,
-    add_difference,
-    add_reward,
-    check_form,
-    merge,
-    read_under,
-)
+from rdo.models.scorers import FORMS, ComparisonTemplate, add_value, check_form
 from rdo.runtime.errors import UserError
-from rdo.sequences.forward import read_scalars
-from rdo.sequences.layout import LayoutName, make_layout
+from rdo.sequences import forward
+from rdo.sequences.forward import Reads, merge, read_all
+from rdo.sequences.layout import LayoutName
 from rdo.sequences.preparation import set_layout
 from rdo.sequences.readout import Scalar
 from rdo.training.tasks import learns_from
@@ -43,17 +35,17 @@ COMPARISON = ComparisonTemplate(BEFORE, TOKENIZER)
 RECORDS, _ = encode([Record(f"r{n}", query, RESPONSES) for n, query in enumerate(QUERIES)], TOKENIZER, "raw", 500)
 
 
-def differences(form: str, record: int, pairs: list[tuple[int, int]] = PAIRS) -> Reading:
-    reading = Reading()
+def differences(form: str, record: int, pairs: list[tuple[int, int]] = PAIRS) -> Reads:
+    reads = Reads()
     for first, second in pairs:
-        add_difference(reading, form, COMPARISON, RECORDS[record], first, second)
-    return reading
+        add_value(reads, form, COMPARISON, RECORDS[record], first, second)
+    return reads
 
 
-def read(model: PreTrainedModel, layout: LayoutName, reading: Reading) -> torch.Tensor:
+def read(model: PreTrainedModel, layout: LayoutName, reads: Reads) -> torch.Tensor:
     assert set_layout(model, layout) == layout
     with torch.no_grad():
-        return read_scalars(model, make_layout(layout, reading.sequences), reading.values)
+        return forward.read(model, layout, reads)
 
 
 def ids(*texts: str) -> list[int]:
@@ -101,10 +93,10 @@ def test_values_are_those_of_texts_put_together_by_hand(name: str, form: str, la
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_reward_is_read_at_the_end_of_the_response(layout: LayoutName):
-    model, reading = scorer("llama"), Reading()
+    model, reads = scorer("llama"), Reads()
     for response in range(len(RESPONSES)):
-        add_reward(reading, RECORDS[0], response)
-    found = read(model, layout, reading)
+        add_value(reads, "pointwise", None, RECORDS[0], response)
+    found = read(model, layout, reads)
     wanted = torch.stack([last_outputs(model, ids(QUERIES[0], text, "<end>"))[0] for text in RESPONSES])
     assert relative_error([found], [wanted]) < TOLERANCE
     # The pointwise form is their difference.
@@ -148,25 +140,25 @@ def test_order_budget_and_layout_change_no_score(form: str):
     model = scorer("llama-grouped", form)
     readings = [differences(form, number, pairs) for number in range(3) for pairs in (PAIRS, PAIRS[:1], PAIRS[2:5])]
     set_layout(model, "tree")
-    wanted = read_under(tqdm(disable=True), model, "tree", readings, 100_000)
-    assert [len(values) for values in wanted] == [len(reading.values) for reading in readings]
+    wanted = read_all(tqdm(disable=True), model, "tree", readings, 100_000)
+    assert [len(values) for values in wanted] == [len(reads) for reads in readings]
     order = list(range(len(readings)))
     random.Random(5).shuffle(order)
     for layout in LAYOUTS:
         set_layout(model, layout)
         for budget in (1, 700, 100_000):
-            shuffled = read_under(tqdm(disable=True), model, layout, [readings[n] for n in order], budget)
+            shuffled = read_all(tqdm(disable=True), model, layout, [readings[n] for n in order], budget)
             for place, number in enumerate(order):
                 assert shuffled[place] == pytest.approx(wanted[number], rel=TOLERANCE, abs=TOLERANCE)
 
 
 def test_merging_keeps_sequences_with_their_values():
     one, two = differences("residual", 0, PAIRS[:2]), differences("residual", 1, PAIRS[:1])
-    sequences, values = merge([one, two])
-    assert sequences == one.sequences + two.sequences
-    assert values[:2] == one.values
-    shifted = [Scalar(r.sequence - len(one.sequences), r.position, r.label, r.factor) for r in values[2]]
-    assert shifted == two.values[0]
+    merged = merge([one, two])
+    assert merged.sequences == one.sequences + two.sequences
+    assert merged.scalars[:2] == one.scalars
+    shifted = [Scalar(r.sequence - len(one.sequences), r.position, r.label, r.factor) for r in merged.scalars[2]]
+    assert shifted == two.scalars[0]
 
 
 @pytest.mark.parametrize("form", ["pointwise", "paper", "antisymmetric"])
@@ -178,7 +170,7 @@ def test_encoders_score_flat(name: str, form: str):
     found = read(model, "padded", reading)
     wanted = []
     with torch.no_grad():
-        for value in reading.values:
+        for value in reading.scalars:
             reads = [(model(input_ids=torch.tensor([reading.sequences[r.sequence]])).logits[0, 0], r) for r in value]
             wanted.append(sum(output * r.factor for output, r in reads))
     assert relative_error([found], [torch.stack(wanted)]) < TOLERANCE

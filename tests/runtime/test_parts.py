@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import rdo.stages.score
+import rdo.stages.run
 from rdo.runtime.errors import UserError
 from rdo.runtime.parts import Shards
 from rdo.stages.score import read_scores, scores
@@ -26,8 +26,8 @@ def numbers(folder: Path, made: list[range], names: str = "abcdefghij", size: in
         made.append(part)
         return [(names[n], n / 3) for n in part if names[n].islower()]
 
-    shards = Shards(folder, NUMBERS, len(names), size)
-    shards.make("numbers", lambda part: names[part.start : part.stop], rows)
+    shards = Shards(folder, NUMBERS, names, size)
+    shards.make("numbers", rows)
     return shards
 
 
@@ -36,7 +36,7 @@ def test_shards_are_made_once_and_joined_in_order(tmp_path):
     for _ in range(2):
         shards = numbers(tmp_path, made)
     assert made == [range(0, 4), range(4, 8), range(8, 10)]
-    assert shards.join(tmp_path / "all.parquet") == 10
+    shards.join(tmp_path / "all.parquet")
     table = pq.read_table(tmp_path / "all.parquet", page_checksum_verification=True)
     assert table.schema == NUMBERS
     assert table.to_pylist() == [{"name": name, "value": n / 3} for n, name in enumerate("abcdefghij")]
@@ -44,7 +44,7 @@ def test_shards_are_made_once_and_joined_in_order(tmp_path):
 
 def test_a_shard_may_have_no_row(tmp_path):
     shards = numbers(tmp_path, [], "abABCDab", size=2)
-    assert shards.join(tmp_path / "all.parquet") == 4
+    shards.join(tmp_path / "all.parquet")
     assert pq.read_table(tmp_path / "all.parquet")["name"].to_pylist() == ["a", "b", "a", "b"]
 
 
@@ -70,11 +70,11 @@ def test_a_damaged_shard_is_made_again(tmp_path, capsys):
 
 def test_damaged_scores_are_refused(tmp_path):
     made = scores(tiny_run(tmp_path, "sft.max_steps=1", "rm.max_steps=1"), "reward", "train", False, None)
-    path = made.folder / "scores.parquet"
+    path = made.folder / "score.parquet"
     data = path.read_bytes()
     read_scores(made)
     path.write_bytes(data[:300] + bytes([data[300] ^ 1]) + data[301:])
-    with pytest.raises(UserError, match=rf"scores\.parquet cannot be read \(.*; delete {made.folder}, and run again"):
+    with pytest.raises(UserError, match=rf"score\.parquet cannot be read \(.*; delete {made.folder}, and run again"):
         read_scores(made)
 
 
@@ -94,13 +94,13 @@ def test_only_one_shard_is_in_memory_at_a_time(tmp_path, monkeypatch):
     """Readings of millions of records would not fit."""
     run = tiny_run(tmp_path, "sft.max_steps=1", "rm.max_steps=1", "engine.records_per_shard=8")
     asked: list[int] = []
-    read = rdo.stages.score.read_under
+    read = rdo.stages.run.read_all
 
     def counting(bar: Any, model: Any, layout: Any, readings: Any, budget: int) -> Any:
         asked.append(len(readings))
         return read(bar, model, layout, readings, budget)
 
-    monkeypatch.setattr(rdo.stages.score, "read_under", counting)
+    monkeypatch.setattr(rdo.stages.run, "read_all", counting)
     scores(run, "reward", "train", False, None)
     assert asked == [8] * 8
 

@@ -175,7 +175,6 @@ STAGES: dict[str, Any] = {
     "reference": lambda run: reference(run, mismatched=True),
     "eval": lambda run: evaluate_policy(run, "base"),
 }
-READS = {"score": "rdo.stages.score.read_under", "reference": "rdo.stages.reference.read_under"}
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +192,7 @@ def test_finished_shards_are_kept_and_used(name, run_dir, monkeypatch):
     wanted = {file.name: file.read_bytes() for file in whole.folder.iterdir() if file.suffix in (".parquet", ".jsonl")}
     assert wanted
     shutil.rmtree(whole.folder)
-    target = READS.get(name, "rdo.models.generation.generate_batch")
+    target = "rdo.stages.generate.generate_batch" if name == "generate" else "rdo.stages.run.read_all"
     module, _, attribute = target.rpartition(".")
     function = getattr(sys.modules[module], attribute)
     made: list[int] = []

@@ -141,7 +141,7 @@ SETTINGS = (
 
 def files_of(run_dir: Path) -> dict[str, bytes]:
     """Every file that is a result and depends on no clock and no rounding of a training step."""
-    patterns = ("score/*/scores.parquet", "reference/*/*.parquet", "eval/*/generations.jsonl")
+    patterns = ("score/*/score.parquet", "reference/*/*.parquet", "eval/*/generations.jsonl")
     return {str(file.relative_to(run_dir)): file.read_bytes() for p in patterns for file in run_dir.glob(p)}
 
 

@@ -5,21 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-import pyarrow as pa
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rdo.runtime.parts import Shards
-from rdo.runtime.store import stable_seed
 from rdo.sequences.devices import to_device
-from rdo.sequences.forward import check_positions
 from rdo.sequences.preparation import set_layout
 from rdo.settings import EvalConfig
-
-TABLE = pa.schema({"text": pa.string(), "ids": pa.list_(pa.int64()), "stopped": pa.bool_()})
 
 
 @dataclass(frozen=True)
@@ -31,40 +23,16 @@ class Generation:
     stopped: bool
 
 
-def generate(
+def generate_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[tuple[int, ...]],
+    batch: Sequence[tuple[int, ...]],
     config: EvalConfig,
     seed: int,
-    folder: Path,
-    title: str,
 ) -> list[Generation]:
-    """One response a prompt, in order. Each batch seeds its own random numbers, so the same config repeats exactly.
-
-    Finished batches are kept in the folder, for a run that is interrupted to go on from; raises as `Shards.make` does.
-    """
+    """The responses to a few prompts, in order; with the same seed the same ones. Leaves the model padded."""
     set_layout(model, "padded")
-    longest = max(map(len, prompts)) + config.max_new_tokens
-    check_positions(model, longest, "lower dataset.max_length or eval.max_new_tokens")
-
-    def rows(part: range, bar: tqdm) -> list[tuple[str, tuple[int, ...], bool]]:
-        torch.manual_seed(stable_seed(seed, "generate", part.start))
-        made = generate_batch(model, tokenizer, prompts[part.start : part.stop], config)
-        bar.update(len(part))
-        return [(one.text, one.ids, one.stopped) for one in made]
-
-    shards = Shards(folder, TABLE, len(prompts), config.batch_size)
-    with torch.no_grad(), no_generation_defaults(model):
-        shards.make(title, lambda part: prompts[part.start : part.stop], rows)
-    found = (row for table in shards.tables() for row in table.to_pylist())
-    return [Generation(row["text"], tuple(row["ids"]), row["stopped"]) for row in found]
-
-
-def generate_batch(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[tuple[int, ...]], config: EvalConfig
-) -> list[Generation]:
-    """The responses to a few prompts, drawn with torch's random numbers as they stand."""
+    torch.manual_seed(seed)
     # Rows are padded on the left; without a pad token of its own the model never sees the id that stands there.
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     sampling = {"do_sample": False}
@@ -73,14 +41,15 @@ def generate_batch(
     width = max(map(len, batch))
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in batch])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
-    output = model.generate(  # type: ignore[operator]
-        input_ids=to_device(ids, model.device),
-        attention_mask=to_device(mask, model.device),
-        max_new_tokens=config.max_new_tokens,
-        pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
-        **sampling,
-    )
+    with torch.no_grad(), no_generation_defaults(model):
+        output = model.generate(  # type: ignore[operator]
+            input_ids=to_device(ids, model.device),
+            attention_mask=to_device(mask, model.device),
+            max_new_tokens=config.max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=tokenizer.eos_token_id,
+            **sampling,
+        )
     return [cut(row, tokenizer) for row in output[:, width:].tolist()]
 
 

@@ -15,37 +15,17 @@ The last two give f(y, y) = 0 and f(a, b) = -f(b, a) exactly, so that no regular
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
-import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rdo.data.encoding import EncodedRecord, begin_id
-from rdo.runtime import stopping
 from rdo.runtime.errors import UserError
-from rdo.sequences.forward import is_decoder_scorer, read_scalars
-from rdo.sequences.layout import LayoutName, TokenIds, make_layout
-from rdo.sequences.packing import pack
+from rdo.sequences.forward import Reads, is_decoder_scorer
 from rdo.sequences.readout import Scalar
 
 DIFFERENCE_FORMS = ("paper", "antisymmetric", "residual")
 FORMS = ("pointwise", *DIFFERENCE_FORMS)
-Value = list[Scalar]
-
-
-@dataclass
-class Reading:
-    """Sequences of one record (or several) and the values to be read off them."""
-
-    sequences: list[tuple[int, ...]] = field(default_factory=list)
-    values: list[Value] = field(default_factory=list)
-
-    def add(self, ids: Iterable[int]) -> int:
-        """Lists a sequence; its number."""
-        self.sequences.append(tuple(ids))
-        return len(self.sequences) - 1
 
 
 class ComparisonTemplate:
@@ -65,38 +45,30 @@ class ComparisonTemplate:
         return (*self.query, *prompt, *self.first)
 
 
-def add_reward(reading: Reading, record: EncodedRecord, response: int) -> None:
-    """Lists the pointwise reward of one response."""
-    ids = (*record.prompt, *record.responses[response])
-    reading.values.append([Scalar(reading.add(ids), len(ids) - 1)])
-
-
-def add_difference(
-    reading: Reading, form: str, template: ComparisonTemplate, record: EncodedRecord, first: int, second: int
+def add_value(
+    reads: Reads, form: str, template: ComparisonTemplate | None, record: EncodedRecord, *responses: int
 ) -> None:
-    """Lists f(first, second) of a record under the given form."""
+    """Lists what a scorer says of a record's responses: r(response) of one, f(first, second) of two. A template belongs
+    to every form but the pointwise one."""
+    value: list[Scalar] = []
     if form == "pointwise":
-        value = []
-        for response, factor in ((first, 1.0), (second, -1.0)):
-            ids = (*record.prompt, *record.responses[response])
-            value.append(Scalar(reading.add(ids), len(ids) - 1, factor=factor))
-        reading.values.append(value)
+        for response, factor in zip(responses, (1.0, -1.0), strict=False):
+            number = reads.add(record.prompt, record.responses[response])
+            value.append(Scalar(number, len(reads.sequences[number]) - 1, factor=factor))
+        reads.scalars.append(value)
         return
-    head = template.head(record.prompt)
-    orders = [(first, second, 1.0)]
-    if form != "paper":
-        orders.append((second, first, -1.0))
-    value = []
+    assert template is not None
+    head, (first, second) = template.head(record.prompt), responses
+    orders = [(first, second, 1.0)] if form == "paper" else [(first, second, 1.0), (second, first, -1.0)]
     for one, other, sign in orders:
-        ids = (*head, *record.responses[one], *template.second, *record.responses[other])
-        sequence = reading.add(ids)
+        number = reads.add(head, record.responses[one], template.second, record.responses[other])
+        end = len(reads.sequences[number]) - 1
         if form == "residual":
             end_of_first = len(head) + len(record.responses[one]) - 1
-            value.append(Scalar(sequence, end_of_first, label=0, factor=sign))
-            value.append(Scalar(sequence, len(ids) - 1, label=1, factor=sign / 2))
+            value += [Scalar(number, end_of_first, factor=sign), Scalar(number, end, label=1, factor=sign / 2)]
         else:
-            value.append(Scalar(sequence, len(ids) - 1, factor=sign if form == "paper" else sign / 2))
-    reading.values.append(value)
+            value.append(Scalar(number, end, factor=sign / len(orders)))
+    reads.scalars.append(value)
 
 
 def check_form(model: PreTrainedModel) -> str:
@@ -107,38 +79,3 @@ def check_form(model: PreTrainedModel) -> str:
     if form == "residual" and not is_decoder_scorer(model):
         raise UserError("form=residual reads the first response before the second is seen: it needs a decoder")
     return form
-
-
-def merge(readings: Sequence[Reading]) -> tuple[list[tuple[int, ...]], list[Value]]:
-    """The sequences and values of several readings as those of one."""
-    sequences: list[tuple[int, ...]] = []
-    values: list[Value] = []
-    for reading in readings:
-        offset = len(sequences)
-        sequences.extend(reading.sequences)
-        values.extend(
-            [Scalar(read.sequence + offset, read.position, read.label, read.factor) for read in value]
-            for value in reading.values
-        )
-    return sequences, values
-
-
-def read_under(
-    bar: tqdm, model: PreTrainedModel, layout: LayoutName, readings: Sequence[Reading], budget: int
-) -> list[list[float]]:
-    """Every value of every reading, without gradients, in the order given, under a bar that counts readings. Raises
-    Stopped between two batches when the process is asked to stop."""
-    results: list[list[float]] = [[] for _ in readings]
-    sequences: list[list[TokenIds]] = [list(reading.sequences) for reading in readings]
-    with torch.no_grad():
-        for batch in pack(sequences, layout, budget):
-            stopping.check()
-            chosen = [readings[number] for number in batch]
-            ids, values = merge(chosen)
-            numbers = read_scalars(model, make_layout(layout, ids), values).tolist()
-            position = 0
-            for number, reading in zip(batch, chosen, strict=True):
-                results[number] = numbers[position : position + len(reading.values)]
-                position += len(reading.values)
-            bar.update(len(batch))
-    return results

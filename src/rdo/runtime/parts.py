@@ -1,14 +1,14 @@
-"""Long computations in parts: what is finished of one is kept, and an interrupted run goes on from there.
+"""Tables that are made in parts: what is finished is kept, and an interrupted run goes on from there.
 
-A part is a range of records or prompts, of a size that depends on no budget; so the results are the same, interrupted
-or not, and whatever the number of processes that the parts are dealt to. Each part is a Parquet file, with checksums of
-its pages, that names its range and what it was made of.
+A part is a range of records, of a size that depends on no budget; so the results are the same, interrupted or not, and
+whatever the number of processes that the parts are dealt to. Each part is a Parquet file, with checksums of its pages,
+that names its range and what it was made of.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +30,20 @@ INPUTS = b"rdo_inputs"
 class Shards:
     """The parts of one artifact's computation: rows of a table, made range by range."""
 
-    def __init__(self, folder: Path, schema: pa.Schema, count: int, size: int):
-        """folder: the artifact's. count: records or prompts in all, `size` of them a part."""
+    def __init__(self, folder: Path, schema: pa.Schema, items: Sequence[Any], size: int):
+        """folder: the artifact's. items: plain data that says what each item is made of; `size` of them are a part."""
         self.folder = folder / FOLDER
         self.schema = schema
-        self.parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        self.items = items
+        self.parts = [range(start, min(start + size, len(items))) for start in range(0, len(items), size)]
 
-    def make(
-        self, title: str, inputs: Callable[[range], Any], rows: Callable[[range, tqdm], list[tuple[Any, ...]]]
-    ) -> None:
+    def make(self, title: str, rows: Callable[[range, tqdm], list[tuple[Any, ...]]]) -> None:
         """Makes every part that is not there yet, and returns when the other processes have made theirs.
 
-        inputs: plain data that says what a part is made of; a part that was made of something else is not taken.
         rows: makes a part's rows, and moves the bar on. Raises Stopped, and keeps the finished parts, when the process
         is asked to stop; NotFiniteError as `check_finite`.
         """
-        all_missing = broadcast(lambda: [n for n, part in enumerate(self.parts) if not self.is_made(part, inputs)])
+        all_missing = broadcast(lambda: [n for n, part in enumerate(self.parts) if not self.is_made(part)])
         done = len(self.parts) - len(all_missing)
         if done:
             say(f"going on: {done} of {len(self.parts)} shards are in {self.folder}")
@@ -60,12 +58,17 @@ class Shards:
                 except stopping.Stopped:
                     kept = f"{done} of {len(self.parts)} shards are kept in {self.folder}"
                     raise stopping.stop(f"{kept}; the same command goes on from there") from None
-                self.write(part, inputs(part), made)
+                self.write(part, made)
                 done += 1
         barrier()
 
-    def is_made(self, part: range, inputs: Callable[[range], Any]) -> bool:
-        """Whether a part is there, whole, and made of these inputs; one that is damaged is said."""
+    def made_of(self, part: range) -> bytes:
+        """What a part is made of: one that was made of something else is not taken. (A file whose rows were shuffled
+        has the same key, and its records in other places.)"""
+        return fingerprint(self.items[part.start : part.stop]).encode()
+
+    def is_made(self, part: range) -> bool:
+        """Whether a part is there, whole, and made of its items; one that is damaged is said."""
         if not self.file(part).exists():
             return False
         try:
@@ -73,14 +76,14 @@ class Shards:
         except (OSError, pa.ArrowException) as error:
             warn(f"{self.file(part)} is damaged ({error}); it is made again")
             return False
-        return found.get(INPUTS) == fingerprint(inputs(part)).encode()
+        return found.get(INPUTS) == self.made_of(part)
 
-    def write(self, part: range, inputs: Any, rows: list[tuple[Any, ...]]) -> None:
+    def write(self, part: range, rows: list[tuple[Any, ...]]) -> None:
         """Keeps a finished part. Raises NotFiniteError as `check_finite`."""
         check_finite(rows)
         columns = list(zip(*rows, strict=True)) or [()] * len(self.schema)
         arrays = [pa.array(values, field.type) for values, field in zip(columns, self.schema, strict=True)]
-        table = pa.Table.from_arrays(arrays, schema=self.schema.with_metadata({INPUTS: fingerprint(inputs)}))
+        table = pa.Table.from_arrays(arrays, schema=self.schema.with_metadata({INPUTS: self.made_of(part)}))
         with replace_file(self.file(part)) as temporary:
             pq.write_table(table, temporary, write_page_checksum=True)
 
@@ -88,25 +91,16 @@ class Shards:
         """The rows of a finished part. Raises OSError or pyarrow's own where they are not as written."""
         return pq.ParquetFile(self.file(part), page_checksum_verification=True).read()
 
-    def tables(self) -> Iterator[pa.Table]:
-        """The rows of every part, in order, when all are made."""
-        for part in self.parts:
-            yield self.read(part).replace_schema_metadata(None)
-
-    def join(self, path: Path) -> int:
-        """Writes the rows of all parts to one Parquet file, one part in memory at a time; how many they are. The first
-        process writes, for all."""
-        if not is_rank0():
-            return 0
-        count = 0
-        with (
-            replace_file(path) as temporary,
-            pq.ParquetWriter(temporary, self.schema, write_page_checksum=True) as writer,
-        ):
-            for table in self.tables():
-                writer.write_table(table)
-                count += len(table)
-        return count
+    def join(self, path: Path) -> None:
+        """Writes the rows of all parts, in order, to one Parquet file, one part in memory at a time. The first process
+        writes, for all."""
+        if is_rank0():
+            with (
+                replace_file(path) as temporary,
+                pq.ParquetWriter(temporary, self.schema, write_page_checksum=True) as writer,
+            ):
+                for part in self.parts:
+                    writer.write_table(self.read(part).replace_schema_metadata(None))
 
     def file(self, part: range) -> Path:
         """Where a part lies."""

@@ -31,7 +31,7 @@ from rdo.runtime.processes import barrier, broadcast, is_rank0
 
 MANIFEST = "manifest.json"
 # Raised whenever a stage's output changes its meaning, so that older folders are not mistaken for it.
-ARTIFACT_VERSION = 3
+ARTIFACT_VERSION = 4
 # What a stage that was interrupted goes on from; removed when it is finished.
 PARTIAL = ("checkpoints", "shards")
 # Not results either: wandb goes on writing there.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,41 @@ from rdo.sequences.layout import Layout, LayoutName, PrefixTree, TokenIds, make_
 from rdo.sequences.packing import pack
 from rdo.sequences.readout import Scalar, Span, combine, in_full_precision, scalar_values, span_log_probabilities
 
-# A prompt, and the responses that are read under it.
-Prompted = tuple[TokenIds, Sequence[TokenIds]]
+
+@dataclass
+class Reads:
+    """Token sequences of one record, or of several, and what is read off them: log-probabilities of spans, or values of
+    a scorer, each a sum of scalars; one of the two is empty."""
+
+    sequences: list[TokenIds] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    scalars: list[list[Scalar]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.spans) + len(self.scalars)
+
+    def add(self, *parts: TokenIds) -> int:
+        """Lists a sequence, made of parts; its number."""
+        self.sequences.append(tuple(chain(*parts)))
+        return len(self.sequences) - 1
+
+    def add_response(self, prompt: TokenIds, response: TokenIds) -> None:
+        """Lists the log-probability of a response given its prompt."""
+        self.spans.append(Span(self.add(prompt, response), len(prompt)))
+
+
+def merge(items: Sequence[Reads]) -> Reads:
+    """The reads of several items as those of one."""
+    merged = Reads()
+    for item in items:
+        offset = len(merged.sequences)
+        merged.sequences += item.sequences
+        merged.spans += [Span(span.sequence + offset, span.start) for span in item.spans]
+        merged.scalars += [
+            [Scalar(read.sequence + offset, read.position, read.label, read.factor) for read in value]
+            for value in item.scalars
+        ]
+    return merged
 
 
 def hidden_states(model: PreTrainedModel, layout: Layout) -> torch.Tensor:
@@ -63,22 +98,26 @@ def read_scalars(model: PreTrainedModel, layout: Layout, values: Sequence[Sequen
     return combine(in_full_precision(outputs[rows]), values)
 
 
-def read_under(
-    bar: tqdm, model: PreTrainedModel, layout: LayoutName, items: Sequence[Prompted], budget: int
+def read(model: PreTrainedModel, layout: LayoutName, reads: Reads) -> torch.Tensor:
+    """What is read off a micro-batch, [values]."""
+    laid_out = make_layout(layout, reads.sequences)
+    if reads.spans:
+        return read_log_probabilities(model, laid_out, reads.spans)[0]
+    return read_scalars(model, laid_out, reads.scalars)
+
+
+def read_all(
+    bar: tqdm, model: PreTrainedModel, layout: LayoutName, items: Sequence[Reads], budget: int
 ) -> list[list[float]]:
-    """Log-probability of each response given its prompt, in the order given, under a bar that counts items.
-    Raises Stopped between two batches when the process is asked to stop."""
-    sequences = [[(*prompt, *ids) for ids in responses] for prompt, responses in items]
+    """What is read off each item, without gradients, in the order given, under a bar that counts items. Raises Stopped
+    between two micro-batches when the process is asked to stop."""
     results: list[list[float]] = [[] for _ in items]
     with torch.no_grad():
-        for batch in pack(sequences, layout, budget):
+        for batch in pack([item.sequences for item in items], layout, budget):
             stopping.check()
-            flat = [ids for n in batch for ids in sequences[n]]
-            starts = [len(items[n][0]) for n in batch for _ in sequences[n]]
-            spans = [Span(number, start) for number, start in enumerate(starts)]
-            numbers = read_log_probabilities(model, make_layout(layout, flat), spans)[0].tolist()
+            values = iter(read(model, layout, merge([items[n] for n in batch])).tolist())
             for n in batch:
-                results[n], numbers = numbers[: len(sequences[n])], numbers[len(sequences[n]) :]
+                results[n] = list(islice(values, len(items[n])))
             bar.update(len(batch))
     return results
 

@@ -18,16 +18,15 @@ from rdo.objectives import coefficients
 from rdo.objectives.choice import LossChoice, choose_loss
 from rdo.objectives.losses import best_response, rrhf_pairs
 from rdo.runtime.errors import UserError
-from rdo.runtime.store import Artifact, produce, stable_seed
+from rdo.runtime.store import Artifact, stable_seed
 from rdo.settings import RcConfig
 from rdo.stages.reference import Reference, partners, read_reference, reference
 from rdo.stages.run import Run, select
 from rdo.stages.score import Scores, read_scores, scores
 from rdo.stages.scorer import STAGE_OF, check_labels
 from rdo.stages.sft import base_policy
-from rdo.stages.training import finish, save_finished
+from rdo.stages.training import train_and_save
 from rdo.training.alignment import AlignmentRecord, AlignmentTask, Pair, Sample
-from rdo.training.loop import train
 from rdo.training.tasks import ById
 
 RANKING_SCORER: dict[str, str] = {"reward": "reward", "diff": "diff", "diff_baseline": "diff"}
@@ -44,20 +43,15 @@ def aligned_policy(run: Run) -> Artifact:
         inputs[kind] = scores(run, kind, "train", both_orders, config.align)
     if loss.needs_reference:
         inputs["reference"] = reference(run, mismatched=loss.needs_kl)
-    settings = {
-        "loss": {key: value for key, value in asdict(loss).items() if key != "function"},
-        "rc": rc_settings(config.rc),
-        "training": asdict(config.align),
-        "data": run.data_settings("train"),
-        "dtype": run.dtype(),
-        "seed": config.seed,
+    settings = run.settings(
+        "train",
+        loss={key: value for key, value in asdict(loss).items() if key != "function"},
+        rc=rc_settings(config.rc),
+        training=asdict(config.align),
+        seed=config.seed,
         **lora_settings(config.model),
-    }
-
-    def make(folder: Path) -> dict[str, Any]:
-        return train_policy(run, loss, inputs, folder)
-
-    return produce(run.provenance, "align", label(loss, config.rc), settings, inputs, make, run.requested == "align")
+    )
+    return run.produce("align", label(loss, config.rc), settings, inputs, partial(train_policy, run, loss, inputs))
 
 
 def needed_scores(run: Run, loss: LossChoice) -> tuple[list[str], bool]:
@@ -111,7 +105,7 @@ def rc_settings(rc: RcConfig) -> dict[str, Any] | None:
     """The settings of the coefficients that have an effect, so that the others make no second run of the same."""
     if rc.name == "none":
         return None
-    ignored = {"scores"} if rc.name == "diff" else {"scores", "order"}  # which scores: the key of the input says so
+    ignored = set() if rc.name == "diff" else {"order"}
     if rc.negative != "floor":
         ignored.add("epsilon")
     if rc.ablation == "filter":
@@ -155,11 +149,11 @@ def train_policy(run: Run, loss: LossChoice, inputs: dict[str, Artifact], folder
         return alignment_record(encoded[chosen[n]], partner, known, weighted[n], labels[n].samples, best)
 
     task = AlignmentTask(ById([labels[n].record_id for n in used], make), loss)
-    with run.locating("train"), run.tracker(folder, folder.name) as tracker:
-        tracker.summarize({f"coefficients/{name}": value for name, value in (statistics or {}).items()})
-        state = train(task, model, config.align, config.engine, config.seed, folder, tracker, label(loss, config.rc))
-    save_finished(trained, tokenizer, folder, config, state)
-    return {**finish(folder, model), "coefficients": statistics, "records": len(used), "samples": samples}
+    name = label(loss, config.rc)
+    done = train_and_save(
+        run, task, model, trained, tokenizer, config.align, "train", folder, name, {"coefficients": statistics}
+    )
+    return {**done, "records": len(used), "samples": samples}
 
 
 def alignment_record(

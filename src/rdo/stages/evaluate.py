@@ -6,32 +6,28 @@ Leaves evaluation.json, and for a policy generations.jsonl: one line a prompt wi
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rdo.data import toy
-from rdo.data.encoding import EncodedRecord, encode
+from rdo.data.encoding import encode
 from rdo.data.records import Record, query_key
-from rdo.data.table import Records
 from rdo.evaluation import EVALUATION, GENERATIONS
 from rdo.evaluation.scorers import evaluate_scorer
-from rdo.models.generation import Generation, generate
-from rdo.models.scorers import ComparisonTemplate, Reading, add_difference, add_reward, check_form, read_under
+from rdo.models.generation import Generation
 from rdo.objectives.intervals import empty_estimate, mean_interval, win_tie_lose
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import read_json_lines, replace_file, write_json
 from rdo.runtime.processes import is_rank0
-from rdo.runtime.store import Artifact, produce, stable_seed
-from rdo.settings import EvalConfig, TrainingConfig
+from rdo.runtime.store import Artifact, stable_seed
+from rdo.sequences.forward import Reads
 from rdo.stages.align import aligned_policy
-from rdo.stages.reference import log_probabilities
-from rdo.stages.run import Run, select
+from rdo.stages.generate import choose_prompts, generate, generation_settings, read_responses
+from rdo.stages.run import Run
 from rdo.stages.score import read_scores, scores
 from rdo.stages.scorer import check_labels, load_kind, scorer
 from rdo.stages.sft import base_policy
@@ -42,11 +38,9 @@ def evaluate_scorers(run: Run, kind: str) -> Artifact:
     """Accuracy of a scorer on the labelled pairs of eval.split, shown in random order."""
     scored = scores(run, kind, run.config.eval.split, both_orders=True, selection=None)
     model = scorer(run, kind)
-    settings = {"data": run.data_settings(run.config.eval.split), "seed": run.config.seed}
-    made: list[Path] = []
+    settings = run.settings(run.config.eval.split, seed=run.config.seed)
 
     def make(folder: Path) -> dict[str, Any]:
-        made.append(folder)
         read = read_scores(scored)
         forward, backward, labels, gold = [], [], [], []
         # By id, so that the coins which show a pair first or second do not depend on the order of the file.
@@ -68,11 +62,7 @@ def evaluate_scorers(run: Run, kind: str) -> Artifact:
             write_json(folder / EVALUATION, evaluation)
         return {"metric": evaluation["label_accuracy"]["value"]}
 
-    inputs = {"scores": scored, "scorer": model}
-    artifact = produce(run.provenance, "eval", f"scorer-{kind}", settings, inputs, make, run.requested == "eval")
-    if made:
-        show_evaluation(run, artifact)
-    return artifact
+    return shown_when_made(run, f"scorer-{kind}", settings, {"scores": scored, "scorer": model}, make)
 
 
 def evaluate_policy(run: Run, subject: str) -> Artifact:
@@ -91,42 +81,48 @@ def evaluate_policy(run: Run, subject: str) -> Artifact:
     if subject != "base":
         inputs |= {"base": base, "against": evaluate_policy(run, "base")}
     inputs |= {judge: scorer(run, judge) for judge in judges if judge != "gold"}
-    unread = {"subject", "judges", "samples"} | ({"temperature"} if run.config.eval.decoding == "greedy" else set())
-    settings = {
-        "eval": {key: value for key, value in asdict(run.config.eval).items() if key not in unread},
-        "difference_template": list(run.config.model.difference_template) if "diff" in judges else None,
-        "judges": judges,
-        "data": run.data_settings(run.config.eval.split),
-        "dtype": run.dtype(),
-        "seed": run.config.seed,
-    }
+    label = "base" if subject == "base" else policy.folder.name.rsplit("-", 1)[0]
+    inputs["responses"] = generate(run, policy, label)
+    settings = run.settings(
+        run.config.eval.split,
+        eval=generation_settings(run.config.eval),
+        difference_template=list(run.config.model.difference_template) if "diff" in judges else None,
+        judges=judges,
+        seed=run.config.seed,
+    )
+    return shown_when_made(run, label, settings, inputs, partial(write_evaluation, run, inputs, judges))
 
+
+def shown_when_made(
+    run: Run,
+    label: str,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Artifact],
+    make: Callable[[Path], dict[str, Any]],
+) -> Artifact:
+    """The artifact of an evaluation, which is shown in wandb when it is made."""
     made: list[Path] = []
 
-    def make(folder: Path) -> dict[str, Any]:
+    def noted(folder: Path) -> dict[str, Any]:
         made.append(folder)
-        return write_evaluation(run, inputs, judges, folder)
+        return make(folder)
 
-    label = "base" if subject == "base" else policy.folder.name.rsplit("-", 1)[0]
-    artifact = produce(run.provenance, "eval", label, settings, inputs, make, run.requested == "eval")
+    artifact = run.produce("eval", label, settings, inputs, noted)
     if made:
         show_evaluation(run, artifact)
     return artifact
 
 
 def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Generates, judges, compares, and writes the two files. Raises as `Shards.make` does."""
+    """Judges and compares the responses, and writes the two files."""
     config = run.config
     records = run.records(config.eval.split)
     places = choose_prompts(records, config.eval)
     chosen = [records[n] for n in places]
-    model, tokenizer = run.policy(inputs["policy"])
-    encoded = run.encoded(config.eval.split, tokenizer)
-    prompts = [encoded[n].prompt for n in places]
-    responses = generate(model, tokenizer, prompts, config.eval, config.seed, folder, f"generate {folder.name}")
+    responses = read_responses(inputs["responses"])
     against = read_json_lines(inputs["against"].folder / GENERATIONS) if "against" in inputs else None
     judged, compared = judge_responses(run, inputs, judges, chosen, responses, against)
-    ratios = mean_interval(log_ratios(run, model, inputs.get("base"), prompts, responses))
+    ratios = mean_interval(log_ratios(run, inputs, places, responses))
     unbiased = config.eval.decoding == "sample" and config.eval.temperature == 1.0
     mean_rewards = {judge: mean_interval(values) for judge, values in judged.items()}
     evaluation = {
@@ -193,74 +189,50 @@ def write_generations(
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def choose_prompts(records: Sequence[Record], config: EvalConfig) -> list[int]:
-    """Places of the records whose queries are answered: as many different queries as there are, in the hash order of
-    `select`, and only where sampling gives another response each time further records of the same query."""
-    records = records if isinstance(records, Records) else Records.in_memory(records)
-    ordered = select(records, TrainingConfig())
-    seen: Counter[int] = Counter()
-    turns = []
-    for query in records.query_keys()[ordered].tolist():
-        turns.append(seen[query])
-        seen[query] += 1
-    by_turn = sorted(range(len(ordered)), key=lambda n: turns[n])
-    usable = [n for n in by_turn if turns[n] == 0 or config.decoding == "sample"]
-    return [ordered[n] for n in usable[: config.prompts]]
-
-
 def rewards(run: Run, judge: Artifact | None, records: list[Record], responses: list[Generation]) -> list[float]:
     """Reward of each response: the toy world's own without a judge, else the pointwise model's."""
     if judge is None:
         pairs = zip(records, responses, strict=True)
         return [toy.reward(record.query, response.text, stopped=response.stopped) for record, response in pairs]
-    model, tokenizer = load_kind(run, judge, "reward")
-    texts = [(record, [response.text]) for record, response in zip(records, responses, strict=True)]
-    readings = []
-    for encoded in encode_texts(run, tokenizer, texts):
-        reading = Reading()
-        add_reward(reading, encoded, 0)
-        readings.append(reading)
-    return [values[0] for values in judge_all(run, model, readings, "judge reward")]
+    texts = [(response.text,) for response in responses]
+    return [values[0] for values in judged_by(run, judge, "reward", records, texts, [(0,)])]
 
 
 def compare(
     run: Run, judge: Artifact, records: list[Record], responses: list[Generation], against: list[dict[str, Any]]
 ) -> list[float]:
     """[f(response, other) - f(other, response)] / 2 of each response and the base policy's: no order to gain from."""
-    model, tokenizer = load_kind(run, judge, "diff")
-    form = check_form(model)
-    template = ComparisonTemplate(run.config.model.difference_template, tokenizer)
-    texts = [(r, [own.text, other["response"]]) for r, own, other in zip(records, responses, against, strict=True)]
-    readings = []
-    for encoded in encode_texts(run, tokenizer, texts):
-        reading = Reading()
-        add_difference(reading, form, template, encoded, 0, 1)
-        add_difference(reading, form, template, encoded, 1, 0)
-        readings.append(reading)
-    return [(forward - backward) / 2 for forward, backward in judge_all(run, model, readings, "judge diff")]
+    texts = [(own.text, other["response"]) for own, other in zip(responses, against, strict=True)]
+    both = judged_by(run, judge, "diff", records, texts, [(0, 1), (1, 0)])
+    return [(forward - backward) / 2 for forward, backward in both]
 
 
-def encode_texts(
-    run: Run, tokenizer: PreTrainedTokenizerBase, texts: list[tuple[Record, list[str]]]
-) -> list[EncodedRecord]:
-    """Generated responses as the scorer's own tokenizer reads them."""
-    records = [Record(record.id, record.query, tuple(responses)) for record, responses in texts]
-    dataset = run.config.dataset
-    return encode(records, tokenizer, dataset.template, dataset.max_length)[0]
-
-
-def judge_all(run: Run, model: PreTrainedModel, readings: list[Reading], title: str) -> list[list[float]]:
-    """A judge's values of all readings, in the layout that it can run."""
-    return run.read_all(model, readings, title, read_under)
+def judged_by(
+    run: Run,
+    judge: Artifact,
+    kind: str,
+    records: Sequence[Record],
+    texts: Sequence[tuple[str, ...]],
+    listed: Sequence[Sequence[int]],
+) -> list[list[float]]:
+    """A scorer's values of texts as responses to the records' queries, encoded by its own tokenizer."""
+    scorer, dataset = load_kind(run, judge, kind), run.config.dataset
+    asked = [Record(record.id, record.query, responses) for record, responses in zip(records, texts, strict=True)]
+    encoded, _ = encode(asked, scorer.tokenizer, dataset.template, dataset.max_length)
+    return run.read_all(scorer.model, [scorer.reads(record, listed) for record in encoded], f"judge {kind}")
 
 
 def log_ratios(
-    run: Run, model: PreTrainedModel, base: Artifact | None, prompts: list[tuple[int, ...]], responses: list[Generation]
+    run: Run, inputs: Mapping[str, Artifact], places: Sequence[int], responses: Sequence[Generation]
 ) -> list[float]:
     """log pi(y) - log pi_base(y) of the policy's own responses, whose mean estimates KL(policy || base), in nats."""
-    items = [(prompt, [response.ids]) for prompt, response in zip(prompts, responses, strict=True)]
-    if base is None:
-        return [0.0] * len(items)
-    own = log_probabilities(run, model, items, "log-probabilities policy")
-    reference = log_probabilities(run, run.policy(base)[0], items, "log-probabilities base")
-    return [a[0] - b[0] for a, b in zip(own, reference, strict=True)]
+    if "base" not in inputs:
+        return [0.0] * len(responses)
+    read = []
+    for name in ("policy", "base"):
+        model, tokenizer = run.policy(inputs[name])
+        encoded, items = run.encoded(run.config.eval.split, tokenizer), [Reads() for _ in places]
+        for reads, place, response in zip(items, places, responses, strict=True):
+            reads.add_response(encoded[place].prompt, response.ids)
+        read.append(run.read_all(model, items, f"log-probabilities {name}"))
+    return [own - base for (own,), (base,) in zip(*read, strict=True)]

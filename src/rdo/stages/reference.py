@@ -7,28 +7,22 @@ fixed by a hash of the ids, not by the batch it happens to be in, so neither shu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from rdo.data.records import Record
 from rdo.data.table import Records
 from rdo.runtime.errors import UserError
-from rdo.runtime.parts import Shards
-from rdo.runtime.store import Artifact, produce
-from rdo.sequences.forward import Prompted, read_under
-from rdo.sequences.preparation import set_layout
+from rdo.runtime.store import Artifact
+from rdo.sequences.forward import Reads
 from rdo.stages.run import Run, select
-from rdo.stages.score import read_table
 from rdo.stages.sft import base_policy
+from rdo.stages.tables import Body, read_table, reading, table
 
-REFERENCE = "reference.parquet"
 TABLE = pa.schema(
     {"record_id": pa.string(), "response": pa.int64(), "mismatched": pa.bool_(), "log_probability": pa.float64()}
 )
@@ -60,68 +54,37 @@ def partners(records: Sequence[Record], chosen: list[int]) -> dict[int, int]:
 
 def reference(run: Run, mismatched: bool) -> Artifact:
     """Log-probabilities under the base policy of the responses that `align` selects."""
-    base = base_policy(run)
-    selection = run.config.align
-    settings = {
-        "data": run.data_settings("train"),
-        "dtype": run.dtype(),
-        "selection": [selection.min_responses, selection.max_records],
-        "mismatched": mismatched,
-    }
+    base, selection = base_policy(run), run.config.align
+    kept = [selection.min_responses, selection.max_records]
+    settings = run.settings("train", selection=kept, mismatched=mismatched)
 
-    def make(folder: Path) -> dict[str, Any]:
-        return write_reference(run, base, mismatched, folder)
+    def begin() -> Body:
+        model, tokenizer = run.policy(base)
+        records, encoded = run.records("train"), run.encoded("train", tokenizer)
+        chosen = select(records, selection)
+        other = partners(records, chosen) if mismatched else {}
+
+        def listed(part: range) -> Iterator[tuple[Reads, list[tuple[Any, ...]]]]:
+            for place in chosen[part.start : part.stop]:
+                reads, own = Reads(), encoded[place]
+                theirs = encoded[other[place]].responses if mismatched else ()
+                for response in (*own.responses, *theirs):
+                    reads.add_response(own.prompt, response)
+                keys = [(own.id, n, False) for n in range(len(own.responses))]
+                yield reads, keys + [(own.id, n, True) for n in range(len(theirs))]
+
+        ids: list[Any] = records.only(np.array(chosen, int)).ids()
+        if mismatched:
+            ids = list(zip(ids, records.only(np.array([other[n] for n in chosen], int)).ids(), strict=True))
+        return reading(run, model, "reference log-probabilities", ids, listed)
 
     label = "mismatched" if mismatched else "responses"
-    return produce(run.provenance, "reference", label, settings, {"policy": base}, make, run.requested == "reference")
-
-
-def write_reference(run: Run, base: Artifact, mismatched: bool, folder: Path) -> dict[str, Any]:
-    """Runs the reference over the training responses, shard by shard, and joins them to the Parquet file.
-
-    Raises as `Shards.make` does.
-    """
-    model, tokenizer = run.policy(base)
-    engine = run.config.engine
-    layout = set_layout(model, engine.layout, engine.attention)
-    records, encoded = run.records("train"), run.encoded("train", tokenizer)
-    chosen = select(records, run.config.align)
-    other = partners(records, chosen) if mismatched else {}
-
-    def rows(part: range, bar: tqdm) -> list[tuple[Any, ...]]:
-        items: list[Prompted] = []
-        keys: list[tuple[Any, ...]] = []
-        for place in chosen[part.start : part.stop]:
-            own = encoded[place]
-            entries = [(response, False, ids) for response, ids in enumerate(own.responses)]
-            if mismatched:
-                entries += [(response, True, ids) for response, ids in enumerate(encoded[other[place]].responses)]
-            items.append((own.prompt, [ids for _, _, ids in entries]))
-            keys += [(own.id, response, is_other) for response, is_other, _ in entries]
-        values = read_under(bar, model, layout, items, engine.tokens_per_micro_batch)
-        return [(*key, value) for key, value in zip(keys, (n for group in values for n in group), strict=True)]
-
-    def inputs(part: range) -> list[str]:
-        places = chosen[part.start : part.stop]
-        return records.only(np.array(places + [other[n] for n in places if mismatched], int)).ids()
-
-    shards = Shards(folder, TABLE, len(chosen), engine.records_per_shard)
-    with run.locating("train"):
-        shards.make("reference log-probabilities", inputs, rows)
-    return {"records": len(chosen), "values": shards.join(folder / REFERENCE)}
-
-
-def log_probabilities(run: Run, model: PreTrainedModel, items: Sequence[Prompted], title: str) -> list[list[float]]:
-    """Log-probability of each response given its record's prompt, without gradients, in the order given. Raises
-    Stopped between two batches when the process is asked to stop."""
-    return run.read_all(model, items, title, read_under)
+    return table(run, "reference", label, settings, {"policy": base}, TABLE, begin)
 
 
 def read_reference(artifact: Artifact) -> Reference:
     """The log-probabilities that `reference` wrote. Raises UserError where they are damaged."""
-    table = read_table(artifact, REFERENCE)
     found = Reference({}, {})
-    columns = zip(table["record_id"], table["response"], table["mismatched"], table["log_probability"], strict=True)
-    for record_id, response, mismatched, value in columns:
+    for record_id, response, mismatched, value in zip(*read_table(artifact).values(), strict=True):
         (found.mismatched if mismatched else found.own)[record_id, response] = value
     return found

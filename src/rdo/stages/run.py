@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rdo.data.encoding import EncodedRecord, MappedTokens, TruncationReport, encode, encode_into, order_fingerprint
@@ -22,12 +23,11 @@ from rdo.runtime.errors import NotFiniteError, UserError
 from rdo.runtime.processes import dealt, world
 from rdo.runtime.progress import progress_bar
 from rdo.runtime.store import Artifact, Provenance, fingerprint, produce
+from rdo.sequences.forward import Reads, read_all
 from rdo.sequences.preparation import set_layout
 from rdo.settings import Config, TrainingConfig
 from rdo.tracking import Tracker
 from rdo.training.engine.surface import precision_of
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -163,19 +163,34 @@ class Run:
         """The model, moved to the run's device."""
         return model.to(self.device())  # type: ignore[arg-type]
 
-    def read_all(
-        self, model: PreTrainedModel, items: Sequence[T], title: str, read: Callable[..., list[list[float]]]
-    ) -> list[list[float]]:
-        """What `read` reads off all items with the model, in the layout that it can run, dealt to the processes, in the
-        order given. read(bar, model, layout, items, budget): `forward.read_under` or `scorers.read_under`."""
+    def reader(self, model: PreTrainedModel) -> Callable[[tqdm, Sequence[Reads]], list[list[float]]]:
+        """`forward.read_all` with the model, in the layout that it can run, as the config has it."""
         engine = self.config.engine
-        layout, budget = set_layout(model, engine.layout, engine.attention), engine.tokens_per_micro_batch
+        layout = set_layout(model, engine.layout, engine.attention)
+        return lambda bar, items: read_all(bar, model, layout, items, engine.tokens_per_micro_batch)
+
+    def read_all(self, model: PreTrainedModel, items: Sequence[Reads], title: str) -> list[list[float]]:
+        """What the model reads off all items, dealt to the processes, in the order given."""
+        read = self.reader(model)
         with progress_bar(len(items), title) as bar:
+            return dealt(len(items), self.config.eval.batch_size, lambda part: read(bar, items[part.start : part.stop]))
 
-            def part_of(part: range) -> list[list[float]]:
-                return read(bar, model, layout, items[part.start : part.stop], budget)
+    def settings(self, split: str, **own: Any) -> dict[str, Any]:
+        """What, beside its inputs, determines a result that is made of a split's records: the data, the numbers that it
+        is computed in, and what is the stage's own. Its key, its manifest and the report go by these."""
+        return {"data": self.data_settings(split), "dtype": self.dtype(), **own}
 
-            return dealt(len(items), self.config.eval.batch_size, part_of)
+    def produce(
+        self,
+        stage: str,
+        label: str,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, Artifact],
+        make: Callable[[Path], dict[str, Any]],
+    ) -> Artifact:
+        """`store.produce` as this run has it; what only one stage reads is made with it."""
+        requested = self.requested == {"reference": "align", "generate": "eval"}.get(stage, stage)
+        return produce(self.provenance, stage, label, settings, inputs, make, requested)
 
     def tracker(self, folder: Path, name: str) -> Tracker:
         """Where a training run in this folder logs to."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,15 @@ from rdo.data.records import Preference
 from rdo.models.given import given
 from rdo.models.lora import choose_trained, lora_settings
 from rdo.models.pretrained import load_tokenizer, new_scorer
-from rdo.models.scorers import ComparisonTemplate, check_form
+from rdo.models.scorers import ComparisonTemplate, add_value, check_form
 from rdo.models.traits import check_vocabulary
 from rdo.runtime.errors import UserError
-from rdo.runtime.store import Artifact, produce
+from rdo.runtime.store import Artifact
+from rdo.sequences.forward import Reads
 from rdo.settings import DifferenceConfig, ScorerConfig
 from rdo.stages.run import Run, model_path, select
 from rdo.stages.sft import base_policy
-from rdo.stages.training import finish, save_finished
-from rdo.training.loop import train
+from rdo.stages.training import train_and_save
 from rdo.training.tasks import ById, ScorerTask, learns_from
 
 # The two kinds of scorer, by the name that rc and eval.subject call them, and the stage that makes each.
@@ -38,20 +40,11 @@ def scorer(run: Run, kind: str) -> Artifact:
     check_labels(run, kind)
     form = form_of(section)
     base = given(section.backbone, setting=f"{stage}.backbone") if section.backbone else base_policy(run)
-    settings: dict[str, Any] = {
-        "training": asdict(section),
-        "data": run.data_settings("train"),
-        "dtype": run.dtype(),
-        "seed": run.config.seed,
-        **lora_settings(run.config.model),
-    }
+    settings = run.settings("train", training=asdict(section), seed=run.config.seed, **lora_settings(run.config.model))
     if form != "pointwise":
         settings["difference_template"] = list(run.config.model.difference_template)
 
-    def make(folder: Path) -> dict[str, Any]:
-        return train_scorer(run, kind, base, folder)
-
-    return produce(run.provenance, stage, form, settings, {"base": base}, make, run.requested == stage)
+    return run.produce(stage, form, settings, {"base": base}, partial(train_scorer, run, kind, base))
 
 
 def check_labels(run: Run, kind: str) -> None:
@@ -70,13 +63,31 @@ def check_labels(run: Run, kind: str) -> None:
     )
 
 
-def load_kind(run: Run, artifact: Artifact, kind: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A scorer and its tokenizer; UserError where what rm.path or diffmodel.path names is of the other kind."""
+@dataclass(frozen=True)
+class LoadedScorer:
+    """A finished scorer, and how it reads a record."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    form: str
+    template: ComparisonTemplate
+
+    def reads(self, record: EncodedRecord, listed: Sequence[Sequence[int]]) -> Reads:
+        """The values of a record: of each response (n,) its reward, of each ordered pair (i, j) its f(i, j)."""
+        reads = Reads()
+        for responses in listed:
+            add_value(reads, self.form, self.template, record, *responses)
+        return reads
+
+
+def load_kind(run: Run, artifact: Artifact, kind: str) -> LoadedScorer:
+    """A scorer on the run's device; UserError where what rm.path or diffmodel.path names is of the other kind."""
     model, tokenizer = run.scorer(artifact)
-    if (check_form(model) == "pointwise") != (kind == "reward"):
+    form = check_form(model)
+    if (form == "pointwise") != (kind == "reward"):
         here, there = (STAGE_OF[kind], *(stage for other, stage in STAGE_OF.items() if other != kind))
-        raise UserError(f"{here}.path: {artifact.folder} is a scorer of the form {check_form(model)}: see {there}.path")
-    return model, tokenizer
+        raise UserError(f"{here}.path: {artifact.folder} is a scorer of the form {form}: see {there}.path")
+    return LoadedScorer(model, tokenizer, form, ComparisonTemplate(run.config.model.difference_template, tokenizer))
 
 
 def form_of(section: ScorerConfig) -> str:
@@ -113,7 +124,4 @@ def train_scorer(run: Run, kind: str, base: Artifact, folder: Path) -> dict[str,
         betas = (section.beta0, section.beta1)
     keys = [(record_id, preference.chosen, preference.rejected) for record_id, _, preference in pairs]
     task = ScorerTask(ById(keys, make), form, template, *betas, config.seed)
-    with run.locating("train"), run.tracker(folder, stage) as tracker:
-        state = train(task, run.on_device(model), section, config.engine, config.seed, folder, tracker, stage)
-    save_finished(trained, tokenizer, folder, config, state)
-    return finish(folder, model)
+    return train_and_save(run, task, run.on_device(model), trained, tokenizer, section, "train", folder, stage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,9 @@ from rdo.models.tokenizers import make_tokenizer
 from rdo.models.traits import check_vocabulary
 from rdo.objectives.losses import best_response
 from rdo.runtime.errors import UserError
-from rdo.runtime.store import Artifact, produce
+from rdo.runtime.store import Artifact
 from rdo.stages.run import Run, model_path, select
-from rdo.stages.training import finish, save_finished
-from rdo.training.loop import train
+from rdo.stages.training import train_and_save
 from rdo.training.tasks import ById, Demonstration, SftTask
 
 
@@ -34,19 +34,14 @@ def base_policy(run: Run) -> Artifact:
         return inputs["model"]
     unread = ("name", "path", "difference_template", "lora")
     split = "demonstrations" if run.splits().splits.get("demonstrations") else "train"
-    settings = {
-        "model": {k: v for k, v in asdict(config.model).items() if k not in unread},
-        "training": asdict(config.sft),
-        "data": run.data_settings(split),
-        "dtype": run.dtype(),
-        "seed": config.seed,
+    settings = run.settings(
+        split,
+        model={k: v for k, v in asdict(config.model).items() if k not in unread},
+        training=asdict(config.sft),
+        seed=config.seed,
         **(lora_settings(config.model) if config.model.path else {}),
-    }
-
-    def make(folder: Path) -> dict[str, Any]:
-        return train_base(run, split, folder)
-
-    return produce(run.provenance, "sft", config.model.name, settings, inputs, make, run.requested == "sft")
+    )
+    return run.produce("sft", config.model.name, settings, inputs, partial(train_base, run, split))
 
 
 def train_base(run: Run, split: str, folder: Path) -> dict[str, Any]:
@@ -71,10 +66,7 @@ def train_base(run: Run, split: str, folder: Path) -> dict[str, Any]:
         return Demonstration(encoded[places[number]], imitated[number])
 
     task = SftTask(ById(ids, make))
-    with run.locating(split), run.tracker(folder, "sft") as tracker:
-        state = train(task, run.on_device(model), config.sft, config.engine, config.seed, folder, tracker, "sft")
-    save_finished(trained, tokenizer, folder, config, state)
-    return finish(folder, model)
+    return train_and_save(run, task, run.on_device(model), trained, tokenizer, config.sft, split, folder, "sft")
 
 
 def training_texts(records: Iterable[Record]) -> Iterator[str]:

@@ -1,45 +1,52 @@
-"""What the training stages share once the loop is done."""
+"""What the training stages share: the loop within a run, and what is left of it in the artifact's folder."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rdo.models.pretrained import save_model
 from rdo.runtime import stopping
 from rdo.runtime.files import read_json_lines
 from rdo.runtime.processes import barrier, is_rank0
-from rdo.settings import Config
+from rdo.settings import TrainingConfig
+from rdo.stages.run import Run
 from rdo.tracking import METRICS
+from rdo.training.loop import train
+from rdo.training.step import Task
 
 
-def save_finished(
+def train_and_save(
+    run: Run,
+    task: Task,
+    model: PreTrainedModel,
     trained: Any,
     tokenizer: PreTrainedTokenizerBase,
+    section: TrainingConfig,
+    split: str,
     folder: Path,
-    config: Config,
-    state: dict[str, torch.Tensor] | None,
-) -> None:
-    """Saves a trained model in its artifact's folder; the first process does. A stop waits until the manifest is
-    written, too.
-
-    trained: what `choose_trained` returned; state: what `train` did.
-    """
-    with stopping.postponed():
+    title: str,
+    results: Mapping[str, Mapping[str, float] | None] | None = None,
+) -> dict[str, Any]:
+    """Trains a model on the run's device, and saves what `choose_trained` returned (`trained`) with its tokenizer in
+    the artifact's folder. Returns parameters, steps, last metrics and `results`, which the dashboard shows too; nothing
+    but on the first process. Raises as `train` does."""
+    config, results = run.config, results or {}
+    with run.locating(split), run.tracker(folder, f"{folder.parent.name}/{folder.name}") as tracker:
+        named = {f"{name}/{key}": value for name, values in results.items() for key, value in (values or {}).items()}
+        tracker.summarize(named)
+        state = train(task, model, section, config.engine, config.seed, folder, tracker, title)
+    with stopping.postponed():  # a stop waits until the manifest is written, too
         if is_rank0():
             save_model(trained, tokenizer, folder / "model", state, config.model.lora.merge)
         barrier()
-
-
-def finish(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
-    """Parameters, steps and last measures of a run whose model is saved; nothing but on the first process."""
     if not is_rank0():
         return {}
     lines = read_json_lines(folder / METRICS)
     last = lines[-1] if lines else {}
     # Where weights are divided among processes, what is left of them here is empty.
     parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters())
-    return {"parameters": parameters, "steps": last.get("step", 0), "last": last}
+    return {"parameters": parameters, "steps": last.get("step", 0), "last": last, **results}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -13,12 +14,12 @@ from transformers import PreTrainedModel
 
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
-from rdo.models.scorers import ComparisonTemplate, Reading, add_difference, add_reward, merge
+from rdo.models.scorers import ComparisonTemplate, add_value
 from rdo.objectives import losses
 from rdo.runtime.store import stable_seed
 from rdo.sequences.devices import tensor_on
-from rdo.sequences.forward import read_log_probabilities, read_scalars
-from rdo.sequences.layout import LayoutName, make_layout
+from rdo.sequences.forward import Reads, merge, read, read_log_probabilities
+from rdo.sequences.layout import LayoutName, TokenIds, make_layout
 from rdo.sequences.readout import Span
 from rdo.training.step import Denominators, Metrics, Preparation
 
@@ -89,15 +90,15 @@ class SftTask:
 
 @dataclass(frozen=True)
 class ComparisonItem:
-    """One preference, as the scorer sees it in one epoch: `reading` lists the values, `target` who is better."""
+    """One preference, as the scorer sees it in one epoch: `reads` lists the values, `target` who is better."""
 
     record_id: str
-    reading: Reading
+    reads: Reads
     target: float
 
     @property
-    def sequences(self) -> list[tuple[int, ...]]:
-        return self.reading.sequences
+    def sequences(self) -> list[TokenIds]:
+        return self.reads.sequences
 
 
 def learns_from(form: str, preference: Preference) -> bool:
@@ -129,23 +130,22 @@ class ScorerTask:
 
     def example(self, index: int, epoch: int) -> ComparisonItem:
         encoded, preference = self.pairs[index]
-        reading = Reading()
+        add = partial(add_value, reads := Reads(), self.form, self.template, encoded)
         if self.form == "pointwise":
-            add_reward(reading, encoded, preference.chosen)
-            add_reward(reading, encoded, preference.rejected)
-            return ComparisonItem(encoded.id, reading, 1.0)
-        assert self.template is not None
+            add(preference.chosen)
+            add(preference.rejected)
+            return ComparisonItem(encoded.id, reads, 1.0)
         coin = random.Random(stable_seed(self.seed, "pair", epoch, encoded.id, preference.chosen, preference.rejected))
         first, second, target = preference.chosen, preference.rejected, 1.0
         if coin.random() < 0.5:
             first, second, target = second, first, 0.0
         twice = coin.choice((first, second))
-        add_difference(reading, self.form, self.template, encoded, first, second)
+        add(first, second)
         if self.beta0:
-            add_difference(reading, self.form, self.template, encoded, twice, twice)
+            add(twice, twice)
         if self.beta1:
-            add_difference(reading, self.form, self.template, encoded, second, first)
-        return ComparisonItem(encoded.id, reading, 0.5 if preference.tie else target)
+            add(second, first)
+        return ComparisonItem(encoded.id, reads, 0.5 if preference.tie else target)
 
     def denominators(self, examples: Sequence[ComparisonItem]) -> Denominators:
         return {"pairs": len(examples)}
@@ -158,8 +158,8 @@ class ScorerTask:
         denominators: Denominators,
         prepared: dict[str, Any],
     ) -> tuple[Tensor, Metrics]:
-        sequences, values = merge([example.reading for example in examples])
-        outputs = read_scalars(model, make_layout(layout, sequences), values).view(len(examples), -1)
+        reads = merge([example.reads for example in examples])
+        outputs = read(model, layout, reads).view(len(examples), -1)
         target = tensor_on(outputs.device, [example.target for example in examples], outputs.dtype)
         if self.form == "pointwise":
             forward = outputs[:, 0] - outputs[:, 1]
@@ -180,5 +180,5 @@ class ScorerTask:
         right = torch.where(forward == 0, 0.5, right)
         metrics["accuracy"] = (right.sum(), len(examples))
         metrics["difference_size"] = (forward.abs().sum(), len(examples))
-        metrics["sequence_length"] = (torch.tensor(float(sum(map(len, sequences)))), len(sequences))
+        metrics["sequence_length"] = (torch.tensor(float(sum(map(len, reads.sequences)))), len(reads.sequences))
         return per_pair.sum() / denominators["pairs"], metrics
