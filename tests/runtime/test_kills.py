@@ -140,7 +140,9 @@ def content(folder: Path) -> dict[str, Any]:
     logged = metrics(Artifact(folder, "")) if (folder / "metrics.jsonl").exists() else []
     results = {key: value for key, value in listed["results"].items() if key != "last"}
     return {"metrics": logged, "results": results} | {
-        name: (folder / name).read_bytes() for name in listed["files"] if name != "metrics.jsonl"
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in (MANIFEST, "metrics.jsonl", ".lock")
     }
 
 

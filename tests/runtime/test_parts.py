@@ -53,7 +53,7 @@ def test_a_damaged_shard_is_made_again(tmp_path, capsys):
     names = "".join(chr(97 + n % 26) for n in range(4000))
     made: list[range] = []
     shards = numbers(tmp_path, made, names, size=2000)
-    path, rows = shards.file(range(2000, 4000)), list(shards.tables())
+    path, rows = shards.file(range(2000, 4000)), [shards.read(part) for part in shards.parts]
     data, draw = path.read_bytes(), random.Random(0)
     broken = [data[:-1], b"", data[:100], os.urandom(300)]
     for place in draw.sample(range(len(data)), 200):
@@ -62,7 +62,8 @@ def test_a_damaged_shard_is_made_again(tmp_path, capsys):
     for content in broken:
         made.clear()
         path.write_bytes(content)
-        assert list(numbers(tmp_path, made, names, size=2000).tables()) == rows
+        again = numbers(tmp_path, made, names, size=2000)
+        assert [again.read(part).equals(rows[n]) for n, part in enumerate(again.parts)] == [True, True]
         assert made in ([], [range(2000, 4000)])
         found += f"{path} is damaged (" in capsys.readouterr().err
     assert found > 180

@@ -109,7 +109,7 @@ def test_a_run_that_is_stopped_twice_and_before_any_checkpoint(run_dir, monkeypa
     assert metrics(whole) == wanted_metrics
 
 
-@pytest.mark.parametrize("where", ["rdo.stages.training.save_model", "rdo.runtime.store.listed_files"])
+@pytest.mark.parametrize("where", ["rdo.stages.training.save_model", "rdo.runtime.store.library_versions"])
 def test_a_run_that_is_stopped_after_training_does_not_train_again(where, run_dir, monkeypatch):
     """Between the last step and the manifest: the last checkpoint serves, and the result is the same."""
     run = tiny_run(run_dir, OFTEN, "sft.max_steps=4")

@@ -26,13 +26,13 @@ def stage_metric(artifact: Artifact, name: str | None) -> float | None:
         own: float | None = manifest["results"].get("metric")
         return own
     numbers = dict(leaves({key: value for key, value in manifest["results"].items() if key not in ("last", "metric")}))
-    if METRICS in manifest["files"]:
+    if (artifact.folder / METRICS).exists():
         lines = read_json_lines(artifact.folder / METRICS)
         for line in (last := lines[-math.ceil(LAST * len(lines)) :]):
             for key in dict(leaves(line)).keys() - {"step", "epoch", "seconds"}:
                 found = [other[key] for other in last if key in other]
                 numbers[key] = sum(found) / len(found)
-    if EVALUATION in manifest["files"]:
+    if (artifact.folder / EVALUATION).exists():
         numbers |= dict(leaves(read_json(artifact.folder / EVALUATION)))
     if name not in numbers:
         known = ", ".join(sorted(numbers))

@@ -34,8 +34,6 @@ MANIFEST = "manifest.json"
 ARTIFACT_VERSION = 4
 # What a stage that was interrupted goes on from; removed when it is finished.
 PARTIAL = ("checkpoints", "shards")
-# Not results either: wandb goes on writing there.
-UNLISTED = (*PARTIAL, "wandb")
 
 
 class MissingInput(UserError):
@@ -115,44 +113,26 @@ def produce(
             "key": key,
             "inputs": {name: {"folder": shown(a.folder, provenance), "key": a.key} for name, a in inputs.items()},
             "results": results,
+            "seconds": round(time.perf_counter() - started, 3),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": provenance.command,
+            "config": provenance.config,
+            "code_revision": code_revision(),
+            "versions": library_versions(),
         }
         with stopping.postponed():
             if first:
-                finish(folder, manifest, started, provenance)
+                write_json(folder / MANIFEST, manifest)
+                remove_partial(folder)
             barrier()
         stopping.check(f"{folder} is finished, and the same command goes on")
     return artifact
-
-
-def finish(folder: Path, manifest: dict[str, Any], started: float, provenance: Provenance) -> None:
-    """Completes and writes the manifest, and removes what an interrupted run would have gone on from."""
-    manifest |= {
-        "files": listed_files(folder),
-        "seconds": round(time.perf_counter() - started, 3),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": provenance.command,
-        "config": provenance.config,
-        "code_revision": code_revision(),
-        "versions": library_versions(),
-    }
-    write_json(folder / MANIFEST, manifest)
-    remove_partial(folder)
 
 
 def remove_partial(folder: Path) -> None:
     """Removes the part-way state of a finished stage; a process killed just then may have left some."""
     for name in PARTIAL:
         shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def listed_files(folder: Path) -> dict[str, int]:
-    """Bytes of every file that is a result, by its path in the folder."""
-    listed: dict[str, int] = {}
-    for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        if path.is_file() and parts[0] not in UNLISTED and not any(part.startswith(".") for part in parts):
-            listed["/".join(parts)] = path.stat().st_size
-    return listed
 
 
 def shown(folder: Path, provenance: Provenance) -> str:
