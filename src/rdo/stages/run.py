@@ -30,6 +30,10 @@ from rdo.tracking import Tracker
 from rdo.training.engine.surface import precision_of
 
 
+# Results that no stage makes by itself, and the stage that each belongs to.
+PART_OF = {"reference": "align", "generate": "eval"}
+
+
 @dataclass
 class Cache:
     """Data that is loaded, shared by the stages and rows of one process."""
@@ -188,9 +192,10 @@ class Run:
         inputs: Mapping[str, Artifact],
         make: Callable[[Path], dict[str, Any]],
     ) -> Artifact:
-        """`store.produce` as this run has it; what only one stage reads is made with it."""
-        requested = self.requested == {"reference": "align", "generate": "eval"}.get(stage, stage)
-        return produce(self.provenance, stage, label, settings, inputs, make, requested)
+        """`store.produce` as this run has it; what one stage alone reads is made with it."""
+        part = PART_OF.get(stage) == self.requested
+        provenance = replace(self.provenance, build_inputs=True) if part else self.provenance
+        return produce(provenance, stage, label, settings, inputs, make, self.requested == stage)
 
     def tracker(self, folder: Path, name: str) -> Tracker:
         """Where a training run in this folder logs to."""
