@@ -174,7 +174,7 @@ def test_a_login_that_is_missing_is_one_line_and_costs_no_finished_stage(tmp_pat
     assert "is finished, but not shown in wandb: tracker=wandb:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("end", "preempted"), [(ValueError(), False), (Stopped(signal.SIGTERM), True)])
+@pytest.mark.parametrize(("end", "preempted"), [(ValueError(), False), (Stopped(), True)])
 def test_a_run_that_fails_is_marked_as_failed_and_one_that_was_stopped_as_preempted(tmp_path, offline, end, preempted):
     folder = tmp_path / "align" / "dpo-123"
     folder.mkdir(parents=True)

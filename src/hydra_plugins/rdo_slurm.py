@@ -78,7 +78,7 @@ class RdoSlurmLauncher(SlurmLauncher):
 
     def submit(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[Job[JobReturn]]:
         """One job a point, as hydra-submitit-launcher submits them."""
-        SlurmJob.watcher = Queue(delay_s=60)
+        SlurmJob.watcher = Queue(delay_s=10)
         SlurmJob._results_timeout_s = 2  # a file system may be late, and a job that failed brings nothing
         settings = dict(self.params)
         settings["setup"] = [*settings["setup"], f"export PYTHONPATH={SOURCE}:$PYTHONPATH"]

@@ -71,7 +71,7 @@ STAGES: dict[str, Callable[[Run], Artifact]] = {
 }
 
 
-@stopping.stoppable
+@stopping.handled()
 def run_stage(composed: DictConfig) -> float | None:
     """Runs the stage that the config names; shows a mistake of the user's as one line and exits with 1, unless it is
     one point of a sweep here, whose other points run all the same.

@@ -199,7 +199,6 @@ LESS = "; lower engine.tokens_per_micro_batch (training, scoring) or eval.batch_
         (MemoryError(), f"MemoryError: {LESS}"),
         (torch.OutOfMemoryError("CUDA out of memory."), f"OutOfMemoryError: CUDA out of memory.{LESS}"),
         (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), f"RuntimeError: CUBLAS_STATUS_ALLOC_FAILED{LESS}"),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), f"OSError: [Errno 12] Cannot allocate memory{LESS}"),
     ],
 )
 def test_an_error_is_one_line_whatever_it_says(failing, error, line):

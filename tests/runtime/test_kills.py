@@ -24,7 +24,6 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from rdo.runtime import files
 from rdo.runtime.store import MANIFEST, Artifact
 from rdo.stages.align import aligned_policy
 from rdo.stages.evaluate import evaluate_policy
@@ -240,26 +239,3 @@ def test_a_kill_at_any_rename_or_removal_changes_nothing(name, functions, fewest
         shutil.rmtree(folder)
     check(folder, wanted)
     assert call > fewest
-
-
-@pytest.mark.parametrize("name", ["sft", "score-reward", "generation"])
-def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_or_shard_before_it(name, whole, tmp_path, monkeypatch):
-    wanted, _ = whole(name)
-    place, folder = prepared(name, wanted, tmp_path)
-    synchronize = files.synchronize
-
-    def half(path: Path) -> None:
-        if path.parent.parent == folder and path.suffix == ".part" and list(folder.glob("*/[!.]*.*")):
-            os.truncate(path, path.stat().st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-        synchronize(path)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(files, "synchronize", half)
-        for _ in range(2):
-            assert in_child(place.make) == -signal.SIGKILL
-    assert list(folder.glob("*/.*.part"))
-    assert list(folder.glob("*/[!.]*.*"))
-    assert not is_finished(folder)
-    place.make()
-    check(folder, wanted)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from rdo.report.tables import describe_policy
-from rdo.runtime.errors import UserError, printable, single_line
+from rdo.runtime.errors import printable
 from rdo.stages.sft import base_policy
 from rdo.tracking import Tracker
 from tiny import TINY, tiny_run
@@ -211,15 +211,6 @@ def test_what_would_act_or_cannot_be_seen_is_shown_as_an_escape(text, shown):
     assert printable(text) == shown
     assert hidden(printable(text)) == set()
     assert printable("a\tb\nc", keep="") == "a\\tb\\nc"
-
-
-def test_an_error_is_one_line_whatever_it_quotes():
-    error = UserError("row 3:\n  " + "\n".join(HOSTILE))
-    assert str(error) == single_line(error)
-    assert hidden(str(error)) == set()
-    assert "\n" not in str(error)
-    assert "\\x1b[2J" in str(error)
-    assert "\\u202eevil" in str(error)
 
 
 def test_the_terminal_shows_a_hostile_judge_as_text():

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from rdo.runtime.files import held
-from rdo.runtime.stopping import Stopped, check, handled, postponed, requested, stoppable
+from rdo.runtime.stopping import SIGNALS, Stopped, check, handled, postponed, requested
 from rdo.stages.evaluate import evaluate_policy
 from rdo.stages.reference import reference
 from rdo.stages.score import scores
@@ -26,16 +25,15 @@ from rdo.training.tasks import SftTask
 from tiny import TINY, is_finished, metrics, tiny_run, weights
 
 ROOT = Path(__file__).parents[2]
-ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 @pytest.fixture(autouse=True)
 def heard() -> Iterator[None]:
     """SIGINT is heard also where the tests run in the background of a shell, and every handler is left as it was."""
-    before = [signal.signal(number, signal.default_int_handler) for number in ALL]
+    before = [signal.signal(number, signal.default_int_handler) for number in SIGNALS]
     yield
-    assert all(signal.getsignal(number) is signal.default_int_handler for number in ALL)
-    for number, handler in zip(ALL, before, strict=True):
+    assert all(signal.getsignal(number) is signal.default_int_handler for number in SIGNALS)
+    for number, handler in zip(SIGNALS, before, strict=True):
         signal.signal(number, handler)
 
 
@@ -43,11 +41,6 @@ def send(number: int) -> None:
     """A signal to this process, handled when the call returns."""
     os.kill(os.getpid(), number)
     time.sleep(0)
-
-
-def send_twice() -> None:
-    send(signal.SIGTERM)
-    send(signal.SIGTERM)
 
 
 def library() -> None:
@@ -74,16 +67,16 @@ def after_a_loop(then: Callable[[], Any]) -> Callable[[], None]:
         (lambda: send(signal.SIGINT), 130, "stopped by SIGINT: what is finished is kept, and the same command goes on"),
         (lambda: send(signal.SIGTERM), 143, "stopped by SIGTERM: what is finished is kept, and the same command goes"),
         (after_a_loop(lambda: send(signal.SIGTERM)), 143, "stopped by SIGTERM: all is saved"),
-        (after_a_loop(send_twice), 143, "stopped by SIGTERM: all is saved"),  # no second Ctrl-C
+        # No second Ctrl-C.
+        (after_a_loop(lambda: (send(signal.SIGTERM), send(signal.SIGTERM))), 143, "stopped by SIGTERM: all is saved"),
         (library, 130, "stopped by SIGINT: what is finished is kept"),
     ],
 )
 def test_a_stop_is_one_line_and_an_exit_code(work, code, said, capsys):
-    with pytest.raises(SystemExit) as caught:
-        stoppable(work)()
+    with pytest.raises(SystemExit) as caught, handled():
+        work()
     assert caught.value.code == code
     assert capsys.readouterr().err.startswith(said)
-    assert not issubclass(Stopped, Exception)
 
 
 def test_a_schedulers_notice_is_passed_on_when_everything_is_saved(capsys):
@@ -95,8 +88,8 @@ def test_a_schedulers_notice_is_passed_on_when_everything_is_saved(capsys):
         assert not heard
 
     signal.signal(signal.SIGUSR2, lambda number, frame: heard.append(number))
-    with pytest.raises(SystemExit):
-        stoppable(after_a_loop(loop))()
+    with pytest.raises(SystemExit), handled():
+        after_a_loop(loop)()
     signal.signal(signal.SIGUSR2, signal.default_int_handler)
     assert heard == [signal.SIGUSR2]
     assert "stopped by SIGUSR2: all is saved" in capsys.readouterr().err
@@ -219,86 +212,44 @@ def test_finished_shards_are_kept_and_used(name, run_dir, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Process:
-    """train.py in a process of its own."""
-
-    def __init__(self, *overrides: str):
-        command = [sys.executable, str(ROOT / "train.py"), *TINY, *overrides]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        self.process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
-
-    def until(self, text: str) -> str:
-        """What it says until something is said, or to its end."""
-        said = ""
-        assert self.process.stdout is not None
-        while text not in said and (line := self.process.stdout.readline()):
-            said += line
-        return said
-
-    def ends_after(self, number: int) -> tuple[int, list[str]]:
-        """Exit code and last lines of a process that gets a signal, as all of its group from a terminal; within
-        seconds."""
-        os.killpg(self.process.pid, number)
-        said, _ = self.process.communicate(timeout=20)
-        assert "Traceback" not in said
-        return self.process.returncode, [line for line in said.splitlines() if line]
-
-
-@pytest.fixture
-def train() -> Iterator[Callable[..., Process]]:
-    """Starts train.py, and ends it with the test."""
-    started: list[Process] = []
-
-    def start(*overrides: str) -> Process:
-        started.append(Process(*overrides))
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.process.kill()
-        process.process.communicate()
-
-
 LONG = ["stage=sft", "sft.max_steps=60", "sft.epochs=100", "sft.batch_size=16", "engine.checkpoint_every_steps=1000"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(number, tmp_path, train):
+def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path):
     whole = base_policy(tiny_run(tmp_path / "whole", *LONG))
-    process = train(*LONG, f"run_dir={tmp_path / 'run'}")
     folder = tmp_path / "run" / "sft" / whole.folder.name
-    assert "60 steps" in process.until("60 steps")
-    while not (folder / "metrics.jsonl").exists():
-        time.sleep(0.01)
-    code, said = process.ends_after(number)
-    assert code == 128 + number
-    assert said[-1].startswith(f"stopped by {signal.Signals(number).name}: after ")
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, *LONG, f"run_dir={tmp_path / 'run'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (folder / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=20)[1]
+    assert process.returncode == 130
+    assert "Traceback" not in said
     (checkpoint,) = (folder / "checkpoints").iterdir()
-    assert str(checkpoint) in said[-1]
+    last = said.splitlines()[-1]
+    assert last.startswith("stopped by SIGINT: after ")
+    assert str(checkpoint) in last
     resumed = base_policy(tiny_run(tmp_path / "run", *LONG))
     assert weights(resumed) == weights(whole)
     assert metrics(resumed) == metrics(whole)
 
 
-def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path, train):
-    """All demonstrations are one micro-batch, which takes many seconds."""
-    huge = ["dataset.toy.demonstrations=20480", "sft.batch_size=20480", "engine.tokens_per_micro_batch=100000000"]
-    process = train("stage=sft", *huge, "sft.epochs=20", f"run_dir={tmp_path}")
-    assert "5 steps" in process.until("5 steps")
-    time.sleep(0.5)
-    os.killpg(process.process.pid, signal.SIGINT)
-    assert "stopping where nothing is lost" in process.until("stopping where")
-    assert process.ends_after(signal.SIGINT)[0] == 130
-    assert not list(tmp_path.rglob("step_*.pt"))
+TWICE = """
+import os, signal
+from rdo.runtime.stopping import handled, postponed
+
+with handled(), postponed():
+    os.kill(os.getpid(), signal.SIGINT)
+    print("a long step", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("has ended", flush=True)
+"""
 
 
-def test_waiting_for_another_run_can_be_stopped(tmp_path, train):
-    folder = base_policy(tiny_run(tmp_path, *LONG)).folder
-    (folder / "manifest.json").unlink()
-    with held(folder):
-        process = train(*LONG, f"run_dir={tmp_path}")
-        assert f"{folder} is being made by another run; waiting for it" in process.until("waiting for it")
-        code, said = process.ends_after(signal.SIGINT)
-    assert code == 130
-    assert said == ["stopped by SIGINT: what is finished is kept, and the same command goes on"]
+def test_a_second_ctrl_c_does_not_wait_for_the_step():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", TWICE], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "a long step\n")
+    assert "stopping where nothing is lost" in done.stderr

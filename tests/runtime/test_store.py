@@ -231,8 +231,7 @@ def test_what_fails_half_way_is_never_seen(replaced, inner, old, tmp_path):
     assert content() == old
     assert [other for other in path.parent.iterdir() if other != path] == []
     if inner:
-        for suffix in ("part", "old"):
-            (path.parent / f".thing.{os.getpid()}.{suffix}").mkdir()
+        (path.parent / f".thing.{os.getpid()}.part").mkdir()
     with replaced(path) as temporary:
         (temporary / inner).write_text("new")
         assert content() == old

@@ -53,10 +53,10 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """The same for a whole folder; an old one is moved away only when the new one is complete."""
+    """The same for a whole folder; an old one goes when the new one is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)  # a killed process of the same number may have left one
     temporary.mkdir()
     try:
         yield temporary
@@ -71,14 +71,10 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
 
 def move_folder(complete: Path, folder: Path) -> None:
-    """Gives a complete folder its name; one that has it is moved away before, and then removed."""
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    shutil.rmtree(old, ignore_errors=True)  # a killed process of the same number may have left one
-    if folder.exists():
-        folder.rename(old)
+    """Gives a complete folder its name, in place of one that has it."""
+    shutil.rmtree(folder, ignore_errors=True)
     complete.rename(folder)
     synchronize(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:

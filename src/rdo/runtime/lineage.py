@@ -9,13 +9,6 @@ from typing import Any
 from rdo.runtime.files import read_json
 from rdo.runtime.store import MANIFEST
 
-# The settings that sweeps run over, by their names in manifests, and as they are called on the command line.
-SWEPT = {
-    "align.rc.alpha": "rc.alpha",
-    "align.loss.settings.beta": "loss.beta",
-    "diffmodel.training.beta0": "diffmodel.beta0",
-    "diffmodel.training.beta1": "diffmodel.beta1",
-}
 # What differs between seeds alone, in the toy world the data, too: its settings stand for it.
 LEFT_OUT = (".seed", ".data.records")
 # Of an evaluation's inputs what it is about, and not who judged.
@@ -45,12 +38,3 @@ def flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield from flat(member, f"{path}.{name}")
     elif not path.endswith(LEFT_OUT):
         yield path, value
-
-
-def swept(run_dir: Path, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of what a result follows from, judges aside: the settings that sweeps run over, where they have an effect on it,
-    by their names on the command line; and all others."""
-    subject = SUBJECT if manifest["stage"] == "eval" else None
-    settings = determinants(run_dir, manifest, subject)
-    values = {SWEPT[name]: value for name, value in settings.items() if name in SWEPT}
-    return values, {name: value for name, value in settings.items() if name not in SWEPT}

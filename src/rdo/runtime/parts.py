@@ -57,7 +57,7 @@ class Shards:
                     made = rows(part, bar)
                 except stopping.Stopped:
                     kept = f"{done} of {len(self.parts)} shards are kept in {self.folder}"
-                    raise stopping.stop(f"{kept}; the same command goes on from there") from None
+                    raise stopping.Stopped(f"{kept}; the same command goes on from there") from None
                 self.write(part, made)
                 done += 1
         barrier()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-from rdo.runtime.errors import UserError, described
+from submitit.slurm.slurm import SlurmJobEnvironment
 
 # Until the processes have found each other, and until one must have come to where the others wait: the first may wait
 # for the folder that another run is training in.
@@ -64,57 +62,31 @@ def found_world(environment: Mapping[str, str]) -> World:
 
     A batch script of SLURM has a task number as well, but is no task: only srun's steps have their number of tasks.
     """
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        return World(int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", 0)))
-    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in environment:
-        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-        return World(*(int(environment[name]) for name in names))
+    for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
+        if all(name in environment for name in names):
+            return World(*(int(environment[name]) for name in names))
     return World()
-
-
-def meeting_point(environment: Mapping[str, str]) -> tuple[str, int]:
-    """Host and port at which the processes find each other: torchrun's, or made from the job's nodes and number.
-
-    Raises UserError where the environment does not say.
-    """
-    if "MASTER_ADDR" in environment and "MASTER_PORT" in environment:
-        return environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    nodes = environment.get("SLURM_STEP_NODELIST")
-    if not nodes:
-        raise UserError("MASTER_ADDR and MASTER_PORT are not set: start the processes with srun or torchrun")
-    job, step = int(environment.get("SLURM_JOB_ID", 0)), int(environment.get("SLURM_STEP_ID", 0))
-    port = 20000 + (31 * job + step) % 20000
-    if environment.get("SLURM_STEP_NUM_NODES") == "1":
-        return "127.0.0.1", port
-    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    return listed.stdout.split()[0], port
 
 
 def start(device: str) -> World:
     """Brings the processes of this run together, once; one process alone needs nothing. device: `cpu` or `cuda`.
 
-    On the first process nothing changes; the others print nothing to standard output from here on. Raises UserError
-    where the processes do not find each other, or outnumber the GPUs.
+    On the first process nothing changes; the others print nothing to standard output from here on.
     """
     global _world
     found = found_world(os.environ)
     if _world.size > 1 or found.size == 1:
         return _world
+    if "MASTER_ADDR" not in os.environ:
+        job = SlurmJobEnvironment()
+        port = 20000 + int(job.raw_job_id) % 20000
+        os.environ |= {"MASTER_ADDR": job.hostnames[0], "MASTER_PORT": str(port)}
     backend = "gloo"
     if device == "cuda":
-        count = torch.cuda.device_count()
-        if found.local_rank >= count:
-            raise UserError(f"process {found.local_rank} of this machine finds {count} GPUs: start one process a GPU")
         torch.cuda.set_device(found.local_rank)
         backend = "cpu:gloo,cuda:nccl"
-    host, port = meeting_point(os.environ)
-    os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
-    try:
-        store, _, _ = next(dist.rendezvous("env://", found.rank, found.size, timeout=RENDEZVOUS))
-        dist.init_process_group(backend, store=store, rank=found.rank, world_size=found.size, timeout=COLLECTIVE)
-    except RuntimeError as error:
-        what = f"the {found.size} processes of this run do not find each other at {host}:{port}"
-        raise UserError(f"{what} ({error}); MASTER_PORT=NUMBER names another port") from error
+    store, _, _ = next(dist.rendezvous("env://", found.rank, found.size, timeout=RENDEZVOUS))
+    dist.init_process_group(backend, store=store, rank=found.rank, world_size=found.size, timeout=COLLECTIVE)
     atexit.register(dist.destroy_process_group)  # else a process may be aborted when it exits
     _world = found
     if not found.first:
@@ -129,21 +101,12 @@ def barrier() -> None:
 
 
 def broadcast(make: Callable[[], Any]) -> Any:
-    """What `make` returns on the first process, on every process. An error is everyone's: a UserError on the others."""
+    """What `make` returns on the first process, on every process."""
     if _world.size == 1:
         return make()
-    told: list[Any] = [None]
-    if _world.first:
-        try:
-            told = [(make(), None)]
-        except Exception as error:
-            dist.broadcast_object_list([(None, described(error))])
-            raise
+    told = [make() if _world.first else None]
     dist.broadcast_object_list(told)
-    value, error_text = told[0]
-    if error_text is not None:
-        raise UserError(error_text)
-    return value
+    return told[0]
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:

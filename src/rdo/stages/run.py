@@ -29,7 +29,6 @@ from rdo.settings import Config, TrainingConfig
 from rdo.tracking import Tracker
 from rdo.training.engine.surface import precision_of
 
-
 # Results that no stage makes by itself, and the stage that each belongs to.
 PART_OF = {"reference": "align", "generate": "eval"}
 

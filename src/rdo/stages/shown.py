@@ -8,12 +8,14 @@ from typing import Any
 from rdo import tracking
 from rdo.evaluation import EVALUATION, GENERATIONS
 from rdo.runtime.files import read_json, read_json_lines
-from rdo.runtime.lineage import swept
+from rdo.runtime.lineage import SUBJECT, determinants
 from rdo.runtime.processes import is_rank0
 from rdo.runtime.store import Artifact
 from rdo.stages.run import Run
 
 SAMPLES = 256  # rows of the table of samples
+# What sweeps run over, as manifests name it.
+SWEPT = ("align.rc.alpha", "align.loss.settings.beta", "diffmodel.training.beta0", "diffmodel.training.beta1")
 Table = tuple[list[str], list[list[Any]]]
 
 
@@ -23,8 +25,8 @@ def show_evaluation(run: Run, artifact: Artifact) -> None:
     if run.config.tracker.name != "wandb" or not is_rank0():
         return
     manifest, evaluation = artifact.manifest(), read_json(artifact.folder / EVALUATION)
-    settings, _ = swept(run.provenance.run_dir, manifest)
-    made = {name.rpartition(".")[2]: value for name, value in settings.items()}
+    settings = determinants(run.provenance.run_dir, manifest, SUBJECT)
+    made = {name.rpartition(".")[2]: settings[name] for name in SWEPT if name in settings}
     tables = scorer_shown(evaluation) if "label_accuracy" in evaluation else policy_shown(artifact, evaluation)
     rows = [[name, *map(value.get, ("value", "low", "high", "count"))] for name, value in estimates(evaluation)]
     tables["tables/evaluation"] = ["quantity", "value", "low", "high", "count"], rows

@@ -86,7 +86,7 @@ def train(
             try:
                 measured, wishes = training_step(task, engine, layout, dealt, wishes)
             except stopping.Stopped:
-                raise stopping.stop(part(checkpoints, engine, step, plan)) from None
+                raise stopping.Stopped(part(checkpoints, engine, step, plan)) from None
             measured["gradient_norm"] = update(engine, measured["loss"], dealt.examples, step)
             seconds = time.perf_counter() - started
             rates = learning_rates(engine.param_groups)
@@ -95,7 +95,7 @@ def train(
             bar.set_postfix(loss=f"{measured['loss']:.4f}", refresh=False)
             if step + 1 < plan.steps:  # after the last, the model itself is saved
                 if wishes.stop:
-                    raise stopping.stop(part(checkpoints, engine, step + 1, plan))
+                    raise stopping.Stopped(part(checkpoints, engine, step + 1, plan))
                 if wishes.save:
                     checkpoints.save(step + 1, engine)
         tracker.synchronize()
