@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import random_tree
-from rdo.sequences.layout import LayoutName, Padded, PrefixTree, count_unique
-from rdo.sequences.packing import cost, pack
+from rdo.sequences.layout import LayoutName, Padded, PrefixTree, cost, count_unique, pack
 
 examples = st.lists(st.builds(random_tree, st.integers(0, 1000), st.integers(1, 5), st.integers(1, 12)), max_size=12)
 layouts = st.sampled_from(["tree", "padded"])

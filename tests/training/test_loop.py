@@ -32,8 +32,7 @@ from rdo.stages.scorer import scorer
 from rdo.stages.sft import base_policy
 from rdo.tracking import Tracker
 from rdo.training.alignment import AlignmentRecord, AlignmentTask, Pair
-from rdo.training.loop import train
-from rdo.training.plan import learning_rate_factor, make_plan
+from rdo.training.loop import learning_rate_factor, make_plan, train
 from rdo.training.tasks import ById
 from tiny import tiny_run
 
@@ -162,10 +161,10 @@ def test_kto_estimates_its_kl_over_the_whole_step(monkeypatch: pytest.MonkeyPatc
     task = alignment_task("kto", encoded(6, 2))
     records = list(task.records)
     seen: list[torch.Tensor] = []
-    assert task.preparation is not None
+    assert task.kl_ratios is not None
     with torch.no_grad():
-        parts = [task.preparation.values(model, layout, [record]) for record in records]
-    whole = task.preparation.combined(torch.cat(parts))["kl"]
+        parts = [task.kl_ratios(model, layout, [record]) for record in records]
+    whole = losses.kto_kl(torch.cat(parts))
     monkeypatch.setattr(losses, "kto_kl", lambda ratios: seen.append(ratios) or whole)
     for budget in (1, 10**9):
         one_step(task, model, layout, records, budget)

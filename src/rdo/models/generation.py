@@ -14,8 +14,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rdo.runtime.parts import Shards
 from rdo.runtime.store import stable_seed
-from rdo.sequences.devices import to_device
 from rdo.sequences.forward import check_positions
+from rdo.sequences.layout import to_device
 from rdo.sequences.preparation import set_layout
 from rdo.settings import EvalConfig
 

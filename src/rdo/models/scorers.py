@@ -26,8 +26,7 @@ from rdo.data.encoding import EncodedRecord, begin_id
 from rdo.runtime import stopping
 from rdo.runtime.errors import UserError
 from rdo.sequences.forward import is_decoder_scorer, read_scalars
-from rdo.sequences.layout import LayoutName, TokenIds, make_layout
-from rdo.sequences.packing import pack
+from rdo.sequences.layout import LayoutName, TokenIds, make_layout, pack
 from rdo.sequences.readout import Scalar
 
 DIFFERENCE_FORMS = ("paper", "antisymmetric", "residual")

@@ -25,7 +25,7 @@ from rdo.runtime.store import Artifact, Provenance, fingerprint, produce
 from rdo.sequences.preparation import set_layout
 from rdo.settings import Config, TrainingConfig
 from rdo.tracking import Tracker
-from rdo.training.engine.surface import precision_of
+from rdo.training.engine import precision_of
 
 T = TypeVar("T")
 
