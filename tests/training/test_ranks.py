@@ -158,7 +158,7 @@ from rdo.runtime.errors import UserError
 
 real = rdo.training.loop.training_step
 def failing(*arguments):
-    if processes.world().rank in {ranks}:
+    if processes.world().rank == {rank}:
         {what}
     return real(*arguments)
 
@@ -169,18 +169,18 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize(
-    ("ranks", "what", "said"),
+    ("rank", "what", "said"),
     [
-        ((0, 1), "raise UserError('I have had enough')", "error: I have had enough"),
-        ((1,), "raise OSError(28, 'No space left', 'x')", "error: process 1: OSError: [Errno 28] No space left: 'x'"),
-        ((1,), "os._exit(7)", "exitcode  : 7"),  # as torchrun has it
+        (0, "raise UserError('I have had enough')", "error: I have had enough"),
+        (1, "raise OSError(28, 'No space left', 'x')", "error: process 1: OSError: [Errno 28] No space left: 'x'"),
+        (1, "os._exit(7)", "exitcode  : 7"),  # as torchrun has it
     ],
 )
 def test_a_rank_that_fails_brings_the_job_down_with_its_own_error(
-    ranks: tuple[int, ...], what: str, said: str, tmp_path: Path
+    rank: int, what: str, said: str, tmp_path: Path
 ) -> None:
     script = tmp_path / "failing.py"
-    script.write_text(FAILING.format(source=str(ROOT / "src"), ranks=ranks, what=what))
+    script.write_text(FAILING.format(source=str(ROOT / "src"), rank=rank, what=what))
     process = launched(2, script, TRAIN, *SETTINGS, "stage=sft", f"run_dir={tmp_path}/run", "engine=zero2")
     code, _, error = finished(process)
     assert code != 0

@@ -187,39 +187,22 @@ def test_no_flipped_bit_goes_unnoticed(saved, capsys):
     assert restored(checkpoints)[0] == 3
 
 
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "tail", "folder"])
-def test_a_checkpoint_that_is_no_longer_one_is_found(damage, saved, capsys):
+def test_checkpoints_that_are_no_longer_whole_are_left_out_aloud(damage, count, saved, capsys):
+    """The newest, or all: then training starts again."""
     checkpoints, _ = saved
-    last = checkpoints.files()[-1]
-    data = last.read_bytes()
-    if damage == "folder":
-        last.unlink()
-        last.mkdir()
-    else:
-        broken = {"cut": data[: len(data) // 2], "empty": b"", "garbage": os.urandom(5000), "tail": data[-24:]}
-        last.write_bytes(broken[damage])
-    assert restored(checkpoints)[0] == 2
-    assert f"{last} is damaged" in capsys.readouterr().err
-
-
-def test_if_all_checkpoints_are_damaged_training_starts_again_and_says_so(tmp_path, capsys, monkeypatch):
-    run = tiny_run(tmp_path, OFTEN, "sft.max_steps=5")
-    whole = base_policy(run)
-    wanted, wanted_metrics = weights(whole), metrics(whole)
-    shutil.rmtree(whole.folder)
-    with monkeypatch.context() as patched:
-        stop_after(patched, 5)
-        with pytest.raises(Stopped):
-            base_policy(run)
-    files = sorted((whole.folder / "checkpoints").glob("step_*.pt"))
-    assert len(files) == 2
-    for file in files:
-        file.write_bytes(file.read_bytes()[:-1000])
-    again = base_policy(run)
+    for file in checkpoints.files()[-count:]:
+        data = file.read_bytes()
+        if damage == "folder":
+            file.unlink()
+            file.mkdir()
+        else:
+            broken = {"cut": data[: len(data) // 2], "empty": b"", "garbage": os.urandom(5000), "tail": data[-24:]}
+            file.write_bytes(broken[damage])
+    assert restored(checkpoints)[0] == 3 - count
     said = capsys.readouterr().err
-    assert all(f"{file} is damaged ({file.name}: File is not a zip file)" in said for file in files)
-    assert weights(again) == wanted
-    assert metrics(again) == wanted_metrics
+    assert all(f"{file} is damaged ({file.name}: " in said for file in checkpoints.files()[-count:])
 
 
 def test_a_damaged_checkpoint_never_displaces_a_good_one(tmp_path):

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -27,7 +28,7 @@ from rdo.sequences.preparation import described_layout, set_layout
 from rdo.settings import EngineConfig, ScorerConfig, TrainingConfig
 from rdo.tracking import Tracker
 from rdo.training.engine import Checkpoints, Engine, TorchEngine, precision_of
-from rdo.training.step import Dealt, Example, Task, deal_step, training_step
+from rdo.training.step import Dealt, Task, deal_step, training_step
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def speed(measured: dict[str, float], seconds: float) -> dict[str, float]:
     }
 
 
-def update(engine: Engine, loss: float, examples: Sequence[Example], step: int) -> float:
+def update(engine: Engine, loss: float, examples: Sequence[Any], step: int) -> float:
     """Updates the weights; the gradient's norm before clipping. Raises NotFiniteError, with the records of the step,
     where loss or gradient are no numbers."""
     norm = engine.step() if math.isfinite(loss) else math.nan

@@ -18,21 +18,11 @@ from transformers import PreTrainedModel
 from rdo.objectives import losses
 from rdo.runtime import stopping
 from rdo.runtime.processes import all_gather, all_reduce_sum, world
-from rdo.sequences.layout import LayoutName, TokenIds, cost, pack
+from rdo.sequences.layout import LayoutName, cost, pack
 from rdo.training.engine import Engine
 
 Denominators = dict[str, float]
-Metrics = dict[str, tuple[torch.Tensor, float]]  # name -> (sum, count)
-
-
-class Example(Protocol):
-    """One record's part of a step."""
-
-    @property
-    def record_id(self) -> str: ...
-
-    @property
-    def sequences(self) -> Sequence[TokenIds]: ...
+Metrics = dict[str, tuple[torch.Tensor, float]]  # name -> (sum, count), of a mean
 
 
 class Task(Protocol):
@@ -46,7 +36,7 @@ class Task(Protocol):
     kl_ratios: Callable[..., torch.Tensor] | None
 
     def example(self, index: int, epoch: int) -> Any:
-        """The example of one record in one epoch."""
+        """The example of one record in one epoch: anything with a `record_id` and the `sequences` that are read."""
 
     def denominators(self, examples: Sequence[Any]) -> Denominators:
         """Denominators of a step's means, from its examples alone."""
@@ -92,12 +82,12 @@ def training_step(task: Task, engine: Engine, layout: LayoutName, step: Dealt) -
             stopping.check()
         work = partial(task.losses, layout=layout, examples=batch, denominators=denominators, kl=kl)
         share, metrics = engine.forward(work)
+        ids = [ids for example in batch for ids in example.sequences]
+        metrics["tokens"] = torch.tensor(float(sum(map(len, ids)))), 0.0
+        metrics["tokens_unique"] = torch.tensor(float(cost(ids, layout)[0])), 0.0
         # A process with fewer micro-batches than another runs one more for nothing, for all must run equally many.
         engine.backward(share if number < real else 0.0 * share, last=number == len(batches) - 1)
         sums.add(share, metrics, 1.0 if number < real else 0.0)
-    sequences = [[ids for example in batch for ids in example.sequences] for batch in batches[:real]]
-    sums.add_number("tokens", sum(len(ids) for batch in sequences for ids in batch))
-    sums.add_number("tokens_unique", sum(cost(batch, layout)[0] for batch in sequences))
     return sums.agreed()
 
 
@@ -135,10 +125,6 @@ class Sums:
             value = value.detach().double() if factor else torch.zeros((), dtype=torch.float64, device=value.device)
             self.values[name] = self.values[name] + value if name in self.values else value
             self.counts[name] = self.counts.get(name, 0.0) + factor * count
-
-    def add_number(self, name: str, value: float) -> None:
-        """A number that is summed over the processes, and no mean."""
-        self.values[name], self.counts[name] = torch.tensor(value, dtype=torch.float64), 0.0
 
     def agreed(self) -> dict[str, float]:
         """Loss, means and sums over all processes."""

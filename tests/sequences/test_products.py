@@ -72,8 +72,3 @@ def test_other_precisions_are_left_to_torch(pays: None, monkeypatch: pytest.Monk
             read_log_probabilities(single, layout, SPANS)
         with pytest.raises(AssertionError, match="ran"):
             read_log_probabilities(single, layout, SPANS)
-
-
-def test_memory_is_kept_without_a_word():
-    preparation.keep_memory()
-    assert torch.ones(1 << 20).sum() == 1 << 20
