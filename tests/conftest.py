@@ -7,7 +7,7 @@ import pytest
 SLOW = {
     "test_bench", "test_command_line", "test_comparison", "test_dashboards", "test_engines", "test_errors",
     "test_gpu_check", "test_kills", "test_launch", "test_lora", "test_malformed", "test_recorded", "test_report",
-    "test_resume", "test_safety", "test_slurm", "test_stopping", "test_tracking",
+    "test_ranks", "test_resume", "test_safety", "test_slurm", "test_stopping", "test_tracking",
 }  # fmt: skip
 
 

@@ -1,15 +1,19 @@
-"""Engines that tests drive by themselves."""
+"""Engines that tests drive by themselves, and runs of several processes."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 
 from rdo.settings import EngineConfig
-from rdo.training.checkpoints import Checkpoints
-from rdo.training.engine.torch_engine import TorchEngine
+from rdo.training.engine import TorchEngine
 from rdo.training.step import Task, deal_step, training_step
 
 
@@ -28,7 +32,7 @@ class PlainEngine:
 
 def one_step(task: Task, model: Any, layout: str, examples: Sequence[Any], budget: int) -> dict[str, float]:
     """The measures of one step that leaves its gradients in the model; without those of speed."""
-    measured, _ = training_step(task, PlainEngine(model), layout, deal_step(examples, layout, budget))  # type: ignore[arg-type]
+    measured = training_step(task, PlainEngine(model), layout, deal_step(examples, layout, budget))  # type: ignore[arg-type]
     return {name: value for name, value in measured.items() if name not in ("tokens", "unique_token_share")}
 
 
@@ -42,7 +46,25 @@ def torch_engine(width: int = 2, groups: Callable[[torch.nn.Module], Any] | None
     return TorchEngine(model, optimizer, None, EngineConfig())
 
 
-def save_when_due(checkpoints: Checkpoints, step: int, engine: TorchEngine) -> None:
-    """What the training loop does after a step that is not the last."""
-    if checkpoints.is_due(step):
-        checkpoints.save(step, engine)
+def launched(count: int, *command: object) -> subprocess.Popen[str]:
+    """So many processes of a Python program, as torchrun starts them on one machine."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-port", "0"]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    return subprocess.Popen(
+        [*torchrun, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def finished(process: subprocess.Popen[str], seconds: float = 240.0) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error; a process that hangs fails the test."""
+    try:
+        out, error = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"hangs after {seconds} seconds")
+    return process.returncode, out, error

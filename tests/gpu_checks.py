@@ -24,14 +24,13 @@ from helpers import policy, random_tree, relative_error, scorer, words
 from made_tasks import SETTINGS, encoded, make_task
 from rdo.models.traits import recompute_activations
 from rdo.sequences.attention import OBSTACLES, attention_name, choose_kernel
-from rdo.sequences.devices import to_device
 from rdo.sequences.forward import hidden_states
 from rdo.sequences.kernels.varlen import HALF
-from rdo.sequences.layout import LayoutName, make_layout
+from rdo.sequences.layout import LayoutName, make_layout, to_device
 from rdo.sequences.preparation import head_width, set_layout
 from rdo.sequences.readout import LOGITS_BUDGET, Span, span_log_probabilities
 from rdo.settings import EngineConfig
-from rdo.training.engine.torch_engine import TorchEngine
+from rdo.training.engine import TorchEngine
 from rdo.training.step import deal_step, training_step
 
 # The dtype of the weights, and of autocast where it is on.
@@ -174,7 +173,7 @@ def steps(task: str, layout: str, precision: str, device: torch.device, scale: i
     losses: list[float] = []
     gradients: list[torch.Tensor] = []
     for _ in range(3):
-        measured, _ = training_step(made_up, engine, how, deal_step(examples, how, 700))
+        measured = training_step(made_up, engine, how, deal_step(examples, how, 700))
         gradients = gradients or [p.grad.float().cpu() for p in engine.model.parameters() if p.grad is not None]
         losses.append(measured["loss"])
         engine.step()
@@ -205,10 +204,8 @@ def check_waiting(task: str, kernel: str, precision: str, device: torch.device) 
     engine = engine_of(task, precision, device, SCALES[device.type])
     set_layout(engine.model, "tree", kernel, engine.precision)
     made_up, examples = examples_of(task)
-    prepared = {"kl": torch.zeros((), device=device)} if task == "kto" else {}
-    work = partial(
-        made_up.losses, layout="tree", examples=examples, denominators=made_up.denominators(examples), prepared=prepared
-    )
+    kl = torch.zeros((), device=device) if task == "kto" else None
+    work = partial(made_up.losses, layout="tree", examples=examples, denominators=made_up.denominators(examples), kl=kl)
     for mode in ("default", "error"):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(mode)
@@ -253,5 +250,5 @@ def obstacle(kernel: str, mode: str, device: torch.device) -> str | None:
 
 def emulate() -> None:
     """On a CPU, varlen under an emulation of PyTorch's function, in float32 too."""
-    rdo.sequences.kernels.varlen.variable_length_attention = lambda: (emulated.varlen_attn, True)  # type: ignore[assignment]
+    rdo.sequences.kernels.varlen.varlen.varlen_attn = emulated.varlen_attn  # type: ignore[assignment]
     rdo.sequences.kernels.varlen.HALF = (*HALF, torch.float32)  # type: ignore[assignment]

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
 from rdo.models.scorers import ComparisonTemplate
-from rdo.objectives.choice import choose_loss
+from rdo.objectives.choice import LossChoice, choose_loss
 from rdo.objectives.losses import rrhf_pairs
-from rdo.training.alignment import AlignmentRecord, AlignmentTask, Pair
+from rdo.training.alignment import AlignmentRecord, AlignmentTask, Pair, Sample
 from rdo.training.tasks import ById, Demonstration, ScorerTask, SftTask, learns_from
 
 SETTINGS = {
     "dpo": {"name": "dpo", "beta": 0.2},
     "kto": {"name": "kto", "beta": 0.1, "mean_over": "samples"},
     "rrhf": {"name": "rrhf", "pairs": "ranking", "ranking": "scores", "mean_over": "queries", "sft_weight": 1.0},
+    "mixed": {"name": "kto", "beta": 0.1, "mean_over": "samples", "sft_weight": 0.5},
 }
+TASKS = [*SETTINGS, "sft", "pointwise", "paper", "antisymmetric", "residual"]
 
 
 def encoded(count: int, responses: int, seed: int = 0, scale: int = 1) -> list[EncodedRecord]:
@@ -31,31 +34,43 @@ def encoded(count: int, responses: int, seed: int = 0, scale: int = 1) -> list[E
     return made
 
 
+def task_of(examples: Sequence[AlignmentRecord], loss: LossChoice) -> AlignmentTask:
+    """A loss on records that are ready for it."""
+    return AlignmentTask(ById([example.record_id for example in examples], examples.__getitem__), loss)
+
+
+def references(records: Sequence[EncodedRecord]) -> dict[str, tuple[float, ...]]:
+    """Made-up log-probabilities of every response under the reference."""
+    draw = random.Random(2)
+    ordered = sorted(records, key=lambda record: record.id)
+    return {r.id: tuple(-4.0 * len(ids) + draw.random() for ids in r.responses) for r in ordered}
+
+
 def alignment_task(name: str, records: list[EncodedRecord]) -> AlignmentTask:
-    """The task of a loss, with made-up references, coefficients and (for KTO) mismatched responses."""
-    loss = choose_loss(SETTINGS[name])
-    draw = random.Random(1)
-    ranks = {record.id: [draw.random() for _ in record.responses] for record in sorted(records, key=lambda r: r.id)}
-    reference = {
-        record.id: tuple(-4.0 * len(ids) + draw.random() for ids in record.responses)
-        for record in sorted(records, key=lambda r: r.id)
-    }
-    by_id = {record.id: record for record in records}
-    names = sorted(by_id)
+    """The task of a loss, with made-up references, coefficients and (for KTO) mismatched responses.
+
+    mixed: pairs with weights, both responses labelled alone, and one response labelled alone, by turns.
+    """
+    loss, draw, known = choose_loss(SETTINGS[name]), random.Random(1), references(records)
+    ordered = sorted(records, key=lambda record: record.id)
+    ranks = {record.id: [draw.random() for _ in record.responses] for record in ordered}
     examples = []
     for record in records:
-        order = rrhf_pairs(ranks[record.id]) if name == "rrhf" else [(0, 1)]
-        partner = by_id[names[(names.index(record.id) + 1) % len(names)]]
-        examples.append(
-            AlignmentRecord(
-                record,
-                tuple(Pair(i, j, 0.5 + ranks[record.id][i]) for i, j in order),
-                reference[record.id],
-                best=ranks[record.id].index(max(ranks[record.id])) if loss.sft_weight else None,
-                mismatched=tuple((ids, -4.1 * len(ids)) for ids in partner.responses) if loss.needs_kl else (),
-            )
-        )
-    return AlignmentTask(ById([example.record_id for example in examples], examples.__getitem__), loss)
+        n, rank, reference = ordered.index(record), ranks[record.id], known[record.id]
+        partner = ordered[(n + 1) % len(ordered)]
+        mismatched = tuple((ids, -4.1 * len(ids)) for ids in partner.responses) if loss.needs_kl else ()
+        order = rrhf_pairs(rank) if name == "rrhf" else [(0, 1)]
+        pairs = tuple(Pair(i, j, 0.5 + rank[i]) for i, j in order)
+        best = rank.index(max(rank)) if loss.sft_weight else None
+        alone: tuple[Sample, ...] = ()
+        if name == "mixed":
+            kept = 1 if n % 3 == 2 else 2
+            record, reference = EncodedRecord(record.id, record.prompt, record.responses[:kept]), reference[:kept]
+            if n % 3:
+                pairs, alone = (), tuple(Sample(r, (n + r) % 2 == 0) for r in range(kept))
+            best = 0 if n % 3 == 1 else None
+        examples.append(AlignmentRecord(record, pairs, reference, alone, best, mismatched))
+    return task_of(examples, loss)
 
 
 class Words:
@@ -79,6 +94,3 @@ def make_task(name: str, records: list[EncodedRecord]) -> object:
     template = ComparisonTemplate(["q", "a", "b"], Words())  # type: ignore[arg-type]
     beta = 0.1 if name == "paper" else 0.0
     return ScorerTask(ById(keys, pairs.__getitem__), name, template, beta, beta, seed=3)
-
-
-TASKS = ["dpo", "kto", "rrhf", "sft", "pointwise", "paper", "antisymmetric", "residual"]

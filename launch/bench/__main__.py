@@ -23,7 +23,7 @@ from rdo.checks import compose_config
 from rdo.main import prepare_process
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import write_json
-from rdo.sequences import processor
+from rdo.sequences import preparation
 
 # A Llama of 46M parameters with random weights. Its vocabulary is small, so that the head's share of the work is more
 # like a large model's. Memory before speed: at 2048 tokens a step of DPO is 4 % faster, and takes half as much again.
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = compose_config([*OVERRIDES, *options.set])
     prepare_process(config.engine)
     if options.products == "torch":
-        processor.onednn_pays = lambda: False
+        preparation.onednn_pays = lambda: False
     chosen = {name: getattr(options, name) for name in ("against", "rounds", "pairs")}
     chosen["threads"] = options.threads or sorted({1, torch.get_num_threads()})
     device = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(config.engine.device, config.engine.device)

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from rdo.sequences.processor import prepare_products
+from rdo.sequences.preparation import prepare_products
 
 T = TypeVar("T")
 

@@ -35,8 +35,7 @@ from rdo.sequences.layout import LayoutName, Padded, TokenIds
 from rdo.sequences.preparation import set_layout
 from rdo.settings import EngineConfig, EvalConfig, ModelConfig
 from rdo.training.alignment import AlignmentRecord, AlignmentTask, Pair
-from rdo.training.engine.surface import precision_of
-from rdo.training.engine.torch_engine import TorchEngine
+from rdo.training.engine import TorchEngine, precision_of
 from rdo.training.step import deal_step, training_step
 from rdo.training.tasks import ById, ScorerTask
 
@@ -199,7 +198,7 @@ def training_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Work
 
     def run(layout: LayoutName) -> torch.Tensor:
         dealt = deal_step(examples, layout, bench.engine.tokens_per_micro_batch)
-        return torch.tensor([training_step(task, engine, layout, dealt)[0]["loss"]])
+        return torch.tensor([training_step(task, engine, layout, dealt)["loss"]])
 
     of_losses = (len(example.encoded.responses[r]) for example in examples for r in example.responses)
     reads = sum(of_losses) if name in LOSSES else len(sequences)

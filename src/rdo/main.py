@@ -31,7 +31,7 @@ from rdo.runtime.errors import UserError, described
 from rdo.runtime.failing import DEBUG, FAILED, FULL_ERROR, fail, show
 from rdo.runtime.files import read_json
 from rdo.runtime.store import Artifact, MissingInput, Provenance
-from rdo.sequences import processor
+from rdo.sequences.preparation import keep_memory
 from rdo.settings import Config, EngineConfig
 from rdo.stages.align import aligned_policy, needed_scores
 from rdo.stages.evaluate import EVALUATION, evaluate_policy, evaluate_scorers
@@ -161,7 +161,7 @@ def prepare_process(config: EngineConfig) -> None:
     # On several threads of a CPU PyTorch else adds up gradients of gathered rows in whatever order the threads come.
     torch.use_deterministic_algorithms(config.device == "cpu" or not torch.cuda.is_available())
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    processor.keep_memory()
+    keep_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
 

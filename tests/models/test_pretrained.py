@@ -20,8 +20,7 @@ from rdo.checks import compose_config
 from rdo.models.pretrained import load_policy, load_scorer, load_tokenizer, new_scorer, save_model
 from rdo.runtime.errors import UserError
 from rdo.settings import EngineConfig, ModelConfig
-from rdo.training.checkpoints import Checkpoints
-from rdo.training.engine.torch_engine import TorchEngine
+from rdo.training.engine import Checkpoints, TorchEngine
 
 CONFIG = ModelConfig()
 

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 
 import rdo.sequences.kernels.varlen
 import rdo.sequences.preparation
-from emulated import varlen_attn, varlen_attn_of_2_11
-from helpers import policy, random_tree, relative_error
+from emulated import varlen_attn
+from helpers import policy, relative_error
 from rdo.runtime.errors import UserError
 from rdo.sequences.attention import choose_kernel
 from rdo.sequences.forward import hidden_states
-from rdo.sequences.kernels.varlen import GatherRows, VarlenPlan, computed_dtype
-from rdo.sequences.layout import PrefixTree, make_layout, subtree_ends
+from rdo.sequences.kernels.varlen import GatherRows, VarlenPlan, computed_dtype, varlen
+from rdo.sequences.layout import PrefixTree, make_layout
 from rdo.sequences.preparation import head_width, set_kernel, set_layout, why_not_tree
 from rdo.sequences.readout import span_log_probabilities
 
@@ -32,8 +32,7 @@ EVERY_DTYPE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def emulate(monkeypatch: pytest.MonkeyPatch, function: Callable[..., torch.Tensor] = varlen_attn) -> None:
     """Puts an emulation in the place of PyTorch's variable-length attention, in every dtype that it computes in."""
-    knows_groups = function is not varlen_attn_of_2_11
-    monkeypatch.setattr(rdo.sequences.kernels.varlen, "variable_length_attention", lambda: (function, knows_groups))
+    monkeypatch.setattr(varlen, "varlen_attn", function)
     monkeypatch.setattr(rdo.sequences.kernels.varlen, "HALF", EVERY_DTYPE)
 
 
@@ -60,16 +59,6 @@ def check(model: PreTrainedModel, sequences: Sequences, kernel: str, tolerance: 
     assert relative_error(gradients(model, found), wanted_gradients) < tolerance
 
 
-def visible(tree: PrefixTree, window: int | None = None) -> np.ndarray:
-    """Which rows see which, [tokens, tokens], by the paths that the tree itself gives."""
-    seen = np.zeros((len(tree), len(tree)), dtype=bool)
-    for rows in tree.rows:
-        for position, row in enumerate(rows):
-            first = 0 if window is None else max(0, position - window + 1)
-            seen[row, rows[first : position + 1]] = True
-    return seen
-
-
 @pytest.mark.parametrize("model", DECODERS)
 @pytest.mark.parametrize("name", ["tree", "three differences"])
 def test_varlen_agrees_with_the_flat_layout(monkeypatch: pytest.MonkeyPatch, model: str, name: str):
@@ -84,15 +73,8 @@ def test_varlen_agrees_in_double_precision(monkeypatch: pytest.MonkeyPatch, mode
     check(policy(model, torch.float64), LISTS[name], "varlen", FLOAT64)
 
 
-@pytest.mark.parametrize("model", ["llama", "llama-grouped", "mistral-window"])
-def test_varlen_agrees_where_pytorch_knows_no_groups(monkeypatch: pytest.MonkeyPatch, model: str):
-    emulate(monkeypatch, varlen_attn_of_2_11)
-    check(policy(model, torch.float64), LISTS["six responses"], "varlen", FLOAT64)
-
-
 def test_varlen_gathers_nothing_where_nothing_is_shared():
-    apart = PrefixTree([(2, 3, 4), (5, 6)])
-    assert VarlenPlan(apart, "cpu").rows is None
+    assert VarlenPlan(PrefixTree([(2, 3, 4), (5, 6)]), "cpu").rows is None
     assert VarlenPlan(PrefixTree([(2, 3, 4), (2, 6)]), "cpu").rows is not None
 
 
@@ -106,7 +88,7 @@ def test_varlen_computes_in_half_precision_under_autocast(monkeypatch: pytest.Mo
 
     model, sequences = policy("llama-grouped"), LISTS["six responses"]
     exact = gradients(model, read(model, sequences, "padded")[1])
-    monkeypatch.setattr(rdo.sequences.kernels.varlen, "variable_length_attention", lambda: (noting, True))
+    monkeypatch.setattr(varlen, "varlen_attn", noting)
     assert why_not_tree(model, "varlen", torch.bfloat16) is None
     errors = {}
     for kernel in ("padded", "varlen"):
@@ -165,14 +147,6 @@ def test_attention_computes_in_what_autocast_says_or_the_values_are_in():
         assert computed_dtype(values[torch.float64]) == torch.float64  # which autocast leaves alone
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_subtrees_say_who_sees_whom(seed: int):
-    tree = PrefixTree(random_tree(seed, count=12))
-    rows = np.arange(len(tree))
-    found = (rows[None] <= rows[:, None]) & (rows[:, None] < subtree_ends(tree.segments)[None])
-    assert (found == visible(tree)).all()
-
-
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 FULL, BRAIN, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float16, torch.float64
 RULE: list[tuple[torch.device, torch.dtype, int, dict[str, Any], str]] = [
@@ -189,7 +163,6 @@ RULE: list[tuple[torch.device, torch.dtype, int, dict[str, Any], str]] = [
     (CUDA, HALF, 64, {"capability": (7, 5)}, "gathered"),
     (CUDA, BRAIN, 64, {"flash": False}, "gathered"),
     (CUDA, BRAIN, 64, {"cudnn": True}, "gathered"),
-    (CUDA, BRAIN, 64, {"varlen": False}, "gathered"),
     (CUDA, BRAIN, 12, {}, "gathered"),
     (CUDA, FULL, 64, {}, "gathered"),
     (CUDA, DOUBLE, 64, {}, "gathered"),
@@ -201,18 +174,11 @@ def pretend(
     capability: tuple[int, int] = (8, 0),
     flash: bool = True,
     cudnn: bool = False,
-    varlen: bool = True,
 ) -> None:
     """A GPU, and a PyTorch that was built for it."""
-
-    def imported(name: str) -> Any:
-        if not varlen:
-            raise ImportError(name)
-        return SimpleNamespace(_should_use_cudnn=lambda index: cudnn)
-
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: flash)
-    monkeypatch.setattr(rdo.sequences.kernels.varlen, "importlib", SimpleNamespace(import_module=imported))
+    monkeypatch.setattr(varlen, "_should_use_cudnn", lambda index: cudnn, raising=False)
 
 
 @pytest.mark.parametrize(("device", "dtype", "width", "machine", "chosen"), RULE)
@@ -234,7 +200,6 @@ def test_the_kernel_is_chosen_by_one_rule(monkeypatch, device, dtype, width, mac
         ("varlen", CUDA, HALF, 64, {"capability": (7, 0)}, "compute capability"),
         ("varlen", CUDA, HALF, 64, {"flash": False}, "flash attention"),
         ("varlen", CUDA, HALF, 64, {"cudnn": True}, "cuDNN"),
-        ("varlen", CUDA, HALF, 64, {"varlen": False}, r"PyTorch 2\.11"),
     ],
 )
 def test_a_kernel_that_is_demanded_in_vain_is_refused_by_name(monkeypatch, kernel, device, dtype, width, machine, said):
@@ -262,9 +227,9 @@ def test_the_rule_is_asked_for_what_attention_computes_in(monkeypatch, weights, 
     assert asked == [("auto", CPU, computed, 8)]
 
 
-@pytest.mark.parametrize(("name", "width"), [("gpt2", 8), ("gpt-neox", 8), ("gemma3", 8), ("llama-grouped", 8)])
-def test_the_width_of_a_head_is_found_in_every_config(name: str, width: int):
-    assert head_width(policy(name)) == width
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "gemma3", "llama-grouped"])
+def test_the_width_of_a_head_is_found_in_every_config(name: str):
+    assert head_width(policy(name)) == 8
 
 
 def test_a_kernel_that_the_model_itself_cannot_run_is_left_out_aloud(monkeypatch, capsys):

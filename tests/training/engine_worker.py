@@ -1,7 +1,7 @@
 """One of several processes that train tiny models under every engine of DeepSpeed; see test_engines.py.
 
-Started by torchrun: `engine_worker.py FOLDER ENGINE,ENGINE,... TASK,TASK,...`. The first process writes losses,
-gradient norms and weights of each to FOLDER/ENGINE-TASK.pt.
+Started by torchrun: `engine_worker.py FOLDER ENGINE-TASK ENGINE-TASK ...`. The first process writes losses, gradient
+norms and weights of each to FOLDER/ENGINE-TASK.pt.
 """
 
 import sys
@@ -23,7 +23,7 @@ from rdo.runtime import processes
 from rdo.runtime.files import read_json_lines
 from rdo.settings import EngineConfig, LoraConfig, ModelConfig, ScorerConfig, TrackerConfig
 from rdo.tracking import METRICS, Tracker
-from rdo.training.engine import deepspeed_engine
+from rdo.training import zero
 from rdo.training.loop import train
 
 RECORDS, BATCH, EPOCHS = 10, 4, 2
@@ -64,14 +64,14 @@ def trained(name: str, engine: str, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    folder, engines, tasks = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3].split(",")
     processes.start("cpu")
-    deepspeed_engine.ZERO["stage3_param_persistence_threshold"] = 0  # else weights as small as these are not divided
-    for engine in engines:
-        for task in tasks:
-            found = trained(task, engine, folder / f"{engine}-{task}")
-            if processes.world().first:
-                torch.save(found, folder / f"{engine}-{task}.pt")
+    zero.ZERO["stage3_param_persistence_threshold"] = 0  # else weights as small as these are not divided
+    folder = Path(sys.argv[1])
+    for work in sys.argv[2:]:
+        engine, _, task = work.partition("-")
+        found = trained(task, engine, folder / work)
+        if processes.world().first:
+            torch.save(found, folder / f"{work}.pt")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from engines import one_step
-from made_tasks import SETTINGS, TASKS, alignment_task, encoded, make_task
+from made_tasks import SETTINGS, TASKS, alignment_task, encoded, make_task, task_of
 from rdo.data.encoding import EncodedRecord
 from rdo.models.pretrained import load_tokenizer
 from rdo.objectives import losses
@@ -31,9 +31,8 @@ from rdo.stages.run import Run, model_path
 from rdo.stages.scorer import scorer
 from rdo.stages.sft import base_policy
 from rdo.tracking import Tracker
-from rdo.training.alignment import AlignmentRecord, AlignmentTask, Pair
-from rdo.training.loop import train
-from rdo.training.plan import learning_rate_factor, make_plan
+from rdo.training.alignment import AlignmentRecord, Pair
+from rdo.training.loop import learning_rate_factor, make_plan, train
 from rdo.training.tasks import ById
 from tiny import tiny_run
 
@@ -84,8 +83,8 @@ def assert_same_gradient(first: dict[str, torch.Tensor], second: dict[str, torch
 
 @pytest.mark.parametrize("name", TASKS)
 def test_any_budget_and_layout_gives_the_same_step(name: str) -> None:
-    """One record a micro-batch, all at once, tree or padded: accumulation 8x1 = 1x8, KTO's KL included."""
-    records = encoded(8, 6 if name == "rrhf" else 2)
+    """One record a micro-batch, all at once, tree or padded: accumulation 9x1 = 1x9, KTO's KL included."""
+    records = encoded(9, 6 if name == "rrhf" else 2)
     expected, gradient = step(name, records, "padded", 10**9)
     for layout in ("padded", "tree"):
         for budget in (1, 60, 10**9):
@@ -96,7 +95,7 @@ def test_any_budget_and_layout_gives_the_same_step(name: str) -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_order_of_records_changes_nothing(name: str) -> None:
-    records = encoded(8, 2)
+    records = encoded(9, 2)
     expected, gradient = step(name, records, "tree", 60)
     shuffled = list(records)
     random.Random(5).shuffle(shuffled)
@@ -115,16 +114,8 @@ def test_weights_after_training_do_not_depend_on_the_budget(name: str, tmp_path)
         config = TrainingConfig(learning_rate=1e-3, batch_size=4, epochs=3, schedule="cosine")
         engine = EngineConfig(tokens_per_micro_batch=budget, layout=layout)
         with Tracker(TrackerConfig(), folder, "test", {}) as tracker:
-            train(
-                make_task(name, encoded(10, 6 if name == "rrhf" else 2)),
-                model,
-                config,
-                engine,
-                0,
-                folder,
-                tracker,
-                "test",
-            )
+            task = make_task(name, encoded(10, 6 if name == "rrhf" else 2))
+            train(task, model, config, engine, 0, folder, tracker, "test")
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     start = torch.cat([p.detach().flatten() for p in model_of(name).parameters()])
     moved = float((weights[0] - start).norm())
@@ -146,9 +137,7 @@ def test_loss_is_ln2_where_policy_is_the_reference() -> None:
         with torch.no_grad():
             reference, _ = read_log_probabilities(model, make_layout(layout, sequences), spans)
         examples.append(AlignmentRecord(record, (Pair(0, 1),), tuple(reference.tolist())))
-    task = AlignmentTask(
-        ById([example.record_id for example in examples], examples.__getitem__), choose_loss(SETTINGS["dpo"])
-    )
+    task = task_of(examples, choose_loss(SETTINGS["dpo"]))
     for budget in (1, 10**9):
         measures = one_step(task, model, layout, examples, budget)
         assert measures["loss"] == pytest.approx(math.log(2), abs=2e-6)
@@ -162,10 +151,10 @@ def test_kto_estimates_its_kl_over_the_whole_step(monkeypatch: pytest.MonkeyPatc
     task = alignment_task("kto", encoded(6, 2))
     records = list(task.records)
     seen: list[torch.Tensor] = []
-    assert task.preparation is not None
+    assert task.kl_ratios is not None
     with torch.no_grad():
-        parts = [task.preparation.values(model, layout, [record]) for record in records]
-    whole = task.preparation.combined(torch.cat(parts))["kl"]
+        parts = [task.kl_ratios(model, layout, [record]) for record in records]
+    whole = losses.kto_kl(torch.cat(parts))
     monkeypatch.setattr(losses, "kto_kl", lambda ratios: seen.append(ratios) or whole)
     for budget in (1, 10**9):
         one_step(task, model, layout, records, budget)

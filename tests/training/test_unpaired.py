@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,21 +11,16 @@ import torch
 from test_loop import assert_same_gradient, llama
 
 from engines import one_step
-from made_tasks import encoded
+from made_tasks import alignment_task, encoded, references, task_of
 from rdo.data.encoding import EncodedRecord
 from rdo.objectives.choice import LossChoice, choose_loss
 from rdo.sequences.preparation import set_layout
 from rdo.sequences.readout import Span
-from rdo.training.alignment import AlignmentRecord, AlignmentTask, Pair, Sample
-from rdo.training.tasks import ById
+from rdo.training.alignment import AlignmentRecord, Pair, Sample
 
 
 def kto(**others: Any) -> LossChoice:
     return choose_loss({"name": "kto", "beta": 0.1, "mean_over": "samples", **others})
-
-
-def task_of(examples: Sequence[AlignmentRecord], loss: LossChoice) -> AlignmentTask:
-    return AlignmentTask(ById([example.record_id for example in examples], examples.__getitem__), loss)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,66 +129,17 @@ def test_a_step_of_one_kind_only(number: int, label: str, monkeypatch: pytest.Mo
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def step(examples: Sequence[AlignmentRecord], layout: str, budget: int, loss: LossChoice) -> tuple[dict, dict]:
-    """Measures and gradients of one step over the examples, in the order in which the task has them."""
+def step(examples: Sequence[AlignmentRecord], layout: str, loss: LossChoice) -> tuple[dict, dict]:
+    """Measures and gradients of one step over the examples."""
     model = llama()
-    task = task_of(examples, loss)
-    ordered = [task.example(n, 0) for n in range(len(task.record_ids))]
-    measures = one_step(task, model, set_layout(model, layout), ordered, budget)
+    measures = one_step(task_of(examples, loss), model, set_layout(model, layout), examples, 10**9)
     return measures, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def references(records: Sequence[EncodedRecord]) -> dict[str, tuple[float, ...]]:
-    draw = random.Random(1)
-    return {record.id: tuple(-4.0 * len(ids) + draw.random() for ids in record.responses) for record in records}
-
-
-def mixed_examples() -> list[AlignmentRecord]:
-    """Nine records: pairs with weights, both responses alone, one response alone, by turns."""
-    records = encoded(9, 2)
-    known = references(records)
-    examples = []
-    for n, record in enumerate(records):
-        partner = records[(n + 1) % len(records)]
-        if n % 3 == 2:
-            record = EncodedRecord(record.id, record.prompt, record.responses[:1])
-        alone = tuple(Sample(response, (n + response) % 2 == 0) for response in range(len(record.responses)))
-        examples.append(
-            AlignmentRecord(
-                record,
-                (Pair(1, 0, 0.5 + n),) if n % 3 == 0 else (),
-                known[record.id][: len(record.responses)],
-                alone if n % 3 else (),
-                best=0 if n % 3 == 1 else None,
-                mismatched=tuple((ids, -4.1 * len(ids)) for ids in partner.responses),
-            )
-        )
-    return examples
-
-
-@pytest.mark.parametrize("sft_weight", [0.0, 0.5])
-def test_any_budget_and_layout_gives_the_same_step_of_mixed_data(sft_weight: float) -> None:
-    loss = kto(sft_weight=sft_weight)
-    expected, gradient = step(mixed_examples(), "padded", 10**9, loss)
-    for layout in ("padded", "tree"):
-        for budget in (1, 60, 10**9):
-            measures, other = step(mixed_examples(), layout, budget, loss)
-            assert measures == pytest.approx(expected, rel=2e-5, abs=2e-6)
-            assert_same_gradient(gradient, other)
-
-
-def test_order_of_mixed_records_changes_nothing() -> None:
-    expected, gradient = step(mixed_examples(), "tree", 60, kto())
-    shuffled = mixed_examples()
-    random.Random(5).shuffle(shuffled)
-    measures, other = step(shuffled, "tree", 60, kto())
-    assert measures == expected
-    assert all(torch.equal(gradient[name], other[name]) for name in gradient)
 
 
 def test_step_of_mixed_data_equals_the_naive_formula() -> None:
     """Packing, tree, read-outs, z0, weights, means and the cross-entropy against a loop over plain forward passes."""
-    model, examples = llama(), mixed_examples()
+    model, task = llama(), alignment_task("mixed", encoded(9, 2))
+    examples = list(task.records)
 
     def log_probability(prompt: tuple[int, ...], ids: tuple[int, ...]) -> float:
         row = torch.tensor([[*prompt, *ids]])
@@ -217,7 +162,7 @@ def test_step_of_mixed_data_equals_the_naive_formula() -> None:
             imitated.append(-log_probability(example.encoded.prompt, ids) / len(ids))
     assert (len(losses), len(imitated)) == (3 * 2 + 3 * 2 + 3, 3)
     expected = sum(losses) / len(losses) + 0.5 * sum(imitated) / len(imitated)
-    measures, _ = step(examples, "tree", 50, kto(sft_weight=0.5))
+    measures = one_step(task, model, set_layout(model, "tree"), examples, 50)
     assert measures["loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -234,8 +179,8 @@ def test_pairs_split_up_give_the_step_of_the_pairs(layout: str) -> None:
             half = EncodedRecord(f"{record.id}-{response}", record.prompt, (record.responses[response],))
             own, other = known[record.id][response], mismatched[response]
             halves.append(AlignmentRecord(half, (), (own,), (Sample(0, desirable),), mismatched=(other,)))
-    expected, gradient = step(pairs, layout, 10**9, kto())
-    measures, other = step(halves, layout, 10**9, kto())
+    expected, gradient = step(pairs, layout, kto())
+    measures, other = step(halves, layout, kto())
     assert expected["kl_estimate"] > 0
     for name in ("loss", "kl_estimate", "implicit_reward_desirable", "implicit_reward_undesirable"):
         assert measures[name] == pytest.approx(expected[name], rel=1e-6)

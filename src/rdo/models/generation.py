@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rdo.sequences.devices import to_device
+from rdo.sequences.layout import to_device
 from rdo.sequences.preparation import set_layout
 from rdo.settings import EvalConfig
 

@@ -1,8 +1,8 @@
 """Tree attention: a token attends to its own path from the root and to nothing else.
 
-Registered with transformers' AttentionInterface, one name a kernel (`gathered`, `contiguous`,
-`varlen`; see kernels/), so that every decoder that goes through the interface works unpatched: the tree
-travels to the attention layers as the extra forward argument `tree`, as the plan of the kernel that runs it.
+Registered with transformers' AttentionInterface, one name a kernel (see kernels/), so that every decoder that goes
+through the interface works unpatched: the tree travels to the attention layers as the extra forward argument `tree`, as
+the plan of the kernel that runs it.
 
 No mask function is registered: transformers then builds no mask, which is what a tree wants. Padded rows (`Padded`)
 need their mask and therefore never run under this attention (see preparation.set_layout).
@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 from rdo.runtime.errors import UserError
 from rdo.sequences.kernels.contiguous import ContiguousPlan, why_not_contiguous
 from rdo.sequences.kernels.gathered import GatheredPlan
-from rdo.sequences.kernels.varlen import HALF, VarlenPlan, why_not_varlen
+from rdo.sequences.kernels.varlen import VarlenPlan, why_not_varlen
 from rdo.sequences.layout import PrefixTree
 
 # What a decoder may pass beside query, key and value without changing what attention means.
@@ -61,17 +61,12 @@ def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype, head_wi
     auto: on a CPU contiguous, on a GPU in half precision varlen, where they run, else gathered. Raises UserError where
     what is demanded does not run.
     """
-    if wanted in OBSTACLES:
-        reason = OBSTACLES[wanted](device, dtype, head_width)
-        if reason is not None:
-            raise UserError(f"engine.attention={wanted} {reason}; use engine.attention=auto")
-    if wanted != "auto":
-        return wanted
-    if device.type == "cpu" or dtype in HALF:
-        for kernel, why_not in OBSTACLES.items():
-            if why_not(device, dtype, head_width) is None:
-                return kernel
-    return "gathered"
+    reasons = {kernel: why_not(device, dtype, head_width) for kernel, why_not in OBSTACLES.items()}
+    if wanted == "auto":
+        return next((kernel for kernel, reason in reasons.items() if reason is None), "gathered")
+    if reason := reasons.get(wanted):
+        raise UserError(f"engine.attention={wanted} {reason}; use engine.attention=auto")
+    return wanted
 
 
 def attention_name(kernel: str) -> str:
@@ -109,10 +104,9 @@ def tree_attention(
     """
     unknown = sorted(name for name, given in others.items() if given is not None and name not in HARMLESS)
     if tree is None or attention_mask is not None or dropout or unknown:
-        what = (
-            f"passes {', '.join(unknown)} to its attention" if unknown else "needs a mask or dropout in its attention"
-        )
-        raise UserError(f"{type(module).__name__} {what}, which engine.layout=tree cannot do; use engine.layout=padded")
+        what = f"passes {', '.join(unknown)} to" if unknown else "needs a mask or dropout in"
+        what = f"{type(module).__name__} {what} its attention"
+        raise UserError(f"{what}, which engine.layout=tree cannot do; use engine.layout=padded")
     return tree.attend(query, key, value, scaling, sliding_window), None
 
 

@@ -15,9 +15,7 @@ from transformers import PreTrainedModel
 from rdo.runtime import stopping
 from rdo.runtime.errors import UserError
 from rdo.sequences.attention import make_plan
-from rdo.sequences.devices import to_device
-from rdo.sequences.layout import Layout, LayoutName, PrefixTree, TokenIds, make_layout
-from rdo.sequences.packing import pack
+from rdo.sequences.layout import Layout, LayoutName, Padded, PrefixTree, TokenIds, make_layout, pack, to_device
 from rdo.sequences.readout import Scalar, Span, combine, in_full_precision, scalar_values, span_log_probabilities
 
 
@@ -59,21 +57,24 @@ def merge(items: Sequence[Reads]) -> Reads:
 
 def hidden_states(model: PreTrainedModel, layout: Layout) -> torch.Tensor:
     """Last hidden states of a micro-batch, [rows, width], in the order that `layout.index` speaks of."""
-    backbone = model.base_model
+    return forward_pass(model.base_model, model, layout, use_cache=False).last_hidden_state.flatten(0, 1)
+
+
+def forward_pass(module: torch.nn.Module, model: PreTrainedModel, layout: Layout, **options: Any) -> Any:
+    """What a model, or its backbone, makes of a micro-batch. Raises UserError where that does not fit the model."""
     check_positions(model, max(map(len, layout.sequences)))
-    check_ids(model, layout)
-    device = model.device
-    if isinstance(layout, PrefixTree):
-        output = backbone(
-            input_ids=to_device(layout.ids[None], device),
-            position_ids=to_device(layout.positions[None], device),
-            use_cache=False,
-            tree=make_plan(model.config._attn_implementation or "", layout, device),
+    rows, largest, device = len(input_embeddings(model)), int(layout.ids.max()), model.device
+    if largest >= rows:
+        raise UserError(
+            f"the token id {largest}, but {model.name_or_path or type(model).__name__} has {rows} embeddings only: its "
+            "tokenizer belongs to another model"
         )
-        return output.last_hidden_state[0]
-    ids, mask = to_device(layout.ids, device), to_device(layout.mask, device)
-    output = backbone(input_ids=ids, attention_mask=mask, use_cache=False)
-    return output.last_hidden_state.flatten(0, 1)
+    if isinstance(layout, Padded):
+        ids, mask = to_device(layout.ids, device), to_device(layout.mask, device)
+        return module(input_ids=ids, attention_mask=mask, **options)
+    ids, positions = to_device(layout.ids[None], device), to_device(layout.positions[None], device)
+    plan = make_plan(model.config._attn_implementation or "", layout, device)
+    return module(input_ids=ids, position_ids=positions, tree=plan, **options)
 
 
 def read_log_probabilities(
@@ -90,10 +91,7 @@ def read_scalars(model: PreTrainedModel, layout: Layout, values: Sequence[Sequen
         return scalar_values(hidden_states(model, layout), head, layout, values)
     if isinstance(layout, PrefixTree):
         raise UserError(f"{type(model).__name__} cannot run in a tree; use engine.layout=padded")
-    check_positions(model, max(map(len, layout.sequences)))
-    check_ids(model, layout)
-    ids, mask = to_device(layout.ids, model.device), to_device(layout.mask, model.device)
-    outputs = model(input_ids=ids, attention_mask=mask).logits
+    outputs = forward_pass(model, model, layout).logits
     rows = to_device(np.array([read.sequence for value in values for read in value]), model.device)
     return combine(in_full_precision(outputs[rows]), values)
 
@@ -142,16 +140,6 @@ def check_positions(model: PreTrainedModel, longest: int, remedy: str = "lower d
         raise UserError(
             f"a sequence of {longest} tokens, but {type(model).__name__} takes {positions}; {remedy} (the difference "
             "model reads the query and both responses, up to twice dataset.max_length)"
-        )
-
-
-def check_ids(model: PreTrainedModel, layout: Layout) -> None:
-    """Raises UserError for an id that the model has no embedding for, which would end in an index out of range."""
-    rows, largest = len(input_embeddings(model)), int(layout.ids.max())
-    if largest >= rows:
-        raise UserError(
-            f"the token id {largest}, but {model.name_or_path or type(model).__name__} has {rows} embeddings only: its "
-            "tokenizer belongs to another model"
         )
 
 

@@ -1,4 +1,5 @@
-"""The two layouts of a micro-batch: `PrefixTree` (every shared prefix once) and `Padded` (one padded row a sequence).
+"""The two layouts of a micro-batch, `PrefixTree` (every shared prefix once) and `Padded` (one padded row a sequence),
+and which items go into one.
 
 Stages list token sequences naively and say what to read where; a layout turns them into what a model runs on and
 translates (sequence, position) into a row of the hidden states. Sharing is discovered, never declared.
@@ -104,14 +105,6 @@ class Padded:
 Layout = PrefixTree | Padded
 
 
-def subtree_ends(segments: Sequence[Segment]) -> np.ndarray:
-    """For every row of a tree, one more than the last row that descends from it, [tokens]."""
-    ends = np.empty(segments[-1].stop, dtype=np.int64)
-    for segment in segments:
-        ends[segment.path] = segment.stop  # depth first: of those below a row, the last segment comes last
-    return ends
-
-
 def make_layout(name: LayoutName, sequences: Sequence[TokenIds]) -> Layout:
     """Lays a micro-batch of non-empty sequences out."""
     return PrefixTree(sequences) if name == "tree" else Padded(sequences)
@@ -129,3 +122,52 @@ def count_unique(sequences: Sequence[TokenIds]) -> int:
     arrays = [np.asarray(ids, dtype=np.int64) for ids in sorted(map(tuple, sequences))]
     shared = sum(common_prefix_length(a, b) for a, b in pairwise(arrays))
     return sum(len(ids) for ids in arrays) - shared
+
+
+def cost(sequences: Sequence[TokenIds], layout: LayoutName) -> tuple[int, int]:
+    """Tokens of an item that a model computes, and the item's widest row."""
+    width = max(len(ids) for ids in sequences)
+    return (count_unique(sequences) if layout == "tree" else len(sequences) * width), width
+
+
+def pack(items: Sequence[Sequence[TokenIds]], layout: LayoutName, budget: int) -> list[list[int]]:
+    """Numbers of the items of each micro-batch, no micro-batch above `budget` tokens unless one item alone is.
+
+    The budget counts unique tokens of each item in a tree, and padded rows in the padded layout, which packs items of
+    similar length together. A tree packs items together that begin alike, so that what they have in common (a query
+    that was labelled twice, a dialogue and its continuation) is computed once.
+    """
+    costs = [cost(item, layout) for item in items]
+    if layout == "padded":
+        order = sorted(range(len(items)), key=lambda number: costs[number][1])
+    else:
+        order = sorted(range(len(items)), key=lambda number: tuple(items[number][0]))
+    batches: list[list[int]] = []
+    tokens = rows = 0
+    for number in order:
+        # Padded items come in order of their width, so that the newest is the widest.
+        rows_after = rows + len(items[number])
+        after = tokens + costs[number][0] if layout == "tree" else rows_after * costs[number][1]
+        if batches and after <= budget:
+            batches[-1].append(number)
+            tokens, rows = after, rows_after
+        else:
+            batches.append([number])
+            tokens, rows = costs[number][0], len(items[number])
+    return batches
+
+
+def to_device(array: np.ndarray | torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """The array as a tensor on the device, which the host does not wait for: pinned memory is copied while a GPU is
+    busy, and PyTorch keeps it until that is done."""
+    tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def tensor_on(
+    device: torch.device | str, values: Sequence[float] | Sequence[bool], dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Numbers [values] on the device, of the dtype that they have by themselves unless another is given."""
+    return to_device(torch.tensor(values, dtype=dtype), device)

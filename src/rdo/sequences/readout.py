@@ -17,8 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from rdo.sequences.devices import tensor_on, to_device
-from rdo.sequences.layout import Layout
+from rdo.sequences.layout import Layout, tensor_on, to_device
 
 # Logits that may exist at once, in elements: 64 Mi of float32 are 256 MiB.
 LOGITS_BUDGET = 64 * 2**20

@@ -27,7 +27,7 @@ from rdo.sequences.forward import Reads, read_all
 from rdo.sequences.preparation import set_layout
 from rdo.settings import Config, TrainingConfig
 from rdo.tracking import Tracker
-from rdo.training.engine.surface import precision_of
+from rdo.training.engine import precision_of
 
 # Results that no stage makes by itself, and the stage that each belongs to.
 PART_OF = {"reference": "align", "generate": "eval"}

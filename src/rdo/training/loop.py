@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import Any
@@ -19,18 +20,56 @@ from transformers import PreTrainedModel
 from rdo.models.traits import head_parameters, recompute_activations
 from rdo.runtime import stopping
 from rdo.runtime.errors import NotFiniteError, UserError
-from rdo.runtime.processes import world
+from rdo.runtime.processes import all_reduce_sum, world
 from rdo.runtime.progress import progress_bar
+from rdo.runtime.store import stable_seed
 from rdo.sequences.forward import check_positions
-from rdo.sequences.layout import LayoutName
 from rdo.sequences.preparation import described_layout, set_layout
 from rdo.settings import EngineConfig, ScorerConfig, TrainingConfig
 from rdo.tracking import Tracker
-from rdo.training.checkpoints import Checkpoints
-from rdo.training.engine.surface import Engine, precision_of
-from rdo.training.engine.torch_engine import TorchEngine
-from rdo.training.plan import Plan, learning_rate_factor, make_plan
-from rdo.training.step import Dealt, Example, Task, Wishes, ahead, deal_step, training_step
+from rdo.training.engine import Checkpoints, Engine, TorchEngine, precision_of
+from rdo.training.step import Dealt, Task, deal_step, training_step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many steps a run takes, and which records are in each: a function of the seed and the step alone."""
+
+    records: int
+    batch_size: int
+    steps: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.records / self.batch_size)
+
+    def batch(self, step: int) -> tuple[int, list[int]]:
+        """Epoch (from 0) and record numbers of a step; the last batch of an epoch may be smaller."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        generator = torch.Generator().manual_seed(stable_seed(self.seed, "order", epoch))
+        order = torch.randperm(self.records, generator=generator).tolist()
+        return epoch, order[within * self.batch_size : (within + 1) * self.batch_size]
+
+
+def make_plan(config: TrainingConfig, records: int, seed: int) -> Plan:
+    """Raises UserError where there is nothing to train on."""
+    if records == 0:
+        raise UserError("there is no record to train on: see dataset.*, min_responses and max_records of the stage")
+    steps = config.epochs * math.ceil(records / config.batch_size)
+    if config.max_steps is not None:
+        steps = min(steps, config.max_steps)
+    return Plan(records, config.batch_size, steps, seed)
+
+
+def learning_rate_factor(step: int, steps: int, config: TrainingConfig) -> float:
+    """The schedule at a step (from 0), as a factor of the learning rate: linear warm-up, then the chosen curve."""
+    warmup = math.ceil(config.warmup_share * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    curves = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
+    return curves[config.schedule]
 
 
 def make_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.optim.AdamW:
@@ -44,6 +83,16 @@ def make_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.opti
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+
+
+def make_engine(model: PreTrainedModel, config: TrainingConfig, engine: EngineConfig) -> Engine:
+    """The engine of engine.name around a model that is on its device, with its optimizer."""
+    optimizer = make_optimizer(model, config)
+    if engine.name == "torch":
+        return TorchEngine(model, optimizer, config.max_gradient_norm, engine)
+    from rdo.training.zero import ZeroEngine  # which takes seconds to import
+
+    return ZeroEngine(model, optimizer, config.max_gradient_norm, engine)
 
 
 def train(
@@ -65,8 +114,7 @@ def train(
     if model.dtype not in (torch.float32, torch.float64):
         # An update below 1/256 of a weight is lost in bfloat16, and at 1e-6 nearly all are.
         raise UserError(f"weights of {model.dtype} cannot be trained exactly: use model.dtype=float32")
-    precision = precision_of(engine_config, model.device)
-    layout = set_layout(model, engine_config.layout, engine_config.attention, precision)
+    layout = set_layout(model, engine_config.layout, engine_config.attention, precision_of(engine_config, model.device))
     if engine_config.gradient_checkpointing:
         recompute_activations(model)
     plan = make_plan(config, len(task.record_ids), seed)
@@ -75,76 +123,53 @@ def train(
     checkpoints = Checkpoints(folder / "checkpoints", engine_config, tracker.synchronize)
     done = checkpoints.restore(engine)
     tracker.resume(done)
-    how = described_layout(model, layout) + described(engine_config)
-    print(f"[{title}] {plan.records} records, {plan.steps} steps, layout {how}", flush=True)
-    make_step = partial(dealt_step, task, plan, layout, engine_config.tokens_per_micro_batch)
-    with stopping.postponed(), progress_bar(plan.steps, title, initial=done) as bar:
-        for step, dealt in ahead(make_step, range(done, plan.steps)):
+    how = f"layout {described_layout(model, layout)}"
+    if engine_config.name != "torch":
+        how += f", {engine_config.name} on {world().size} process{'es' if world().size > 1 else ''}"
+    print(f"[{title}] {plan.records} records, {plan.steps} steps, {how}", flush=True)
+
+    def dealt_step(step: int) -> Dealt:
+        epoch, numbers = plan.batch(step)
+        examples = [task.example(number, epoch) for number in numbers]
+        return deal_step(examples, layout, engine_config.tokens_per_micro_batch)
+
+    bar = progress_bar(plan.steps, title, initial=done)
+    # Reading, encoding and packing a step's records takes no time from the step before it.
+    with stopping.postponed(), bar, ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(dealt_step, done)
+        for step in range(done, plan.steps):
             started = time.perf_counter()
-            set_learning_rates(engine.param_groups, learning_rate_factor(step, plan.steps, config))
-            wishes = Wishes(stopping.requested(), checkpoints.is_due(step + 1))
+            dealt, coming = coming.result(), thread.submit(dealt_step, step + 1)
+            for group in engine.param_groups:
+                group["lr"] = group["top_rate"] * learning_rate_factor(step, plan.steps, config)
             try:
-                measured, wishes = training_step(task, engine, layout, dealt, wishes)
+                measured = training_step(task, engine, layout, dealt)
             except stopping.Stopped:
                 raise stopping.Stopped(part(checkpoints, engine, step, plan)) from None
             measured["gradient_norm"] = update(engine, measured["loss"], dealt.examples, step)
             seconds = time.perf_counter() - started
-            rates = learning_rates(engine.param_groups)
-            tracker.log(step + 1, {"epoch": plan.epoch(step), **measured, **rates, **speed(measured, seconds)})
+            rates = [group["lr"] for group in engine.param_groups]
+            measured |= dict(zip(("learning_rate", "head_learning_rate"), rates, strict=False))
+            tracker.log(step + 1, {"epoch": step // plan.steps_per_epoch, **measured, **speed(measured, seconds)})
             bar.update(1)
             bar.set_postfix(loss=f"{measured['loss']:.4f}", refresh=False)
-            if step + 1 < plan.steps:  # after the last, the model itself is saved
-                if wishes.stop:
-                    raise stopping.Stopped(part(checkpoints, engine, step + 1, plan))
-                if wishes.save:
-                    checkpoints.save(step + 1, engine)
+            # What any process asks of all.
+            stop, save = all_reduce_sum(torch.tensor([stopping.requested(), checkpoints.is_due(step + 1)]).int())
+            if stop and step + 1 < plan.steps:  # after the last, the model itself is saved
+                raise stopping.Stopped(part(checkpoints, engine, step + 1, plan))
+            if save and step + 1 < plan.steps:
+                checkpoints.save(step + 1, engine)
         tracker.synchronize()
-    state = engine.full_state()
-    engine.close()
-    return state
-
-
-def make_engine(model: PreTrainedModel, config: TrainingConfig, engine: EngineConfig) -> Engine:
-    """The engine of engine.name around a model that is on its device, with its optimizer."""
-    optimizer = make_optimizer(model, config)
-    if engine.name == "torch":
-        return TorchEngine(model, optimizer, config.max_gradient_norm, engine)
-    from rdo.training.engine.deepspeed_engine import ZeroEngine  # which takes seconds to import
-
-    return ZeroEngine(model, optimizer, config.max_gradient_norm, engine)
-
-
-def dealt_step(task: Task, plan: Plan, layout: LayoutName, budget: int, step: int) -> Dealt:
-    """The records of a step, dealt and packed."""
-    epoch, numbers = plan.batch(step)
-    return deal_step([task.example(number, epoch) for number in numbers], layout, budget)
-
-
-def described(config: EngineConfig) -> str:
-    """The engine, where it is another than plain PyTorch."""
-    count = world().size
-    return "" if config.name == "torch" else f", {config.name} on {count} process{'es' if count > 1 else ''}"
+    return engine.finish()
 
 
 def part(checkpoints: Checkpoints, engine: Engine, step: int, plan: Plan) -> str:
     """Saves what a run that is asked to stop has done (a step that was broken off changed nothing); says what it is."""
-    if step and checkpoints.newest != checkpoints.file(step, engine):
+    if step:
         checkpoints.save(step, engine)
     if checkpoints.newest is None:
         return f"after {step} of {plan.steps} steps, none of them saved; the same command starts again"
     return f"after {step} of {plan.steps} steps; {checkpoints.newest} is saved, and the same command goes on from there"
-
-
-def set_learning_rates(groups: list[dict[str, Any]], factor: float) -> None:
-    """Sets each group's learning rate to a factor of its top rate."""
-    for group in groups:
-        group["lr"] = group["top_rate"] * factor
-
-
-def learning_rates(groups: list[dict[str, Any]]) -> dict[str, float]:
-    """The learning rates as metrics name them."""
-    rates = [group["lr"] for group in groups]
-    return dict(zip(("learning_rate", "head_learning_rate"), rates, strict=False))
 
 
 def speed(measured: dict[str, float], seconds: float) -> dict[str, float]:
@@ -157,7 +182,7 @@ def speed(measured: dict[str, float], seconds: float) -> dict[str, float]:
     }
 
 
-def update(engine: Engine, loss: float, examples: Sequence[Example], step: int) -> float:
+def update(engine: Engine, loss: float, examples: Sequence[Any], step: int) -> float:
     """Updates the weights; the gradient's norm before clipping. Raises NotFiniteError, with the records of the step,
     where loss or gradient are no numbers."""
     norm = engine.step() if math.isfinite(loss) else math.nan

@@ -7,48 +7,22 @@ same for any budget, layout, number of processes and order of records.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
 
+from rdo.objectives import losses
 from rdo.runtime import stopping
 from rdo.runtime.processes import all_gather, all_reduce_sum, world
-from rdo.sequences.layout import LayoutName, TokenIds
-from rdo.sequences.packing import cost, deal
-from rdo.training.engine.surface import Engine
+from rdo.sequences.layout import LayoutName, cost, pack
+from rdo.training.engine import Engine
 
-T = TypeVar("T")
 Denominators = dict[str, float]
-Metrics = dict[str, tuple[torch.Tensor, float]]  # name -> (sum, count)
-
-
-class Example(Protocol):
-    """One record's part of a step."""
-
-    @property
-    def record_id(self) -> str: ...
-
-    @property
-    def sequences(self) -> Sequence[TokenIds]: ...
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """What every micro-batch needs of the whole step (KTO's KL estimate), computed without gradients beforehand.
-
-    values(model, layout, examples): one micro-batch's part of it, [any number]. combined: what `losses` is given, made
-    of the parts of all micro-batches.
-    """
-
-    values: Callable[..., torch.Tensor]
-    combined: Callable[[torch.Tensor], dict[str, Any]]
+Metrics = dict[str, tuple[torch.Tensor, float]]  # name -> (sum, count), of a mean
 
 
 class Task(Protocol):
@@ -58,13 +32,14 @@ class Task(Protocol):
     def record_ids(self) -> Sequence[str]:
         """Ids of the training records, sorted, so that the order of a file changes nothing."""
 
+    # KTO's log-ratios of mismatched responses, [any number], of one micro-batch: kl_ratios(model, layout, examples).
+    kl_ratios: Callable[..., torch.Tensor] | None
+
     def example(self, index: int, epoch: int) -> Any:
-        """The example of one record in one epoch."""
+        """The example of one record in one epoch: anything with a `record_id` and the `sequences` that are read."""
 
     def denominators(self, examples: Sequence[Any]) -> Denominators:
         """Denominators of a step's means, from its examples alone."""
-
-    preparation: Preparation | None  # where a step's losses need something of the whole step
 
     def losses(
         self,
@@ -72,20 +47,10 @@ class Task(Protocol):
         layout: LayoutName,
         examples: Sequence[Any],
         denominators: Denominators,
-        prepared: dict[str, Any],
+        kl: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Metrics]:
-        """This micro-batch's share of the step's mean loss (a scalar), and sums and counts of what to log."""
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What any process asks of all when a step is done: to stop, or to save a checkpoint."""
-
-    stop: bool = False
-    save: bool = False
-
-
-NOTHING = Wishes()
+        """This micro-batch's share of the step's mean loss (a scalar), and sums and counts of what to log. kl: KTO's
+        estimate over the whole step, of a task with `kl_ratios`."""
 
 
 @dataclass(frozen=True)
@@ -98,70 +63,53 @@ class Dealt:
     real: int
 
 
-def training_step(
-    task: Task, engine: Engine, layout: LayoutName, step: Dealt, wishes: Wishes = NOTHING
-) -> tuple[dict[str, float], Wishes]:
-    """Accumulates the gradient of the step's mean loss; the step's metrics, over all processes, and their wishes.
+def training_step(task: Task, engine: Engine, layout: LayoutName, step: Dealt) -> dict[str, float]:
+    """Accumulates the gradient of the step's mean loss; returns the step's metrics, over all processes.
 
     A GPU is waited for once, at the end. One process alone raises Stopped between two micro-batches when it is asked to
     stop.
     """
     batches, real = step.batches, step.real
-    denominators = task.denominators(step.examples)
-    prepared: dict[str, Any] = {}
-    if task.preparation is not None:
-        values = task.preparation.values
+    denominators, kl = task.denominators(step.examples), None
+    if task.kl_ratios is not None:
         with torch.no_grad():
-            parts = [engine.forward(partial(values, layout=layout, examples=batch)) for batch in batches]
-        prepared = task.preparation.combined(joined(parts[:real]))
+            parts = [engine.forward(partial(task.kl_ratios, layout=layout, examples=batch)) for batch in batches]
+        own = torch.cat(parts[:real]) if real else torch.zeros(0)
+        kl = losses.kto_kl(own if world().size == 1 else own.new_tensor(all_gather(own.tolist())))
     sums = Sums()
     for number, batch in enumerate(batches):
         if world().size == 1:
             stopping.check()
-        work = partial(task.losses, layout=layout, examples=batch, denominators=denominators, prepared=prepared)
+        work = partial(task.losses, layout=layout, examples=batch, denominators=denominators, kl=kl)
         share, metrics = engine.forward(work)
+        ids = [ids for example in batch for ids in example.sequences]
+        metrics["tokens"] = torch.tensor(float(sum(map(len, ids)))), 0.0
+        metrics["tokens_unique"] = torch.tensor(float(cost(ids, layout)[0])), 0.0
         # A process with fewer micro-batches than another runs one more for nothing, for all must run equally many.
         engine.backward(share if number < real else 0.0 * share, last=number == len(batches) - 1)
         sums.add(share, metrics, 1.0 if number < real else 0.0)
-    sums.add_number("tokens_unique", sum(computed_tokens(batch, layout) for batch in batches[:real]))
-    sums.add_number(
-        "tokens", sum(len(ids) for batch in batches[:real] for example in batch for ids in example.sequences)
-    )
-    return sums.agreed(wishes)
+    return sums.agreed()
 
 
 def deal_step(examples: Sequence[Any], layout: LayoutName, budget: int) -> Dealt:
-    """Deals a step's examples to the processes and packs this one's."""
-    dealt = deal([example.sequences for example in examples], layout, budget, world().size)
-    own = dealt[world().rank]
-    idle = max(map(len, dealt)) - len(own)
-    smallest = min(range(len(examples)), key=lambda number: cost(examples[number].sequences, layout)) if idle else 0
-    batches = [[examples[n] for n in batch] for batch in own]
-    return Dealt(list(examples), batches + [[examples[smallest]]] * idle, len(own))
+    """Deals a step's examples to the processes and packs this one's.
 
-
-def ahead(make: Callable[[int], T], numbers: Iterable[int]) -> Iterator[tuple[int, T]]:
-    """What `make` makes of each number, the next one in a thread while the current one is worked on: reading, encoding
-    and packing a step's records takes no time from the one before it."""
-    with ThreadPoolExecutor(1) as thread:
-        begun = ((number, thread.submit(make, number)) for number in numbers)
-        waiting = deque(islice(begun, 1))
-        while waiting:
-            waiting.extend(islice(begun, 1))
-            number, made = waiting.popleft()
-            yield number, made.result()
-
-
-def computed_tokens(examples: Sequence[Any], layout: LayoutName) -> int:
-    """Tokens that the model computes of a micro-batch: unique ones of a tree, padded rows of the padded layout."""
-    sequences = [ids for example in examples for ids in example.sequences]
-    return cost(sequences, layout)[0]
-
-
-def joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    """The values of all micro-batches of all processes, [any number]."""
-    own = torch.cat(parts) if parts else torch.zeros(0)
-    return own if world().size == 1 else own.new_tensor(all_gather(own.tolist()))
+    The largest goes first, always to who has least to do (longest processing time first, Graham 1969).
+    """
+    costs = [cost(example.sequences, layout) for example in examples]
+    hands: list[list[int]] = [[] for _ in range(world().size)]
+    loads = [0] * len(hands)
+    for number in sorted(range(len(examples)), key=lambda number: -costs[number][0]):
+        least = loads.index(min(loads))
+        hands[least].append(number)
+        loads[least] += costs[number][0]
+    packed = []
+    for hand in ([examples[n] for n in sorted(hand)] for hand in hands):
+        packed.append([[hand[n] for n in batch] for batch in pack([e.sequences for e in hand], layout, budget)])
+    own = packed[world().rank]
+    smallest = examples[min(range(len(examples)), key=costs.__getitem__)]
+    idle = max(map(len, packed)) - len(own)
+    return Dealt(list(examples), own + [[smallest]] * idle, len(own))
 
 
 class Sums:
@@ -178,19 +126,13 @@ class Sums:
             self.values[name] = self.values[name] + value if name in self.values else value
             self.counts[name] = self.counts.get(name, 0.0) + factor * count
 
-    def add_number(self, name: str, value: float) -> None:
-        """A number that is summed over the processes, and no mean."""
-        self.values[name], self.counts[name] = torch.tensor(value, dtype=torch.float64), 0.0
-
-    def agreed(self, wishes: Wishes) -> tuple[dict[str, float], Wishes]:
-        """Loss, means and sums over all processes, and what any of them wishes."""
+    def agreed(self) -> dict[str, float]:
+        """Loss, means and sums over all processes."""
         names = sorted(self.values)
         values = torch.stack([self.values[name].reshape(()).to("cpu") for name in names])
-        denominators = torch.tensor([self.counts[name] for name in names], dtype=torch.float64)
-        asked = torch.tensor([wishes.stop, wishes.save], dtype=torch.float64)
-        numbers = all_reduce_sum(torch.cat([values, denominators, asked])).tolist()
-        found = dict(zip(names, zip(numbers, numbers[len(names) :], strict=False), strict=False))
+        counts = torch.tensor([self.counts[name] for name in names], dtype=torch.float64)
+        sums, over = (part.tolist() for part in all_reduce_sum(torch.stack([values, counts])))
+        found = dict(zip(names, zip(sums, over, strict=True), strict=True))
         means = {name: value / count for name, (value, count) in found.items() if count and name != "loss"}
         tokens, unique = found["tokens"][0], found["tokens_unique"][0]
-        means |= {"loss": found["loss"][0], "tokens": tokens, "unique_token_share": unique / tokens}
-        return means, Wishes(*(bool(number) for number in numbers[-2:]))
+        return means | {"loss": found["loss"][0], "tokens": tokens, "unique_token_share": unique / tokens}

@@ -1,4 +1,4 @@
-"""The tasks of supervised fine-tuning and of scorers (pointwise reward model, difference model); see training.Task."""
+"""The tasks of supervised fine-tuning and of scorers (pointwise reward model, difference model); see step.Task."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from rdo.data.records import Preference
 from rdo.models.scorers import ComparisonTemplate, add_value
 from rdo.objectives import losses
 from rdo.runtime.store import stable_seed
-from rdo.sequences.devices import tensor_on
 from rdo.sequences.forward import Reads, merge, read, read_log_probabilities
-from rdo.sequences.layout import LayoutName, TokenIds, make_layout
+from rdo.sequences.layout import LayoutName, TokenIds, make_layout, tensor_on
 from rdo.sequences.readout import Span
-from rdo.training.step import Denominators, Metrics, Preparation
+from rdo.training.step import Denominators, Metrics
 
 T = TypeVar("T")
 
@@ -61,7 +60,7 @@ class Demonstration:
 class SftTask:
     """Cross-entropy of responses given their query: a mean over response tokens of the whole step."""
 
-    preparation: Preparation | None = None
+    kl_ratios: Callable[..., Tensor] | None = None
 
     def __init__(self, records: ById[Demonstration]):
         self.records, self.record_ids = records, records.keys
@@ -78,7 +77,7 @@ class SftTask:
         layout: LayoutName,
         examples: Sequence[Demonstration],
         denominators: Denominators,
-        prepared: dict[str, Any],
+        kl: Tensor | None,
     ) -> tuple[Tensor, Metrics]:
         sequences = [ids for example in examples for ids in example.sequences]
         starts = [len(example.encoded.prompt) for example in examples for _ in example.responses]
@@ -113,7 +112,7 @@ class ScorerTask:
     reads. Ties have target 0.5.
     """
 
-    preparation: Preparation | None = None
+    kl_ratios: Callable[..., Tensor] | None = None
 
     def __init__(
         self,
@@ -156,7 +155,7 @@ class ScorerTask:
         layout: LayoutName,
         examples: Sequence[ComparisonItem],
         denominators: Denominators,
-        prepared: dict[str, Any],
+        kl: Tensor | None,
     ) -> tuple[Tensor, Metrics]:
         reads = merge([example.reads for example in examples])
         outputs = read(model, layout, reads).view(len(examples), -1)

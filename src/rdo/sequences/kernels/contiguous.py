@@ -23,7 +23,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from rdo.sequences.kernels.gathered import GatheredPlan
-from rdo.sequences.layout import PrefixTree, subtree_ends
+from rdo.sequences.layout import PrefixTree
 
 # Below so many tokens a segment, on average, padding segments together is faster than a call each (measured at widths
 # 64 to 512 on one core: 1.4 times at 30 tokens, equal at 60, 0.95 at 145 and more).
@@ -31,7 +31,8 @@ SHORT = 64
 # PyTorch's kernel computes whole blocks of 512 keys and masks what is not visible, so that the causal attention of
 # fewer tokens costs twice as much as it need. In halves, 512 tokens take 30 % less time, 300 tokens 12 % (one core).
 LONG = 192
-FORWARD, BACKWARD = (f"_scaled_dot_product_flash_attention_for_cpu{suffix}" for suffix in ("", "_backward"))
+FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def causal_rectangles(start: int, stop: int) -> list[Rectangle]:
 
 def contiguous_rectangles(tree: PrefixTree) -> list[Rectangle]:
     """The rectangles of a tree, the causal ones first."""
-    ends = subtree_ends(tree.segments)
+    ends = subtree_ends(tree)
     found = [r for segment in tree.segments for r in causal_rectangles(segment.start, segment.stop)]
     for segment in tree.segments:
         own = ends[segment.start : segment.stop]
@@ -69,6 +70,14 @@ def contiguous_rectangles(tree: PrefixTree) -> list[Rectangle]:
                 keys = segment.start + first, segment.start + last
                 found.append(Rectangle(segment.stop, int(own[first]), *keys))
     return sorted(found, key=lambda r: not r.causal)
+
+
+def subtree_ends(tree: PrefixTree) -> np.ndarray:
+    """For every row of a tree, one more than the last row that descends from it, [tokens]."""
+    ends = np.empty(len(tree), dtype=np.int64)
+    for segment in tree.segments:
+        ends[segment.path] = segment.stop  # depth first: of those below a row, the last segment comes last
+    return ends
 
 
 class ContiguousPlan:
@@ -93,7 +102,6 @@ class ContiguousPlan:
         scaling: float | None,
         window: int | None,
     ) -> torch.Tensor:
-        """See `attention.Plan`."""
         if self.short or (window is not None and window < self.longest):
             return self.padded.attend(query, key, value, scaling, window)
         groups = query.shape[1] // key.shape[1]
@@ -115,13 +123,12 @@ class ContiguousAttention(torch.autograd.Function):
         rectangles: list[Rectangle],
         scaling: float | None,
     ) -> torch.Tensor:
-        kernel = getattr(torch.ops.aten, FORWARD)
         merged = rows_first(query)
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         log_sum_exp = query.new_empty(query.shape[:-1], dtype=wide)
         for r in rectangles:
             rows, keys = slice(r.start, r.stop), slice(r.key_start, r.key_stop)
-            part, size = kernel(query[:, :, rows], key[:, :, keys], value[:, :, keys], 0.0, r.causal, scale=scaling)
+            part, size = FORWARD(query[:, :, rows], key[:, :, keys], value[:, :, keys], 0.0, r.causal, scale=scaling)
             if r.causal:  # comes first of all that its queries are in
                 merged[:, :, rows], log_sum_exp[:, :, rows] = part, size
                 continue
@@ -136,14 +143,13 @@ class ContiguousAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        kernel = getattr(torch.ops.aten, BACKWARD)
         query, key, value, merged, log_sum_exp = ctx.saved_tensors
         gradient = gradient.transpose(1, 2)
         results = tuple(rows_first(tensor) for tensor in (query, key, value))
         for r in ctx.rectangles:
             rows, keys = slice(r.start, r.stop), slice(r.key_start, r.key_stop)
             saved = query[:, :, rows], key[:, :, keys], value[:, :, keys], merged[:, :, rows], log_sum_exp[:, :, rows]
-            parts = kernel(gradient[:, :, rows], *saved, 0.0, r.causal, scale=ctx.scaling)
+            parts = BACKWARD(gradient[:, :, rows], *saved, 0.0, r.causal, scale=ctx.scaling)
             for result, part, at in zip(results, parts, (rows, keys, keys), strict=True):
                 if r.causal:
                     result[:, :, at] = part
@@ -159,8 +165,4 @@ def rows_first(like: torch.Tensor) -> torch.Tensor:
 
 def why_not_contiguous(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     """What keeps the kernel from a device, or None."""
-    if device.type != "cpu":
-        return f"runs on a CPU, and the model is on {device.type}"
-    if not all(hasattr(torch.ops.aten, name) for name in (FORWARD, BACKWARD)):
-        return f"needs {FORWARD} and its gradient, which this version of PyTorch does not have"
-    return None
+    return None if device.type == "cpu" else f"runs on a CPU, and the model is on {device.type}"

@@ -1,4 +1,4 @@
-"""Tree attention by PyTorch's scaled dot product: any device, any dtype; what runs on a CPU.
+"""Tree attention by PyTorch's scaled dot product: any device, any dtype.
 
 Every segment of a tree is one rectangle: its own tokens as queries, its whole path as keys, causal from the bottom
 right. Small rectangles are padded together into one call, because on a CPU a call costs more than a little padding.
@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from rdo.sequences.devices import to_device
-from rdo.sequences.layout import PrefixTree, Segment
+from rdo.sequences.layout import PrefixTree, Segment, to_device
 
 # One more call is worth about this many query-key cells (measured at widths 64 to 512 on one CPU core).
 CALL_COST = 4096
@@ -45,7 +44,7 @@ class Rectangles:
 
 
 class GatheredPlan:
-    """How the rectangles of a tree are run; made once for a micro-batch and shared by all layers."""
+    """See `attention.Plan`."""
 
     def __init__(self, tree: PrefixTree, device: torch.device | str = "cpu"):
         groups = group_segments(tree.segments)
@@ -74,7 +73,6 @@ class GatheredPlan:
         scaling: float | None,
         window: int | None,
     ) -> torch.Tensor:
-        """See `attention.Plan`."""
         groups = query.shape[1] // key.shape[1]
         # [tokens, heads, width]: rows first, so that gathering rows copies contiguous memory.
         q, k, v = (tensor[0].transpose(0, 1).to(query.dtype) for tensor in (query, key, value))
@@ -82,17 +80,13 @@ class GatheredPlan:
         for number, rectangles in enumerate(self.rectangles):
             mask = self.mask(number, window)
             rows_q = q[rectangles.queries].transpose(1, 2)
-            rows_k, rows_v = (
-                tensor[rectangles.keys].transpose(1, 2).repeat_interleave(groups, dim=1)
-                if groups > 1
-                else tensor[rectangles.keys].transpose(1, 2)
-                for tensor in (k, v)
+            rows_k, rows_v = (tensor[rectangles.keys].transpose(1, 2) for tensor in (k, v))
+            if groups > 1:
+                rows_k, rows_v = (tensor.repeat_interleave(groups, dim=1) for tensor in (rows_k, rows_v))
+            # Without a mask queries and keys are the same rows, and padding only follows.
+            out = scaled_dot_product_attention(
+                rows_q, rows_k, rows_v, attn_mask=mask, is_causal=mask is None, scale=scaling
             )
-            if mask is None:
-                # All segments start at the root: queries and keys are the same rows, and padding only follows.
-                out = scaled_dot_product_attention(rows_q, rows_k, rows_v, is_causal=True, scale=scaling)
-            else:
-                out = scaled_dot_product_attention(rows_q, rows_k, rows_v, attn_mask=mask, scale=scaling)
             outputs.append(out.transpose(1, 2)[rectangles.real])
         return torch.cat(outputs)[self.inverse][None]
 

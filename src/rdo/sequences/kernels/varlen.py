@@ -1,28 +1,26 @@
 """Tree attention on a GPU (`varlen`): one variable-length flash attention over all segments, in half precision; the
 keys of a path are gathered.
 
-It has not been run on a GPU yet; launch/gpu_check.py compares it with the CPU there. It is not in every PyTorch, so
-that it is imported when it is first asked for. What a layer passes may be of several dtypes: under autocast, queries
-and keys leave the rotary embedding in float32, and values do not go through it.
+It has not been run on a GPU yet; launch/gpu_check.py compares it with the CPU there. What a layer passes may be of
+several dtypes: under autocast, queries and keys leave the rotary embedding in float32, and values do not go through it.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import varlen
 
 from rdo.runtime.errors import UserError
-from rdo.sequences.devices import to_device
-from rdo.sequences.layout import PrefixTree
+from rdo.sequences.layout import PrefixTree, to_device
 from rdo.sequences.readout import in_full_precision
 
 HALF = (torch.float16, torch.bfloat16)
+KNOWS_GROUPS = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters  # PyTorch 2.11 does not
 
 
 def why_not_varlen(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
@@ -39,10 +37,6 @@ def why_not_varlen(device: torch.device, dtype: torch.dtype, head_width: int) ->
     widest = 192 if (8, 0) < capability < (9, 0) or capability >= (12, 0) else 256
     if head_width % 8 or head_width > widest:
         return f"takes heads whose width is a multiple of 8 up to {widest}, and the model's is {head_width}"
-    try:
-        varlen = importlib.import_module("torch.nn.attention.varlen")
-    except ImportError:
-        return f"needs PyTorch 2.11 or newer, and this is {torch.__version__}"
     # cuDNN's causal mask is aligned at the top left: a segment's first token would see the first of its path alone.
     cudnn = getattr(varlen, "_should_use_cudnn", None)
     if cudnn is not None and cudnn(device.index or 0):
@@ -75,20 +69,19 @@ class VarlenPlan:
         scaling: float | None,
         window: int | None,
     ) -> torch.Tensor:
-        """See `attention.Plan`. Raises UserError where that is not to be computed in half precision."""
+        """Raises UserError where that is not to be computed in half precision."""
         dtype = computed_dtype(value)
         if dtype not in HALF:
             raise UserError(f"engine.attention=varlen does not compute in {dtype}; use engine.attention=auto")
         # [tokens, heads, width]
         q = query[0].transpose(0, 1).to(dtype).contiguous()
         k, v = (self.gathered(tensor[0].transpose(0, 1).to(dtype)) for tensor in (key, value))
-        attention, knows_groups = variable_length_attention()
-        grouped = {"enable_gqa": True} if k.shape[1] != q.shape[1] and knows_groups else {}
-        if k.shape[1] != q.shape[1] and not knows_groups:
+        grouped: dict[str, Any] = {"enable_gqa": True} if k.shape[1] != q.shape[1] and KNOWS_GROUPS else {}
+        if not KNOWS_GROUPS:
             k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
         # How many tokens before and after its own a token sees; -1: all of them.
         seen = (-1, 0) if window is None or window >= self.longest_path else (window - 1, 0)
-        out = attention(
+        out = varlen.varlen_attn(
             q,
             k,
             v,
@@ -100,7 +93,7 @@ class VarlenPlan:
             window_size=seen,
             **grouped,
         )
-        return out[None]
+        return out[None]  # type: ignore[call-overload]
 
     def gathered(self, tensor: torch.Tensor) -> torch.Tensor:
         """What the paths read of [tokens, heads, width], one after the other."""
@@ -128,13 +121,6 @@ class GatherRows(torch.autograd.Function):
 def offsets(lengths: Sequence[int]) -> np.ndarray:
     """Where each of some sequences begins in one row, and where the last ends, [sequences + 1], int32."""
     return np.cumsum([0, *lengths], dtype=np.int32)
-
-
-@cache
-def variable_length_attention() -> tuple[Callable[..., torch.Tensor], bool]:
-    """PyTorch's variable-length attention, and whether it takes fewer key heads than query heads (2.11 does not)."""
-    function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    return function, "enable_gqa" in inspect.signature(function).parameters
 
 
 def computed_dtype(value: torch.Tensor) -> torch.dtype:

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import linear
 
 from helpers import policy, random_tree, relative_error
-from rdo.sequences import processor
+from rdo.sequences import preparation
 from rdo.sequences.forward import read_log_probabilities
 from rdo.sequences.layout import make_layout
 from rdo.sequences.preparation import set_layout
@@ -24,7 +24,7 @@ SPANS = [Span(s, 1) for s in range(len(SEQUENCES))]
 def pays(monkeypatch: pytest.MonkeyPatch) -> None:
     if not HERE:
         pytest.skip("oneDNN needs an x86 processor and a PyTorch that has it")
-    monkeypatch.setattr(processor, "onednn_pays", lambda: True)
+    monkeypatch.setattr(preparation, "onednn_pays", lambda: True)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -33,7 +33,7 @@ def pays(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_layer_and_its_gradients_are_as_before(pays: None, shape: tuple[int, ...], trained: bool, bias: bool):
     torch.manual_seed(0)
     layer = torch.nn.Linear(12, 9, bias=bias).requires_grad_(trained)
-    processor.prepare_products(layer)
+    preparation.prepare_products(layer)
     states = torch.randn(*shape, 12, requires_grad=True)
     inputs = [states, *(weight for weight in layer.parameters() if trained)]
     wanted, found = linear(states, layer.weight, layer.bias), layer(states)
@@ -49,7 +49,7 @@ def test_a_model_computes_the_same(pays: None, layout: str, monkeypatch: pytest.
     """Log-probabilities and all gradients, in both layouts; twice prepared is as once."""
     results = {}
     for products in ("onednn", "torch"):
-        monkeypatch.setattr(processor, "onednn_pays", lambda products=products: products == "onednn")
+        monkeypatch.setattr(preparation, "onednn_pays", lambda products=products: products == "onednn")
         model = policy("llama-grouped")
         assert set_layout(model, layout) == set_layout(model, layout) == layout
         sums, _ = read_log_probabilities(model, make_layout(layout, SEQUENCES), SPANS)  # type: ignore[arg-type]
@@ -61,10 +61,10 @@ def test_other_precisions_are_left_to_torch(pays: None, monkeypatch: pytest.Monk
     def refuse(*_: object) -> None:
         raise AssertionError("oneDNN's product ran")
 
-    monkeypatch.setattr(processor, "product", refuse)
+    monkeypatch.setattr(preparation, "product", refuse)
     double, single = policy("llama", torch.float64), policy("llama")
     for model in (double, single):
-        processor.prepare_products(model)
+        preparation.prepare_products(model)
     layout = make_layout("padded", SEQUENCES)
     with torch.no_grad():
         assert read_log_probabilities(double, layout, SPANS)[0].dtype == torch.float64
@@ -72,8 +72,3 @@ def test_other_precisions_are_left_to_torch(pays: None, monkeypatch: pytest.Monk
             read_log_probabilities(single, layout, SPANS)
         with pytest.raises(AssertionError, match="ran"):
             read_log_probabilities(single, layout, SPANS)
-
-
-def test_memory_is_kept_without_a_word():
-    processor.keep_memory()
-    assert torch.ones(1 << 20).sum() == 1 << 20

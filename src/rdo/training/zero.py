@@ -28,8 +28,7 @@ from rdo.runtime.errors import UserError
 from rdo.runtime.files import Damaged, check_zip, move_folder, read_json, replace_file, synchronize, write_json
 from rdo.runtime.processes import barrier, broadcast, is_rank0, world
 from rdo.settings import EngineConfig
-from rdo.training.engine.surface import precision_of
-from rdo.training.engine.torch_engine import foreign
+from rdo.training.engine import foreign, precision_of
 
 T = TypeVar("T")
 
@@ -58,7 +57,7 @@ class Root(torch.nn.Module):
 
 
 class ZeroEngine:
-    """See `Engine`."""
+    """See `engine.Engine`."""
 
     suffix = ""
 
@@ -70,8 +69,9 @@ class ZeroEngine:
         config: EngineConfig,
     ):
         deepspeed = imported(model.device)
-        self.model, self.name = model, config.name
-        self.precision = precision_of(config, model.device)
+        self.model, self.precision = model, precision_of(config, model.device)
+        # What a checkpoint and the run that takes it up must have in common.
+        self.common = {"engine": config.name, "processes": world().size, "precision": str(self.precision)}
         root = Root(model)
         self.engine, *_ = deepspeed.initialize(
             model=root,
@@ -79,9 +79,11 @@ class ZeroEngine:
             config=settings(config.name, self.precision, max_gradient_norm),
             dist_init_required=False,
         )
-        if stage_of(config.name) == 3:
-            for weight in used_elsewhere(model):
-                deepspeed.zero.register_external_parameter(root, weight)
+        if config.name.startswith("zero3"):
+            # Weights that are read outside the forward pass of their own layer: those of heads (see readout.py).
+            for head in (model.get_output_embeddings(), getattr(model, "score", None)):
+                for weight in () if head is None else head.parameters():
+                    deepspeed.zero.register_external_parameter(root, weight)
         self.engine.checkpoint_engine = own_files()()
 
     @property
@@ -116,28 +118,15 @@ class ZeroEngine:
         barrier()
         if is_rank0():
             files = sorted(file.name for file in (temporary / "state").iterdir())
-            write_json(temporary / DESCRIPTION, {**self.described(), "step": step, "files": files})
+            write_json(temporary / DESCRIPTION, {**self.common, "step": step, "files": files})
             synchronize(temporary)
             move_folder(temporary, path)
 
-    def described(self) -> dict[str, Any]:
-        """What a checkpoint and the run that takes it up must have in common."""
-        return {"engine": self.name, "processes": world().size, "precision": str(self.precision)}
-
-    def damage_of(self, path: Path) -> str | None:
-        """What of a checkpoint is not as it was written, if anything."""
-        try:
-            for name in read_json(path / DESCRIPTION)["files"]:
-                check_zip(path / "state" / name)
-        except (Damaged, OSError, ValueError, LookupError, TypeError) as error:
-            return str(error)
-        return None
-
     def load(self, path: Path) -> int:
-        if damage := broadcast(lambda: self.damage_of(path)):
+        if damage := broadcast(lambda: damage_of(path)):
             raise Damaged(damage)
         there = read_json(path / DESCRIPTION)
-        for what, here in self.described().items():
+        for what, here in self.common.items():
             if there[what] != here:
                 raise UserError(
                     f"{path} was saved with {what} {there[what]}, and this run has {here}: start it with the same "
@@ -150,7 +139,7 @@ class ZeroEngine:
         torch.set_rng_state(state["random"].cpu())
         return int(state["step"])
 
-    def full_state(self) -> dict[str, torch.Tensor] | None:
+    def finish(self) -> dict[str, torch.Tensor] | None:
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -167,11 +156,19 @@ class ZeroEngine:
             with GatheredParameters(partitioned, enabled=bool(partitioned)):
                 if is_rank0():
                     state[name] = (tensor if whole is None else whole).detach().to("cpu", copy=True)
-        return state if is_rank0() else None
-
-    def close(self) -> None:
         self.engine.destroy()
         gc.collect()
+        return state if is_rank0() else None
+
+
+def damage_of(path: Path) -> str | None:
+    """What of a checkpoint is not as it was written, if anything."""
+    try:
+        for name in read_json(path / DESCRIPTION)["files"]:
+            check_zip(path / "state" / name)
+    except (Damaged, OSError, ValueError, LookupError, TypeError) as error:
+        return str(error)
+    return None
 
 
 @cache
@@ -196,14 +193,9 @@ def imported(device: torch.device) -> Any:
     return deepspeed
 
 
-def stage_of(name: str) -> int:
-    """The ZeRO stage of an engine's name."""
-    return int(name.removeprefix("zero")[0])
-
-
 def settings(name: str, precision: torch.dtype, max_gradient_norm: float | None) -> dict[str, Any]:
     """DeepSpeed's configuration."""
-    zero: dict[str, Any] = {"stage": stage_of(name), **ZERO}
+    zero: dict[str, Any] = {"stage": int(name.removeprefix("zero")[0]), **ZERO}
     if name.endswith("_offload"):
         zero |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     return {
@@ -218,12 +210,6 @@ def settings(name: str, precision: torch.dtype, max_gradient_norm: float | None)
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": math.inf,
     }
-
-
-def used_elsewhere(model: PreTrainedModel) -> list[torch.nn.Parameter]:
-    """Weights that are read outside the forward pass of their own layer: those of heads (see readout.py)."""
-    heads = (model.get_output_embeddings(), getattr(model, "score", None))
-    return [weight for head in heads if head is not None for weight in head.parameters()]
 
 
 @cache

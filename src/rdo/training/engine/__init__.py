@@ -1,1 +1,0 @@
-"""What carries out a training step: plain PyTorch for one process, DeepSpeed for any number."""
