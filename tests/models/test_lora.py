@@ -24,7 +24,7 @@ from transformers import (
 import rdo.models.lora
 from helpers import TEXTS, configuration, from_configuration, policy, relative_error, scorer, tokenizer
 from rdo.models.given import given
-from rdo.models.lora import choose_trained, load_trained_state, trained_state
+from rdo.models.lora import choose_trained, trained_state
 from rdo.models.pretrained import load_policy, load_scorer, load_tokenizer, new_scorer, save_model
 from rdo.models.scorers import check_form
 from rdo.models.traits import head_names
@@ -175,10 +175,8 @@ def test_settings_are_those_of_model_lora(base: Path, tmp_path: Path):
     assert described["target_modules"] == ["q_proj", "v_proj"]
     assert described["base_model_name_or_path"] == str(base)
     config.lora.target_modules = ["c_attn"]
-    with pytest.raises(UserError, match=r"^model\.lora\.target_modules=\[c_attn\]: .*c_attn.* not found in the base"):
+    with pytest.raises(ValueError, match="Target modules .*c_attn.* not found in the base"):
         choose_trained(load_policy(base, config), config, seed=0)
-    with pytest.raises(UserError, match=r"model\.lora\.rank=8 .*from scratch"):
-        choose_trained(policy(), CONFIG, seed=0)
 
 
 @pytest.mark.parametrize("rank", [None, 8])
@@ -223,7 +221,7 @@ def test_a_run_folder_may_move_and_a_base_that_is_gone_is_named(tmp_path: Path, 
     assert given(str(moved)).key != key
     shutil.rmtree(tmp_path / "moved" / "sft")
     with pytest.raises(
-        UserError, match=rf"no model can be loaded from {moved}: .*there is no folder {tmp_path}/moved/sft/model"
+        UserError, match=rf"no model can be loaded from {moved}: .*'{tmp_path}/moved/sft/model'"
     ):
         load_policy(moved, CONFIG)
 
@@ -329,21 +327,6 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(base: Path, tmp_pat
 
 
 # What is saved of a run, and from where
-
-
-def test_the_trained_state_is_all_that_a_checkpoint_needs(base: Path):
-    model, _ = learned(load_policy(base, CONFIG))
-    other, smaller = load_policy(base, CONFIG), load_policy(base, CONFIG)
-    choose_trained(other, CONFIG, seed=5)
-    load_trained_state(other, trained_state(model))
-    assert outputs(other).equal(outputs(model))
-    choose_trained(smaller, ModelConfig(lora=LoraConfig(rank=4)), seed=0)
-    before = outputs(smaller)
-    with pytest.raises(ValueError, match=r"lora_A.*: \(8, 32\) there, \(4, 32\) here"):
-        load_trained_state(smaller, trained_state(model))
-    assert outputs(smaller).equal(before)
-    whole = policy("gpt2")
-    assert trained_state(whole).keys() == whole.state_dict().keys()
 
 
 @pytest.mark.parametrize(

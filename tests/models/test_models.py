@@ -149,7 +149,7 @@ def test_ids_without_an_embedding_are_refused():
     ("config", "reason"),
     [
         (configuration("gemma2"), None),
-        (CohereConfig(**COMMON, **SIZES), "logit_scale"),
+        (CohereConfig(**COMMON, **SIZES), "around the head"),
         # Nothing in its config says so, but a layer of its own stands before the head.
         (ModernBertDecoderConfig(**{**COMMON, "bos_token_id": 1}, **SIZES), "around the head"),
     ],
@@ -158,7 +158,7 @@ def test_logits_that_are_not_the_heads_are_refused(tmp_path: Path, config, reaso
     model = randomise(AutoModelForCausalLM.from_config(config))
     if reason is None:
         load_policy(saved(model, tmp_path / "neutral"), CONFIG)
-        model.config.final_logit_softcapping, reason = 30.0, "final_logit_softcapping"
+        model.config.final_logit_softcapping, reason = 30.0, "around the head"
     with pytest.raises(UserError, match=reason):
         load_policy(saved(model, tmp_path / "model"), CONFIG)
 

@@ -1,16 +1,18 @@
 """Which loss a config chooses: any function of losses.py, with its settings from conf/loss.
 
-A loss asks for its inputs by parameter name (see `inputs_of`), and its keyword-only parameters are its settings in
-conf/loss/NAME.yaml. So a new loss is one function, one YAML file and one golden test.
+A loss asks for its inputs by parameter name, and its keyword-only parameters are its settings in conf/loss/NAME.yaml.
+So a new loss is one function, one YAML file and one golden test.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import fields
+from typing import Annotated, Any, Literal, get_type_hints
 
+from pydantic import ConfigDict, Field, ValidationError, create_model
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from rdo.objectives import losses
@@ -22,9 +24,10 @@ INPUTS = {
     "row_length", "log_ratio", "desirable", "kl",
 }  # fmt: skip
 REFERENCE_INPUTS = {"reference_chosen", "reference_rejected", "log_ratio"}
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # but 1 is taken for 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class LossChoice:
     """A loss of conf/loss: the function, its settings, and how its values are averaged.
 
@@ -38,15 +41,16 @@ class LossChoice:
     name: str
     function: Callable[..., Tensor]
     settings: dict[str, Any]
-    pairs: str = "preferences"
-    ranking: str = "labels"
-    mean_over: str = "pairs"
-    sft_weight: float = 0.0
-    sft_reduction: str = "mean"
+    pairs: Literal["preferences", "ranking"] = "preferences"
+    ranking: Literal["reward", "diff", "diff_baseline", "scores", "labels"] = "labels"
+    mean_over: Literal["pairs", "samples", "queries"] = "pairs"
+    sft_weight: Annotated[float, Field(ge=0)] = 0.0
+    sft_reduction: Literal["mean", "sum"] = "mean"
 
     @property
     def inputs(self) -> set[str]:
-        return inputs_of(self.function)
+        """Names of the tensors that the loss reads."""
+        return parameters(self.function)[0]
 
     @property
     def needs_reference(self) -> bool:
@@ -67,54 +71,39 @@ class LossChoice:
         return self.mean_over == "samples" and self.reads_labels
 
 
-CHOICES = {
-    "pairs": ("preferences", "ranking"),
-    "ranking": ("reward", "diff", "diff_baseline", "scores", "labels"),
-    "mean_over": ("pairs", "samples", "queries"),
-    "sft_reduction": ("mean", "sum"),
-}
-
-
-def inputs_of(function: Callable[..., Tensor]) -> set[str]:
-    """Names of the tensors that a loss reads: its parameters that are not keyword-only."""
-    return {p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY}
+def parameters(function: Callable[..., Tensor]) -> tuple[set[str], dict[str, tuple[Any, Any]]]:
+    """Of a loss, the names of its inputs, and type and default (... for none) of its settings by name."""
+    hints = get_type_hints(function)
+    inputs, settings = set(), {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            default = ... if parameter.default is parameter.empty else parameter.default
+            settings[name] = (hints.get(name, Any), default)
+        else:
+            inputs.add(name)
+    return inputs, settings
 
 
 def choose_loss(config: Mapping[str, Any]) -> LossChoice:
     """Checks the group `loss` against the function that it names; UserError names the key and what is allowed."""
-    general = {"pairs", "ranking", "mean_over", "sft_weight", "sft_reduction"}
     name = str(config.get("name"))
     function = getattr(losses, name, None)
-    if not inspect.isfunction(function) or not inputs_of(function) <= INPUTS:
+    if not inspect.isfunction(function) or not parameters(function)[0] <= INPUTS:
         raise UserError(f"loss.name={name}: there is no such alignment loss in rdo/objectives/losses.py")
-    parameters = {
-        p.name: p for p in inspect.signature(function).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY
-    }
-    settings = {key: value for key, value in config.items() if key not in general | {"name"}}
-    for key, value in settings.items():
-        if key not in parameters:
-            known = ", ".join(sorted(general | set(parameters)))
-            raise UserError(f"loss.{key}: loss={name} has no such setting; it has {known}")
-        settings[key] = checked_setting(key, value, parameters[key].annotation)
-    missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in settings]
-    if missing:
-        raise UserError(f"loss.{missing[0]}: loss={name} needs a value for it")
-    for key, allowed in CHOICES.items():
-        if config.get(key, allowed[0]) not in allowed:
-            raise UserError(f"loss.{key}={config[key]}: must be one of {', '.join(allowed)}")
-    chosen = {key: config[key] for key in general if key in config}
-    if "sft_weight" in chosen:
-        chosen["sft_weight"] = checked_setting("sft_weight", chosen["sft_weight"], "float")
-    return LossChoice(name, function, settings, **chosen)
-
-
-def checked_setting(key: str, value: Any, annotation: Any) -> Any:
-    """A loss's setting, which must be of its parameter's type; 1 and 1.0 are the same number."""
-    kinds: dict[str, tuple[type, ...]] = {"float": (int, float), "int": (int,), "bool": (bool,), "str": (str,)}
-    wanted = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "float")
-    allowed = kinds.get(wanted, (int, float, str, bool))
-    if wanted == "float" and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        raise UserError(f"loss.{key}={value!r}: must be of type {wanted}")
-    return value
+    declared = parameters(function)[1]
+    general = {field.name for field in fields(LossChoice)} - {"function", "settings"}
+    own = {key: value for key, value in config.items() if key not in general}
+    try:
+        settings = create_model(name, __config__=STRICT, **declared).model_validate(own)  # type: ignore[call-overload]
+        chosen = {key: value for key, value in config.items() if key in general}
+        return LossChoice(**chosen, function=function, settings=settings.model_dump(exclude_unset=True))
+    except ValidationError as error:
+        problem = error.errors()[0]
+    key, said = problem["loc"][0], problem["msg"].replace("Input should be ", "must be ")
+    if problem["type"] == "extra_forbidden":
+        said = f"loss={name} has no such setting; it has {', '.join(sorted(general | set(declared)))}"
+    elif problem["type"] == "missing":
+        said = f"loss={name} needs a value for it"
+    else:
+        key = f"{key}={problem['input']}"
+    raise UserError(f"loss.{key}: {said}")
