@@ -175,7 +175,7 @@ def test_settings_are_those_of_model_lora(base: Path, tmp_path: Path):
     assert described["target_modules"] == ["q_proj", "v_proj"]
     assert described["base_model_name_or_path"] == str(base)
     config.lora.target_modules = ["c_attn"]
-    with pytest.raises(ValueError, match="Target modules .*c_attn.* not found in the base"):
+    with pytest.raises(ValueError, match=r"Target modules .*c_attn.* not found in the base"):
         choose_trained(load_policy(base, config), config, seed=0)
 
 
@@ -220,9 +220,7 @@ def test_a_run_folder_may_move_and_a_base_that_is_gone_is_named(tmp_path: Path, 
     saved(policy(seed=1), tmp_path / "moved" / "sft" / "model")
     assert given(str(moved)).key != key
     shutil.rmtree(tmp_path / "moved" / "sft")
-    with pytest.raises(
-        UserError, match=rf"no model can be loaded from {moved}: .*'{tmp_path}/moved/sft/model'"
-    ):
+    with pytest.raises(UserError, match=rf"no model can be loaded from {moved}: .*'{tmp_path}/moved/sft/model'"):
         load_policy(moved, CONFIG)
 
 

@@ -70,7 +70,7 @@ def choose_trained(model: PreTrainedModel, config: ModelConfig, seed: int) -> An
         task_type="SEQ_CLS" if own else "CAUSAL_LM",
         revision=config.revision if model.name_or_path == config.path else None,
     )
-    if is_adapter(Path(model.name_or_path)):
+    if is_adapter(Path(str(model.name_or_path))):
         print("[lora] it starts from an adapter, merged into its base: so the whole model will be saved", flush=True)
     torch.manual_seed(seed)
     adapted = get_peft_model(model, settings)

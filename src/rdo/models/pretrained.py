@@ -184,7 +184,7 @@ def save_model(
         else:
             save_adapter(model, temporary, folder)
         tokenizer.save_pretrained(temporary)
-    if model is not own and (merge or is_adapter(Path(own.name_or_path))):
+    if model is not own and (merge or is_adapter(Path(str(own.name_or_path)))):
         # Read back, for under ZeRO-3 each process has a part of the base alone.
         how = {"config": copy.deepcopy(own.config), "dtype": own.dtype}
         save_model(load_whole(type(own), folder, "main", **how)[0], tokenizer, folder)

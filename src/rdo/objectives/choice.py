@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import ConfigDict, Field, ValidationError, create_model
-from pydantic.dataclasses import dataclass
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from torch import Tensor
 
 from rdo.objectives import losses
@@ -24,12 +22,10 @@ INPUTS = {
     "row_length", "log_ratio", "desirable", "kl",
 }  # fmt: skip
 REFERENCE_INPUTS = {"reference_chosen", "reference_rejected", "log_ratio"}
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # but 1 is taken for 1.0
 
 
-@dataclass(frozen=True, config=STRICT)
-class LossChoice:
-    """A loss of conf/loss: the function, its settings, and how its values are averaged.
+class LossChoice(BaseModel):
+    """A loss of conf/loss: which function, and how its values are averaged. A subclass adds the function's settings.
 
     pairs: `preferences` (the labelled pairs) or `ranking` (every strictly ordered pair of the ranked responses).
     ranking: what ranks them: reward, diff (mean f against the others), diff_baseline (f against the first response),
@@ -38,9 +34,9 @@ class LossChoice:
     sft_weight: times the cross-entropy of the best response, a mean over the queries that have one.
     """
 
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)  # but 1 is taken for 1.0
+
     name: str
-    function: Callable[..., Tensor]
-    settings: dict[str, Any]
     pairs: Literal["preferences", "ranking"] = "preferences"
     ranking: Literal["reward", "diff", "diff_baseline", "scores", "labels"] = "labels"
     mean_over: Literal["pairs", "samples", "queries"] = "pairs"
@@ -48,9 +44,17 @@ class LossChoice:
     sft_reduction: Literal["mean", "sum"] = "mean"
 
     @property
+    def function(self) -> Callable[..., Tensor]:
+        return getattr(losses, self.name)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments of the function."""
+        return {name: value for name, value in self if name not in LossChoice.model_fields}
+
+    @property
     def inputs(self) -> set[str]:
-        """Names of the tensors that the loss reads."""
-        return parameters(self.function)[0]
+        return inputs_of(self.function)
 
     @property
     def needs_reference(self) -> bool:
@@ -70,40 +74,34 @@ class LossChoice:
         """Whether it learns from responses that are labelled alone, desirable or not."""
         return self.mean_over == "samples" and self.reads_labels
 
+    def described(self) -> dict[str, Any]:
+        """What of it determines a result."""
+        return {**{name: getattr(self, name) for name in LossChoice.model_fields}, "settings": self.settings}
 
-def parameters(function: Callable[..., Tensor]) -> tuple[set[str], dict[str, tuple[Any, Any]]]:
-    """Of a loss, the names of its inputs, and type and default (... for none) of its settings by name."""
-    hints = get_type_hints(function)
-    inputs, settings = set(), {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            default = ... if parameter.default is parameter.empty else parameter.default
-            settings[name] = (hints.get(name, Any), default)
-        else:
-            inputs.add(name)
-    return inputs, settings
+
+def inputs_of(function: Callable[..., Tensor]) -> set[str]:
+    """Names of the tensors that a loss reads: its parameters that are not keyword-only."""
+    return {p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY}
 
 
 def choose_loss(config: Mapping[str, Any]) -> LossChoice:
     """Checks the group `loss` against the function that it names; UserError names the key and what is allowed."""
     name = str(config.get("name"))
     function = getattr(losses, name, None)
-    if not inspect.isfunction(function) or not parameters(function)[0] <= INPUTS:
+    if not inspect.isfunction(function) or not inputs_of(function) <= INPUTS:
         raise UserError(f"loss.name={name}: there is no such alignment loss in rdo/objectives/losses.py")
-    declared = parameters(function)[1]
-    general = {field.name for field in fields(LossChoice)} - {"function", "settings"}
-    own = {key: value for key, value in config.items() if key not in general}
+    types, settings = get_type_hints(function), {}
+    for p in inspect.signature(function).parameters.values():
+        if p.kind is p.KEYWORD_ONLY:
+            settings[p.name] = (types.get(p.name, Any), ... if p.default is p.empty else p.default)
+    model: type[LossChoice] = create_model(name, __base__=LossChoice, **settings)  # type: ignore[call-overload]
     try:
-        settings = create_model(name, __config__=STRICT, **declared).model_validate(own)  # type: ignore[call-overload]
-        chosen = {key: value for key, value in config.items() if key in general}
-        return LossChoice(**chosen, function=function, settings=settings.model_dump(exclude_unset=True))
+        return model.model_validate(dict(config))
     except ValidationError as error:
         problem = error.errors()[0]
-    key, said = problem["loc"][0], problem["msg"].replace("Input should be ", "must be ")
+    key = problem["loc"][0]
     if problem["type"] == "extra_forbidden":
-        said = f"loss={name} has no such setting; it has {', '.join(sorted(general | set(declared)))}"
-    elif problem["type"] == "missing":
-        said = f"loss={name} needs a value for it"
-    else:
-        key = f"{key}={problem['input']}"
-    raise UserError(f"loss.{key}: {said}")
+        raise UserError(f"loss.{key}: loss={name} has no such setting; it has {', '.join(sorted(model.model_fields))}")
+    if problem["type"] == "missing":
+        raise UserError(f"loss.{key}: loss={name} needs a value for it")
+    raise UserError(f"loss.{key}={problem['input']}: {problem['msg'].replace('Input should be', 'must be')}")

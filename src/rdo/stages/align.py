@@ -45,7 +45,7 @@ def aligned_policy(run: Run) -> Artifact:
     if loss.needs_reference:
         inputs["reference"] = reference(run, mismatched=loss.needs_kl)
     settings = {
-        "loss": {key: value for key, value in asdict(loss).items() if key != "function"},
+        "loss": loss.described(),
         "rc": rc_settings(config.rc),
         "training": asdict(config.align),
         "data": run.data_settings("train"),
