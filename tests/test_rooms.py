@@ -29,7 +29,10 @@ def test_no_import_goes_in_a_circle_and_the_house_is_not_high():
 
 @pytest.mark.parametrize(
     ("module", "unwanted"),
-    [("rdo.data.loading", ("wandb", "matplotlib", "transformers", "deepspeed")), ("rdo.stages.align", ("matplotlib",))],
+    [
+        ("rdo.data.loading", ("wandb", "matplotlib", "transformers", "deepspeed")),
+        ("rdo.stages.align", ("matplotlib", "peft")),
+    ],
 )
 def test_a_module_loads_no_library_that_it_does_not_need(module, unwanted):
     code = f"import sys; import {module}; print([name for name in {unwanted} if name in sys.modules])"

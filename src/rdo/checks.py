@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from difflib import get_close_matches
 from functools import reduce
-from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -231,13 +230,8 @@ def without_effect(config: Config) -> list[str]:
 
 def loss_problems(config: Config, loss: LossChoice) -> Iterator[str]:
     """The loss, and what ranks the responses, if anything does."""
-    for key, value in loss.settings.items():
-        if isinstance(value, float) and not isfinite(value):
-            yield f"loss.{key}={value}: must be finite"
     if not loss.settings.get("beta", 1.0) > 0:
         yield f"loss.beta={loss.settings['beta']}: must be above 0"
-    if not 0 <= loss.sft_weight < inf:
-        yield f"loss.sft_weight={loss.sft_weight}: must be at least 0 and finite"
     by_sample = bool(loss.inputs & {"log_ratio", "desirable"})
     if by_sample != (loss.mean_over == "samples"):
         kind, wanted = ("response", "samples") if by_sample else ("pair", "pairs or queries")

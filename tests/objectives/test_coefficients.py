@@ -38,10 +38,6 @@ def test_negative_differences(negative: str, expected: list[float], flipped: lis
     assert result.flipped.tolist() == flipped
 
 
-def test_clip_is_the_default() -> None:
-    assert coefficients(tensor(-1, 4), alpha=0.5).weight.tolist() == [0.0, 2.0]
-
-
 def test_floor_does_not_fall_as_the_difference_grows() -> None:
     weight = coefficients(tensor(-5, 0, 1e-4, 1e-3, 1), alpha=0.5, negative="floor", epsilon=1e-3).weight
     assert weight.tolist() == pytest.approx([1e-3**0.5] * 4 + [1.0], rel=1e-6)
@@ -58,40 +54,12 @@ def test_alpha_one_is_the_difference_itself() -> None:
     assert torch.equal(coefficients(values, alpha=1).weight, values)
 
 
-@pytest.mark.parametrize("alpha", [-0.1, 1.01, math.nan, math.inf])
-def test_alpha_out_of_range(alpha: float) -> None:
-    with pytest.raises(UserError, match=r"rc\.alpha"):
-        coefficients(tensor(1), alpha=alpha)
-
-
-def test_unknown_rule() -> None:
-    with pytest.raises(UserError, match=r"rc\.negative = 'drop'.*clip, abs, flip, floor, error"):
-        coefficients(tensor(1), alpha=0.5, negative="drop")
-
-
-@pytest.mark.parametrize("epsilon", [0.0, -1.0, math.nan, math.inf])
-def test_floor_must_be_positive(epsilon: float) -> None:
-    with pytest.raises(UserError, match=r"rc\.epsilon"):
-        coefficients(tensor(1), alpha=0.5, negative="floor", epsilon=epsilon)
-
-
-@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
-def test_scale_must_be_positive(scale: float) -> None:
-    with pytest.raises(UserError, match="scale must be positive"):
-        coefficients(tensor(1), alpha=0.5, scale=scale)
-
-
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_differences_that_are_not_finite(alpha: float, bad: float) -> None:
     """Also for alpha = 0, where they would do no harm: the file of scores is broken."""
     with pytest.raises(UserError, match="1 of 3 reward differences"):
         coefficients(tensor(1, bad, 2), alpha=alpha)
-
-
-def test_shape_must_be_one_value_per_pair() -> None:
-    with pytest.raises(ValueError, match=r"\(2, 2\)"):
-        coefficients(torch.ones(2, 2), alpha=0.5)
 
 
 @pytest.mark.parametrize(
@@ -148,9 +116,7 @@ def test_weight_does_not_depend_on_the_batch(values: Tensor, alpha: float, posit
     assert torch.equal(alone, coefficients(values, alpha=alpha, negative="abs").weight[position : position + 1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Scale and statistics
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_mean_weight_does_not_depend_on_the_order() -> None:
@@ -166,9 +132,7 @@ def test_scaled_by_the_mean_the_weights_average_one(values: Tensor, alpha: float
     assert coefficients(values, alpha=alpha, scale=scale).weight.mean().item() == pytest.approx(1.0, rel=1e-9)
 
 
-def test_mean_weight_of_nothing() -> None:
-    with pytest.raises(UserError, match="no pairs"):
-        mean_weight(tensor())
+def test_there_is_nothing_to_train_on_without_a_positive_difference() -> None:
     with pytest.raises(UserError, match="every coefficient is 0"):
         mean_weight(coefficients(tensor(-1, 0), alpha=0.5).weight)
 
@@ -185,19 +149,13 @@ def test_statistics() -> None:
     )
 
 
-def test_statistics_without_effect_and_without_pairs() -> None:
+def test_statistics_without_effect() -> None:
     values = tensor(4, 1, -1)
     assert statistics(values, coefficients(values, alpha=0).weight)["effective_sample_share"] == 1.0
     assert statistics(values, tensor(0, 0, 0))["effective_sample_size"] == 0.0
-    with pytest.raises(UserError, match="no pairs"):
-        statistics(tensor(), tensor())
-    with pytest.raises(ValueError, match="weights"):
-        statistics(values, tensor(1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Controls
-# ---------------------------------------------------------------------------------------------------------------------
+# Ablations
 
 IDS = [f"pair-{position}" for position in range(12)]
 VALUES = torch.arange(12.0)
@@ -216,18 +174,6 @@ def test_shuffle_deals_the_same_differences_to_other_pairs() -> None:
 def test_shuffle_does_not_depend_on_the_order_of_the_records(order: list[int]) -> None:
     shuffled = shuffle(VALUES[order], [IDS[position] for position in order], seed=3)
     assert shuffled.equal(shuffle(VALUES, IDS, seed=3)[order])
-
-
-def test_shuffle_of_few() -> None:
-    assert shuffle(tensor(), [], seed=0).numel() == 0
-    assert shuffle(tensor(3), ["only"], seed=0).tolist() == [3.0]
-
-
-def test_shuffle_refuses_ids_that_do_not_fit() -> None:
-    with pytest.raises(UserError, match="1 pair ids repeat"):
-        shuffle(tensor(1, 2, 3), ["a", "b", "a"], seed=0)
-    with pytest.raises(ValueError, match="3 reward differences but 2 ids"):
-        shuffle(tensor(1, 2, 3), ["a", "b"], seed=0)
 
 
 def test_filter_only() -> None:

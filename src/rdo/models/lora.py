@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import torch
 from transformers import PreTrainedModel
 
 from rdo.models.traits import beside_backbone
-from rdo.runtime.errors import UserError
 from rdo.runtime.files import write_json
 from rdo.settings import ModelConfig
 
@@ -45,11 +43,6 @@ def adapter_base(folder: Path) -> str:
     return os.path.normpath(folder / nearby) if nearby and not os.path.isdir(base) else base
 
 
-def has_adapter(model: PreTrainedModel) -> bool:
-    """Whether an adapter is in the model."""
-    return bool(getattr(model, "peft_config", None))
-
-
 def lora_settings(config: ModelConfig) -> dict[str, Any]:
     """What of model.lora determines a trained stage's result; nothing where it is off."""
     return {} if config.lora.rank is None else {"lora": asdict(config.lora)}
@@ -59,14 +52,12 @@ def choose_trained(model: PreTrainedModel, config: ModelConfig, seed: int) -> An
     """Decides by model.lora which weights are trained: all, or a new adapter's, and of a scorer also its head's.
 
     Returns what is to be saved of it: the model, or the peft.PeftModel around it. The seed fixes a new adapter, which
-    changes no output until it is trained. Raises UserError where the model cannot take one.
+    changes no output until it is trained. Raises what peft does of target_modules that the model lacks.
     """
     lora = config.lora
     if lora.rank is None:
         model.requires_grad_(True)
         return model
-    if not model.name_or_path:
-        raise UserError(f"model.lora.rank={lora.rank} adapts a saved model, and this one is from scratch: leave it out")
     from peft import LoraConfig, get_peft_model
 
     own = own_modules(model)
@@ -79,13 +70,10 @@ def choose_trained(model: PreTrainedModel, config: ModelConfig, seed: int) -> An
         task_type="SEQ_CLS" if own else "CAUSAL_LM",
         revision=config.revision if model.name_or_path == config.path else None,
     )
-    if is_adapter(Path(model.name_or_path)):
+    if is_adapter(Path(str(model.name_or_path))):
         print("[lora] it starts from an adapter, merged into its base: so the whole model will be saved", flush=True)
     torch.manual_seed(seed)
-    try:
-        adapted = get_peft_model(model, settings)
-    except ValueError as error:
-        raise UserError(f"model.lora.target_modules=[{','.join(lora.target_modules)}]: {error}") from error
+    adapted = get_peft_model(model, settings)
     settings.target_modules = sorted(settings.target_modules or ())  # a set's order is another in every process
     trained, total = adapted.get_nb_trainable_parameters()
     print(f"[lora] {trained} of {total} parameters are trained", flush=True)
@@ -96,8 +84,8 @@ def own_modules(model: PreTrainedModel) -> list[str]:
     """What of a scorer its base lacks (head and pooler), and is trained whole; nothing of a policy."""
     if not hasattr(model.config, "rdo_form"):
         return []
-    own = [name.split(".") for name, _ in model.named_parameters() if beside_backbone(model, name)]
-    return sorted({"pooler" if "pooler" in parts else parts[0] for parts in own})
+    own = [name for name, _ in model.named_parameters() if beside_backbone(model, name)]
+    return sorted({"pooler" if ".pooler." in name else name.split(".")[0] for name in own})
 
 
 def trained_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -106,31 +94,17 @@ def trained_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
-def load_trained_state(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> None:
-    """Takes up what `trained_state` gave. Raises ValueError, and changes nothing, where it is another model's."""
-    there = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    here = {name: tuple(tensor.shape) for name, tensor in trained_state(model).items()}
-    for name in (*here, *there):
-        if there.get(name) != here.get(name):
-            raise ValueError(f"{name}: {there.get(name, 'nothing')} there, {here.get(name, 'nothing')} here")
-    model.load_state_dict(dict(state), strict=False)
-
-
-def save_adapter(adapted: Any, state: Mapping[str, torch.Tensor] | None, folder: Path, final: Path) -> None:
-    """Writes the adapter of a peft.PeftModel, in peft's format, into a folder that will be `final`.
-
-    state: the trained weights, by the names of the model's `state_dict`, where the model itself has them not.
-    """
+def save_adapter(adapted: Any, folder: Path, final: Path) -> None:
+    """Writes the adapter of a peft.PeftModel, in peft's format, into a folder that will be `final`."""
     base, described = adapted.get_base_model(), adapted.peft_config["default"]
-    named = None if state is None else {f"{PREFIX}{name}": tensor for name, tensor in state.items()}
-    local = os.path.isdir(described.base_model_name_or_path)
-    if local:
+    notes = {}
+    if os.path.isdir(described.base_model_name_or_path):
         described.base_model_name_or_path = os.path.abspath(described.base_model_name_or_path)
-    adapted.save_pretrained(folder, state_dict=named, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # a form to be filled in
-    notes = {"base": os.path.relpath(described.base_model_name_or_path, final.absolute())} if local else {}
+        notes["base"] = os.path.relpath(described.base_model_name_or_path, final.absolute())
     if hasattr(base.config, "rdo_form"):
         notes["form"] = base.config.rdo_form
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink()  # a form to be filled in
     write_json(folder / NOTES, notes)
 
 

@@ -6,8 +6,8 @@ import copy
 import json
 import os
 import pickle
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,6 @@ from rdo.runtime.errors import UserError
 from rdo.runtime.files import replace_folder
 from rdo.settings import ModelConfig
 
-# Settings by which some decoders change logits after the head; we read the head itself, so they would be lost.
-LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
 # Larger models are saved in several files.
 LARGEST_FILE = "5GB"
 
@@ -57,11 +55,7 @@ def new_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
 def load_policy(path: str | Path, config: ModelConfig) -> PreTrainedModel:
     """A causal language model from a folder or the hub, without dropout."""
     model = from_pretrained(AutoModelForCausalLM, path, config)
-    for name, neutral in LOGIT_CHANGES.items():
-        if getattr(model.config, name, neutral) not in (neutral, None):
-            raise UserError(f"model.path={path}: its {name} changes the logits after the head: not supported")
-    without_dropout(model)
-    check_logits(model, path)
+    check_logits(without_dropout(model), path)
     return model
 
 
@@ -71,10 +65,8 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizer
     at = revision(path, config)
     if is_adapter(Path(path)) and not any(Path(path).glob("tokenizer*")):
         path, at = adapter_base(Path(path)), "main"
-    try:
+    with loading("tokenizer", path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code, revision=at)
-    except Exception as error:  # a damaged file may end in anything
-        raise unloadable(path, "tokenizer", error) from error
     if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
         raise UserError(
             f"the tokenizer of {path} has no end-of-sequence token, so no response could end: set eos_token in its "
@@ -119,10 +111,8 @@ def from_pretrained(
     path, for whatever cannot be loaded.
     """
     how = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code, **others}
-    try:
+    with loading("model", path):
         model, missing = load_whole(factory, path, revision(path, config), **how)
-    except Exception as error:  # a damaged file may end in anything
-        raise unloadable(path, "model", error) from error
     lacking = sorted(name for name in missing if not (new_head and beside_backbone(model, name)))
     if lacking:
         hint = "; a language model is no scorer yet: train one on it (rm.backbone or diffmodel.backbone)"
@@ -133,8 +123,6 @@ def from_pretrained(
 
 def load_whole(factory: Any, path: str | Path, at: str, **how: Any) -> tuple[PreTrainedModel, set[str]]:
     """A model at a revision, or an adapter merged into its base, and the names of the weights that the files lack."""
-    if not os.path.isdir(path) and (str(path).startswith((".", "/", "~")) or str(path).count("/") > 1):
-        raise FileNotFoundError(f"there is no folder {path}")  # the hub would be asked for it
     description = find_adapter_config_file(str(path), revision=at)
     if description is None:
         options = {"revision": at, "weights_only": True, "output_loading_info": True}
@@ -153,14 +141,18 @@ def load_whole(factory: Any, path: str | Path, at: str, **how: Any) -> tuple[Pre
     return model, lacking
 
 
-def unloadable(path: str | Path, what: str, error: Exception) -> UserError:
-    """What a library's error on loading a model or tokenizer says, in one line with the path."""
-    text = " ".join(str(error).split())[:300]
-    if isinstance(error, pickle.UnpicklingError):  # whose own message tells how to run it all the same
-        text = "a pickle of it is damaged or would run code, so it is not loaded; take the model as safetensors"
-    elif "trust_remote_code" in str(error):
-        text = "it brings code of its own; model.trust_remote_code=true runs it"
-    return UserError(f"no {what} can be loaded from {path}: {type(error).__name__}: {text}")
+@contextmanager
+def loading(what: str, path: str | Path) -> Iterator[None]:
+    """Turns whatever a library raises on loading into a UserError of one line, with the path."""
+    try:
+        yield
+    except Exception as error:  # a damaged file may end in anything
+        text = " ".join(str(error).split())[:300]
+        if isinstance(error, pickle.UnpicklingError):  # whose own message tells how to run it all the same
+            text = "a pickle of it is damaged or would run code, so it is not loaded; take the model as safetensors"
+        elif "trust_remote_code" in str(error):
+            text = "it brings code of its own; model.trust_remote_code=true runs it"
+        raise UserError(f"no {what} can be loaded from {path}: {type(error).__name__}: {text}") from error
 
 
 def revision(path: str | Path, config: ModelConfig) -> str:
@@ -180,42 +172,19 @@ def save_model(
     base was merged from another, and lies nowhere.
 
     state: the weights, by the names of `state_dict`, where the model itself has them not (of an adapter those that are
-    trained); they are saved in their own dtype.
+    trained); the model takes them up, and they are saved in their own dtype.
     """
+    own = model if isinstance(model, PreTrainedModel) else model.get_base_model()
+    for name, weight in (*own.named_parameters(remove_duplicate=False), *own.named_buffers(remove_duplicate=False)):
+        if state is not None and name in state:
+            weight.data = state[name]
     with replace_folder(folder) as temporary:
-        if isinstance(model, PreTrainedModel):
-            save_whole(model if state is None else with_weights(model, state), temporary)
-        elif merge or is_adapter(Path(model.get_base_model().name_or_path)):
-            with tempfile.TemporaryDirectory(dir=temporary) as part:
-                save_adapter(model, state, Path(part), Path(part))
-                whole = merged(model, Path(part))
-            save_whole(whole, temporary)
+        if model is own:
+            model.save_pretrained(temporary, max_shard_size=LARGEST_FILE)
         else:
-            save_adapter(model, state, temporary, folder)
+            save_adapter(model, temporary, folder)
         tokenizer.save_pretrained(temporary)
-
-
-def save_whole(model: PreTrainedModel, folder: Path) -> None:
-    """All weights of a model, large ones in several files."""
-    model.save_pretrained(folder, max_shard_size=LARGEST_FILE)
-
-
-def with_weights(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
-    """A model like this one with other weights, which are not copied."""
-    with torch.device("meta"):
-        twin = type(model)(copy.deepcopy(model.config))
-    twin.load_state_dict(dict(state), assign=True)
-    twin.tie_weights()
-    if twin.can_generate():
-        twin.generation_config = model.generation_config
-    # By which names some architectures' weights go in files, as they were loaded.
-    twin._weight_conversions = getattr(model, "_weight_conversions", None)  # type: ignore[assignment]
-    return twin
-
-
-def merged(adapted: Any, adapter: Path) -> PreTrainedModel:
-    """What a peft.PeftModel started from, from its files, with its saved adapter merged in. (Under ZeRO-3 the weights
-    themselves are divided.)"""
-    model, described = adapted.get_base_model(), adapted.peft_config["default"]
-    how = {"config": copy.deepcopy(model.config), "dtype": model.dtype}
-    return merge_saved(*load_whole(type(model), model.name_or_path, described.revision or "main", **how), adapter)[0]
+    if model is not own and (merge or is_adapter(Path(str(own.name_or_path)))):
+        # Read back, for under ZeRO-3 each process has a part of the base alone.
+        how = {"config": copy.deepcopy(own.config), "dtype": own.dtype}
+        save_model(load_whole(type(own), folder, "main", **how)[0], tokenizer, folder)

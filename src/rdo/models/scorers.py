@@ -29,11 +29,9 @@ FORMS = ("pointwise", *DIFFERENCE_FORMS)
 
 
 class ComparisonTemplate:
-    """The token ids around query, first and second response in a difference model's input."""
+    """The token ids of three texts, before query, first and second response in a difference model's input."""
 
     def __init__(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase):
-        if len(texts) != 3:
-            raise UserError("model.difference_template takes three texts: before query, first and second response")
         self.query, self.first, self.second = (tuple(tokenizer(t, add_special_tokens=False).input_ids) for t in texts)
         # A beginning-of-sequence id stays where it belongs: in front of everything.
         self.begin = begin_id(tokenizer)
@@ -74,8 +72,6 @@ def add_value(
 def check_form(model: PreTrainedModel) -> str:
     """The scorer's form; UserError where its architecture cannot have it."""
     form = str(model.config.rdo_form)
-    if form not in FORMS:
-        raise UserError(f"unknown form of scorer {form!r}; known: {', '.join(FORMS)}")
     if form == "residual" and not is_decoder_scorer(model):
         raise UserError("form=residual reads the first response before the second is seen: it needs a decoder")
     return form

@@ -15,15 +15,11 @@ from rdo.sequences.preparation import TRIAL
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     """Turns dropout off for good, in training mode too: it would put noise into every log-ratio."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-    for name, value in list(vars(model.config).items()):
-        if "drop" in name and isinstance(value, float):
-            setattr(model.config, name, 0.0)
+    for thing in (model.config, *model.modules()):
+        for name, value in vars(thing).items():
+            is_share = "drop" in name or (name == "p" and isinstance(thing, torch.nn.Dropout))
+            if is_share and isinstance(value, float):
+                setattr(thing, name, 0.0)
     return model.eval()
 
 
@@ -31,21 +27,14 @@ def recompute_activations(model: PreTrainedModel) -> None:
     """Gradient checkpointing: layers keep their inputs alone, and run once more in the backward pass.
 
     transformers does so in layers in training mode only, and these alone are put there; the model stays in evaluation
-    mode otherwise (`eval()` takes all of it back). Raises UserError where a model has no such layers.
+    mode otherwise (`eval()` takes all of it back). Raises ValueError where a model has no such layers.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers or not model.supports_gradient_checkpointing:
-        raise UserError(
-            f"engine.gradient_checkpointing=true: {type(model).__name__} has no layers that can be run again; leave it "
-            "out, and lower engine.tokens_per_micro_batch"
-        )
-    # Before transformers 5.23 it had the second name, of which that warns.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     # What it adds for frozen embeddings, only reentrant checkpointing needs: inputs that require gradients.
     model.disable_input_require_grads()
-    for layer in layers:
-        layer.training = True
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
 
 
 def head_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:

@@ -8,7 +8,7 @@ is float64), so that a pair's weight does not depend on the batch it comes in.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import fsum, isfinite
+from math import fsum
 from random import Random
 from typing import NamedTuple
 
@@ -43,40 +43,28 @@ def coefficients(
         floor    w = max(R, epsilon)^alpha: also for 0 <= R < epsilon, so that w never falls as R grows
         error    a UserError that counts them
 
-    Weights are divided by `scale`: `mean_weight` over the training set keeps the average learning rate that of no
-    coefficients. alpha = 0 gives w = 1 to every pair and flips none, whatever the other settings: "the coefficient has
-    no effect" (RDO, section 2). For alpha > 0 a pair with R = 0 has w = 0, but for `floor`.
+    0 <= alpha <= 1; epsilon and scale are above 0. Weights are divided by `scale`: `mean_weight` over the training set
+    keeps the average learning rate that of no coefficients. alpha = 0 gives w = 1 to every pair and flips none,
+    whatever the other settings: "the coefficient has no effect" (RDO, section 2). For alpha > 0 a pair with R = 0 has
+    w = 0, but for `floor`.
     """
-    if not 0.0 <= alpha <= 1.0:
-        raise UserError(f"rc.alpha = {alpha}: it must lie between 0 (no effect) and 1")
-    if negative not in NEGATIVE:
-        raise UserError(f"rc.negative = {negative!r}: it must be one of {', '.join(NEGATIVE)}")
     values = _checked(difference)
-    flipped = torch.zeros_like(values, dtype=torch.bool)
     if alpha == 0.0:
-        return Coefficients(_narrow(torch.ones_like(values), difference), flipped)
-    if not (isfinite(scale) and scale > 0.0):
-        raise UserError(f"the coefficients cannot be divided by {scale}: scale must be positive and finite")
-
-    if negative == "error":
-        count = int((values < 0).sum())
-        if count:
-            raise UserError(
-                f"{count} of {values.numel()} pairs have a negative reward difference: the scorer disagrees with "
-                "their label. Set rc.negative to clip, abs, flip or floor"
-            )
-        base = values
-    elif negative == "clip":
-        base = values.clamp(min=0.0)
-    elif negative == "floor":
-        if not (isfinite(epsilon) and epsilon > 0.0):
-            raise UserError(f"rc.epsilon = {epsilon}: the floor must be positive and finite")
-        base = values.clamp(min=epsilon)
-    else:
-        base = values.abs()
-        if negative == "flip":
-            flipped = values < 0
-    return Coefficients(_narrow(base**alpha / scale, difference), flipped)
+        return Coefficients(_narrow(torch.ones_like(values), difference), torch.zeros_like(values, dtype=torch.bool))
+    disagrees = values < 0
+    if negative == "error" and disagrees.any():
+        raise UserError(
+            f"{int(disagrees.sum())} of {values.numel()} pairs have a negative reward difference: the scorer disagrees "
+            "with their label. Set rc.negative to clip, abs, flip or floor"
+        )
+    base = {
+        "clip": values.clamp(min=0.0),
+        "abs": values.abs(),
+        "flip": values.abs(),
+        "floor": values.clamp(min=epsilon),
+        "error": values,
+    }[negative]
+    return Coefficients(_narrow(base**alpha / scale, difference), disagrees & (negative == "flip"))
 
 
 def mean_weight(weights: Tensor) -> float:
@@ -85,8 +73,6 @@ def mean_weight(weights: Tensor) -> float:
     The sum is exact, so the result does not depend on the order of the records.
     """
     values = _checked(weights)
-    if values.numel() == 0:
-        raise UserError("no pairs to average the coefficients over")
     mean = fsum(values.tolist()) / values.numel()
     if mean <= 0.0:
         raise UserError("every coefficient is 0: no reward difference is positive, so there is nothing to train on")
@@ -102,11 +88,7 @@ def statistics(difference: Tensor, weight: Tensor) -> dict[str, float]:
     effective_sample_share   the same over the number of pairs
     """
     values, weights = _checked(difference), _checked(weight)
-    if values.shape != weights.shape:
-        raise ValueError(f"{tuple(values.shape)} reward differences but {tuple(weights.shape)} weights")
     count = values.numel()
-    if count == 0:
-        raise UserError("no pairs to describe the coefficients of")
     total, squares = fsum(weights.tolist()), fsum((weights**2).tolist())
     effective = total**2 / squares if squares > 0.0 else 0.0
     return {
@@ -117,22 +99,15 @@ def statistics(difference: Tensor, weight: Tensor) -> dict[str, float]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Ablations: what the gain of rc should be measured against
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def shuffle(difference: Tensor, ids: Sequence[str], seed: int) -> Tensor:
     """Control: the same reward differences [pairs], dealt to other pairs. The weights keep their distribution alone.
 
-    The permutation depends on `seed` and on the pairs' ids, not on the order of the records.
+    The permutation depends on `seed` and on the pairs' ids, which differ, not on the order of the records.
     """
     values = _checked(difference)
-    if len(ids) != values.numel():
-        raise ValueError(f"{values.numel()} reward differences but {len(ids)} ids")
-    repeated = len(ids) - len(set(ids))
-    if repeated:
-        raise UserError(f"{repeated} pair ids repeat an earlier one: the shuffle would depend on the record order")
     receivers = sorted(range(len(ids)), key=lambda position: ids[position])
     givers = list(receivers)
     Random(seed).shuffle(givers)
@@ -147,9 +122,7 @@ def filter_only(difference: Tensor) -> Tensor:
 
 
 def _checked(values: Tensor) -> Tensor:
-    """One-dimensional, detached, float64 and finite: NaN would pass through a clip and end in the model."""
-    if values.dim() != 1:
-        raise ValueError(f"expected one value per pair, got shape {tuple(values.shape)}")
+    """Detached, float64 and finite: NaN would pass through a clip and end in the model."""
     wide = values.detach().double()
     bad = int((~wide.isfinite()).sum())
     if bad:

@@ -29,8 +29,6 @@ def empty_estimate() -> Estimate:
 
 def t_quantile(degrees: int) -> float:
     """97.5 % quantile of Student's t (Cornish-Fisher expansion around the normal quantile from 10 degrees on)."""
-    if degrees < 1:
-        raise ValueError(f"degrees of freedom must be at least 1, not {degrees}")
     if degrees <= len(T_SMALL):
         return T_SMALL[degrees - 1]
     first = (Z**3 + Z) / 4
@@ -42,8 +40,6 @@ def t_quantile(degrees: int) -> float:
 
 def wilson(successes: float, count: int) -> Estimate:
     """Share of successes with Wilson's 95 % interval, which stays inside [0, 1]; a tie counts as 0.5 success."""
-    if not 0 <= successes <= count:  # also refuses NaN
-        raise ValueError(f"{successes} successes in {count} trials")
     if count == 0:
         return empty_estimate()
     share = successes / count
@@ -59,43 +55,25 @@ def wilson(successes: float, count: int) -> Estimate:
     }
 
 
-def standard_deviation(values: Iterable[float]) -> float | None:
-    """Sample standard deviation (divided by n - 1), or None for fewer than two values."""
-    numbers = [float(value) for value in values]
-    if len(numbers) < 2:
-        return None
-    mean = math.fsum(numbers) / len(numbers)
-    return math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / (len(numbers) - 1))
-
-
 def mean_interval(values: Iterable[float]) -> Estimate:
     """Mean with its 95 % t interval; one value alone has no interval, none at all has no mean."""
     numbers = [float(value) for value in values]
-    for position, number in enumerate(numbers):
-        if not math.isfinite(number):
-            raise ValueError(f"value {position} of {len(numbers)} is {number}: a mean over it would mean nothing")
+    count = len(numbers)
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"of {count} values some are NaN or infinite: a mean over them would mean nothing")
     if not numbers:
         return empty_estimate()
-    mean = math.fsum(numbers) / len(numbers)
-    deviation = standard_deviation(numbers)
-    if deviation is None:
+    mean = math.fsum(numbers) / count
+    if count == 1:
         return {"value": mean, "low": None, "high": None, "count": 1}
-    half = t_quantile(len(numbers) - 1) * deviation / math.sqrt(len(numbers))
-    return {"value": mean, "low": mean - half, "high": mean + half, "count": len(numbers)}
+    deviation = math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / (count - 1))
+    half = t_quantile(count - 1) * deviation / math.sqrt(count)
+    return {"value": mean, "low": mean - half, "high": mean + half, "count": count}
 
 
-def win_tie_lose(differences: Iterable[float], tie_margin: float = 0.0) -> dict[str, Estimate]:
-    """Shares of differences above `tie_margin`, within it and below its negative; the three values add up to 1."""
-    if tie_margin < 0:
-        raise ValueError(f"tie_margin must not be negative, not {tie_margin}")
-    numbers = [float(difference) for difference in differences]
-    if any(math.isnan(number) for number in numbers):
-        raise ValueError("a difference is NaN: it is neither a win nor a tie nor a loss")
-    wins = sum(number > tie_margin for number in numbers)
-    losses = sum(number < -tie_margin for number in numbers)
-    count = len(numbers)
-    return {
-        "win": wilson(wins, count),
-        "tie": wilson(count - wins - losses, count),
-        "lose": wilson(losses, count),
-    }
+def win_tie_lose(differences: Iterable[float]) -> dict[str, Estimate]:
+    """Shares of differences above, at and below 0; the three values add up to 1."""
+    numbers = list(differences)
+    wins, losses = sum(number > 0 for number in numbers), sum(number < 0 for number in numbers)
+    shares = {"win": wins, "tie": len(numbers) - wins - losses, "lose": losses}
+    return {name: wilson(share, len(numbers)) for name, share in shares.items()}

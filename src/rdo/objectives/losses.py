@@ -1,6 +1,6 @@
 """Every loss as a pure function of tensors, unreduced: one value per pair, sample or response.
 
-The caller multiplies by the coefficients (rdo/coefficients.py), sums, and divides by the count of the GLOBAL batch;
+The caller multiplies by the coefficients (coefficients.py), sums, and divides by the count of the GLOBAL batch;
 a mean taken here would be wrong under gradient accumulation and over ranks.
 
 Log-probabilities are in nats. Unless said otherwise they are sums over a response's tokens, its end-of-sequence
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isfinite
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,7 @@ def _wide(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Policies
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def dpo(
@@ -84,8 +83,6 @@ def kto(
     Ethayarajh et al. 2024, section 4.1 (lambda_y minus the value). RDO, appendix A.1 multiplies it by R^alpha, the
     same for both responses of a pair.
     """
-    if desirable.dtype != torch.bool:
-        raise TypeError(f"desirable must be a tensor of bool, not {desirable.dtype}")
     baseline = kl.detach() if isinstance(kl, Tensor) else kl
     advantage = beta * (_wide(log_ratio) - baseline)
     # 1 - sigmoid(a) = sigmoid(-a), without the cancellation
@@ -94,17 +91,14 @@ def kto(
     )
 
 
-def kto_kl(mismatched_log_ratio: Tensor, count: int | Tensor | None = None) -> Tensor:
-    """KTO's z0 = max(0, mean of policy - reference over mismatched pairs (x, y')), in nats, detached: -> [].
+def kto_kl(mismatched_log_ratio: Tensor) -> Tensor:
+    """KTO's z0 = max(0, mean of policy - reference over mismatched pairs (x, y')), in nats, detached: [samples] -> [].
 
-    Either the values themselves [samples], or their sum with the `count` behind it, both taken over the global
-    batch: the maximum comes after the mean, so a mean of each rank's z0 would be something else.
+    The samples are those of the global batch: the maximum comes after the mean, so a mean of each rank's z0 would be
+    something else.
     """
     values = _wide(mismatched_log_ratio.detach())
-    samples = values.numel() if count is None else count
-    if not isinstance(samples, Tensor) and samples < 1:
-        raise ValueError("kto_kl needs at least one mismatched sample")
-    return (values.sum() / samples).clamp(min=0.0)
+    return (values.sum() / values.numel()).clamp(min=0.0)
 
 
 def length_normalised(log_probability: Tensor, length: Tensor, length_penalty: float = 1.0) -> Tensor:
@@ -134,7 +128,7 @@ def rrhf(
     row_length: Tensor,
     *,
     length_penalty: float = 1.0,
-    normalise_by: str = "response",
+    normalise_by: Literal["response", "row"] = "response",
 ) -> Tensor:
     """RRHF's ranking loss of a query's ordered pairs: summed log-probabilities and lengths [pairs] -> loss [pairs].
 
@@ -145,8 +139,6 @@ def rrhf(
     normalise_by="row" divides every response by `row_length`, the predicted tokens of the query's longest row, as
     RRHF's published code does by overwriting its labels in place: for comparison only.
     """
-    if normalise_by not in ("response", "row"):
-        raise UserError(f"loss.normalise_by={normalise_by}: must be response or row")
     if normalise_by == "row":
         chosen_length = rejected_length = row_length
     return rrhf_ranking(
@@ -166,8 +158,6 @@ def rrhf_pairs(rewards: Sequence[float]) -> list[tuple[int, int]]:
 
 def best_response(rewards: Sequence[float]) -> int:
     """Position of the highest reward among one query's candidates, the first one on ties: RRHF's target for `sft`."""
-    if len(rewards) == 0:
-        raise UserError("a query without candidates has no best response")
     _require_finite(rewards)
     return max(range(len(rewards)), key=lambda position: rewards[position])
 
@@ -179,21 +169,17 @@ def _require_finite(rewards: Sequence[float]) -> None:
             raise UserError(f"the reward of candidate {position} is {reward}: score the data again")
 
 
-def sft(log_probability: Tensor, length: Tensor, *, reduction: str = "sum") -> Tensor:
+def sft(log_probability: Tensor, length: Tensor, *, reduction: Literal["sum", "mean"] = "sum") -> Tensor:
     """Negative log-likelihood of each response: log_probability, length [responses] -> [responses].
 
     "sum" is in nats; "mean" divides by `length`, in tokens, and is in nats per token. The cross-entropy that RRHF
     (Yuan et al. 2023, section 3.1) and RDO, section 2 (the term L^sft) add for the best response.
     """
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction must be 'sum' or 'mean', not {reduction!r}")
     total = -_wide(log_probability)
     return total if reduction == "sum" else total / _wide(length)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Scorers
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:

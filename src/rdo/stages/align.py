@@ -45,7 +45,7 @@ def aligned_policy(run: Run) -> Artifact:
         inputs["reference"] = reference(run, mismatched=loss.needs_kl)
     settings = run.settings(
         "train",
-        loss={key: value for key, value in asdict(loss).items() if key != "function"},
+        loss=loss.described(),
         rc=rc_settings(config.rc),
         training=asdict(config.align),
         seed=config.seed,

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from rdo.models.lora import load_trained_state, trained_state
+from rdo.models.lora import trained_state
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import Damaged, check_zip, replace_file
 from rdo.runtime.processes import barrier, broadcast, is_rank0
@@ -105,9 +105,9 @@ class TorchEngine:
         except RuntimeError as error:  # which takes the zip's directory more strictly
             raise Damaged(str(error)) from error
         try:
-            load_trained_state(self.model, state["model"])
+            self.model.load_state_dict({**self.model.state_dict(), **state["model"]})  # the rest is frozen
             self.optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error:
+        except (RuntimeError, ValueError) as error:
             raise foreign(path, str(error)) from error
         torch.set_rng_state(state["random"].cpu())
         return int(state["step"])

@@ -23,7 +23,7 @@ import torch
 import torch.distributed
 from transformers import PreTrainedModel
 
-from rdo.models.lora import has_adapter
+from rdo.models.lora import trained_state
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import Damaged, check_zip, move_folder, read_json, replace_file, synchronize, write_json
 from rdo.runtime.processes import barrier, broadcast, is_rank0, world
@@ -146,11 +146,8 @@ class ZeroEngine:
         state: dict[str, torch.Tensor] = {}
         weights = dict(self.model.named_parameters(remove_duplicate=False))
         tensors = {**dict(self.model.named_buffers(remove_duplicate=False)), **weights}
-        adapted = has_adapter(self.model)
-        for name in self.model.state_dict():
+        for name in trained_state(self.model):
             tensor = tensors[name]
-            if adapted and not tensor.requires_grad:
-                continue  # what an adapter is saved with are the weights that it has trained
             whole = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
             partitioned = [tensor] if whole is None and hasattr(tensor, "ds_id") else []
             with GatheredParameters(partitioned, enabled=bool(partitioned)):
