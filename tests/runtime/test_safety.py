@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rdo.report.tables import describe_policy
+from rdo.evaluation.numbers import describe
 from rdo.runtime.errors import UserError, printable, single_line
 from rdo.stages.sft import base_policy
 from rdo.tracking import Tracker
@@ -224,5 +224,6 @@ def test_an_error_is_one_line_whatever_it_quotes():
 
 def test_the_terminal_shows_a_hostile_judge_as_text():
     estimate = {"value": 1.0, "low": None, "high": None, "count": 1}
-    text = describe_policy({"prompts": 1, "length": estimate, "kl": estimate, "rewards": {" ".join(HOSTILE): estimate}})
+    text = describe({"length": estimate, "rewards": {" ".join(HOSTILE): estimate}})
+    assert "evil" in text
     assert hidden(text) == set()
