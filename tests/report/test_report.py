@@ -251,6 +251,23 @@ def test_results_are_saved_as_a_table(full: Folder) -> None:
     assert saved["coefficients.effective_sample_size.value"].dropna().unique() == [31.0]
 
 
+def test_a_comparison_writes_its_report_again_only_when_results_have_changed(
+    folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder.policy("dpo")
+    config, page = compose_config([f"run_dir={folder.run_dir}"]), folder.run_dir / "report" / "report.html"
+    capsys.readouterr()
+    make_report(config, anew=False)
+    said, written = capsys.readouterr().out, page.stat().st_mtime_ns
+    make_report(config, anew=False)
+    assert capsys.readouterr().out == said
+    assert page.stat().st_mtime_ns == written
+    folder.policy("dpo_reward", 1.5, rc=REWARD)
+    make_report(config, anew=False)
+    assert "dpo_reward" in capsys.readouterr().out
+    assert page.stat().st_mtime_ns > written
+
+
 def test_what_cannot_be_read_is_named_and_nothing_is_an_error(folder: Folder) -> None:
     with pytest.raises(UserError, match="nothing is evaluated there"):
         make_report(compose_config([f"run_dir={folder.run_dir}"]))

@@ -6,6 +6,7 @@ import io
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from functools import wraps
+from math import nan
 from typing import Any
 
 import matplotlib
@@ -69,11 +70,6 @@ def colour(position: int) -> dict[str, Any]:
     return {"color": COLOURS[position % len(COLOURS)], "linestyle": ("-", "--", ":")[position // len(COLOURS) % 3]}
 
 
-def label(text: str) -> str:
-    """A name for the legend, which would hide one that starts with an underscore."""
-    return f" {text}" if text.startswith("_") else text
-
-
 def bars(numbers: Sequence[Number]) -> list[list[float]]:
     """Lengths of the error bars below and above; NaN, and not drawn, where there is no interval."""
     return [[max(one.value - one.low, 0) for one in numbers], [max(one.high - one.value, 0) for one in numbers]]
@@ -111,25 +107,21 @@ def overview(rows: Sequence[Row], judge: str) -> Figure | None:
 
 
 @svg
-def confidence(rows: Sequence[Row]) -> Figure | None:
+def confidence(rows: Sequence[Row], metric: str) -> Figure | None:
     """Accuracy of each scorer by quartile of the size of its reward difference."""
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes, drawn = figure.add_subplot(), 0
-    for row in rows:
-        for kind in ("gold", "label"):
-            found = [row.number(f"by_confidence.{n}.{kind}_accuracy") for n in range(1, 5)]
-            known = [(n + 0.04 * drawn, estimate) for n, estimate in enumerate(found, start=1) if estimate]
-            if known:
-                x, y = zip(*known, strict=True)
-                points(axes, x, y, label=label(row.name), marker="o", **colour(drawn))
-                axes.set_ylabel(f"accuracy against the {'true reward' if kind == 'gold' else 'labels'}")
-                drawn += 1
-                break
+    quarters = range(1, 5)
+    wanted = [(row.name, [row.number(f"by_confidence.{n}.{metric}") for n in quarters]) for row in rows]
+    drawn = [(name, [one or Number(nan) for one in found]) for name, found in wanted if any(found)]
     if not drawn:
         return None
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (name, found) in enumerate(drawn):
+        points(axes, [n + 0.04 * place for n in quarters], found, label=name, marker="o", **colour(place))
     axes.axhline(0.5, color="#888888", linewidth=0.9, linestyle=(0, (4, 3)))
-    axes.set_xticks([1, 2, 3, 4], ["least sure", "2", "3", "surest"])
+    axes.set_xticks(quarters, ["least sure", "2", "3", "surest"])
     axes.set_xlabel("quartile of |R|")
+    axes.set_ylabel(f"accuracy against the {'true reward' if metric == 'gold_accuracy' else 'labels'}")
     axes.legend()
     return figure
 
@@ -158,7 +150,7 @@ def frontier(rows: Sequence[Row], judge: str) -> Figure | None:
             marker=MARKERS.get(first.rc, "o"),
             mfc="white" if first.ablation_in_words else shade,
             linestyle="-" if first.rc != "none" else "--",
-            label=label(first.name if len(line) == 1 else f"{first.name} … {line[-1].name}"),
+            label=first.name if len(line) == 1 else f"{first.name} … {line[-1].name}",
         )
     axes.set_xlabel("KL to the base policy, nats")
     axes.set_ylabel(f"reward by “{judge}”")
@@ -183,7 +175,7 @@ def swept(rows: Sequence[Row], keys: Sequence[str]) -> Figure | None:
             values = [row.settings[name] for row in line]
             title = line[0].name.split(",")[0] if line[0].name.endswith(f"={values[0]}") else f"{line[0].name} …"
             reached = [one for row in line if (one := row.number(key))]
-            points(axes, values, reached, marker="o", label=label(title), **colour(shade))
+            points(axes, values, reached, marker="o", label=title, **colour(shade))
         values = sorted({row.settings[name] for line in lines for row in line})
         if values[0] > 0 and values[-1] / values[0] >= 5:
             axes.set_xscale("log")
@@ -208,7 +200,7 @@ def training(rows: Sequence[Row]) -> Figure | None:
     figure, places = panels(len(wanted), width=11.6)
     for axes, (name, lines) in zip(places, wanted.items(), strict=True):
         for shade, (row, values) in enumerate(lines):
-            axes.plot(values.index, values, label=label(row.name), **{**colour(shade), "linewidth": 1.1})
+            axes.plot(values.index, values, label=row.name, **{**colour(shade), "linewidth": 1.1})
         axes.set_title(name)
         axes.set_xlabel("step")
         axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.02), labelspacing=0.3)

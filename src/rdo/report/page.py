@@ -69,7 +69,7 @@ def section(name: str, rows: Sequence[Row], samples: int) -> dict[str, Any]:
         "tables": {title: table for title, table in found.items() if len(table.columns) > 1},
         "figures": {
             "overview": figures.overview(policies, judge),
-            "confidence": figures.confidence(scorers),
+            "confidence": figures.confidence(scorers, metric),
             "frontier": figures.frontier(policies, judge),
             "swept": figures.swept(rows, (f"rewards.{judge}", "kl", metric)),
             "training": figures.training(rows),
