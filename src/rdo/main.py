@@ -23,9 +23,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from rdo.checks import compose_config, plain, sweep_points, typed, without_effect
-from rdo.evaluation.metric import stage_metric
+from rdo.evaluation.numbers import describe, stage_metric
 from rdo.objectives.choice import choose_loss
-from rdo.report.tables import describe_policy, describe_scorer
 from rdo.runtime import processes, stopping
 from rdo.runtime.errors import UserError, described
 from rdo.runtime.failing import DEBUG, FAILED, FULL_ERROR, fail, show
@@ -35,6 +34,7 @@ from rdo.sequences.preparation import keep_memory
 from rdo.settings import Config, EngineConfig
 from rdo.stages.align import aligned_policy, needed_scores
 from rdo.stages.evaluate import EVALUATION, evaluate_policy, evaluate_scorers
+from rdo.stages.report import make_report
 from rdo.stages.run import Cache, Run
 from rdo.stages.score import scores
 from rdo.stages.scorer import STAGE_OF, scorer
@@ -115,15 +115,12 @@ def run_config(config: Config, overrides: list[str]) -> float | None:
     run = Run(config, provenance, config.stage.name, CACHE)
     check_processes(config)
     processes.start(run.device().type)
-    # These load what nothing else needs.
     if config.stage.name == "inspect":
         from rdo.stages.inspect import inspect_data
 
         inspect_data(run)
         return None
     if config.stage.name == "report":
-        from rdo.stages.report import make_report
-
         make_report(config)
         return None
     started = time.perf_counter()
@@ -144,9 +141,7 @@ def check_processes(config: Config) -> None:
 def finished(artifact: Artifact, metric: str | None) -> float | None:
     """Shows what an evaluation found; what a sweep compares, as `stage_metric` has it."""
     if (artifact.folder / EVALUATION).exists():
-        evaluation = read_json(artifact.folder / EVALUATION)
-        describe = describe_scorer if "label_accuracy" in evaluation else describe_policy
-        print(f"{describe(evaluation)}\n  {artifact.folder / EVALUATION}", flush=True)
+        print(f"{describe(read_json(artifact.folder / EVALUATION))}\n  {artifact.folder / EVALUATION}", flush=True)
     return stage_metric(artifact, metric)
 
 

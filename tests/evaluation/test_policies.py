@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from rdo.data.records import Preference, Record
-from rdo.report.tables import describe_policy, describe_scorer
+from rdo.evaluation.numbers import describe
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import read_json, read_json_lines
 from rdo.settings import EvalConfig
@@ -74,12 +76,12 @@ def test_a_scorer_of_the_other_kind_is_refused(policy) -> None:
 
 def test_what_the_terminal_says(policy) -> None:
     run, artifact = policy
-    said = describe_policy(read_json(artifact.folder / EVALUATION))
-    assert "mean reward by gold" in said
-    assert "win / tie / lose against the base policy by diff: 0 / 100 / 0 %" in said
-    said = describe_scorer(read_json(evaluate_scorers(run, "diff").folder / EVALUATION))
-    assert "label accuracy 0." in said
-    assert "shown first" in said
+    said = describe(read_json(artifact.folder / EVALUATION))
+    assert re.search(r"^  rewards\.gold +\S+ \[.*, .*\]$", said, re.MULTILINE)
+    assert re.search(r"^  against_base\.diff\.win +0\.000 \[", said, re.MULTILINE)
+    said = describe(read_json(evaluate_scorers(run, "diff").folder / EVALUATION))
+    assert re.search(r"^  accuracy_chosen_first +\S+ \[", said, re.MULTILINE)
+    assert re.search(r"^  by_confidence\.4\.label_accuracy ", said, re.MULTILINE)
 
 
 def test_a_sequence_longer_than_the_model_is_one_clear_error(tmp_path) -> None:

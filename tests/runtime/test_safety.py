@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rdo.report.tables import describe_policy
+from rdo.evaluation.numbers import describe
 from rdo.runtime.errors import printable
 from rdo.stages.sft import base_policy
 from rdo.tracking import Tracker
@@ -215,5 +215,6 @@ def test_what_would_act_or_cannot_be_seen_is_shown_as_an_escape(text, shown):
 
 def test_the_terminal_shows_a_hostile_judge_as_text():
     estimate = {"value": 1.0, "low": None, "high": None, "count": 1}
-    text = describe_policy({"prompts": 1, "length": estimate, "kl": estimate, "rewards": {" ".join(HOSTILE): estimate}})
+    text = describe({"length": estimate, "rewards": {" ".join(HOSTILE): estimate}})
+    assert "evil" in text
     assert hidden(text) == set()

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from rdo.checks import CONF, compose_config
-from rdo.evaluation.metric import stage_metric
+from rdo.evaluation.numbers import stage_metric
 from rdo.main import run_config
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import write_json

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from rdo.objectives.intervals import Estimate, wilson
 
@@ -21,34 +22,28 @@ GOLD_FIELDS = (
     "mislabelled_share_where_contradicted",
     "mislabelled_share_elsewhere",
 )
-HISTOGRAM_VALUES = 2000
 QUARTILES = 4
 
-Numbers = np.ndarray[Any, np.dtype[np.float64]]
-Mask = np.ndarray[Any, np.dtype[np.bool_]]
+Numbers = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 
 def evaluate_scorer(
-    forward: Sequence[float] | Numbers,
-    backward: Sequence[float] | Numbers,
-    labels: Sequence[float] | Numbers,
-    gold: Sequence[float | None] | Numbers | None = None,
+    forward: ArrayLike,
+    backward: ArrayLike,
+    labels: ArrayLike,
+    gold: ArrayLike | Sequence[float | None] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Everything the report says about a scorer, from its outputs on labelled pairs (chosen, rejected).
+    """Everything the report says about a scorer, from its outputs on labelled pairs (chosen, rejected), each [pairs].
 
     forward: f(chosen, rejected). backward: f(rejected, chosen); for a pointwise model it is -forward.
     labels: target for "chosen is preferred": 1.0, or 0.5 for a tie (counted, and left out of every accuracy).
     gold: true reward of chosen minus that of rejected, None where unknown. Pairs that are equal under the gold
     have no right answer and are left out of the gold's accuracies. An output of exactly 0 counts as half right.
     """
-    ahead, behind = _outputs(forward, "forward"), _outputs(backward, "backward")
-    targets = np.asarray(labels, dtype=np.float64)
-    if not len(ahead) == len(behind) == len(targets):
-        raise ValueError(f"{len(ahead)} forward, {len(behind)} backward values and {len(targets)} labels")
-    if not np.all((targets == 1.0) | (targets == 0.5)):
-        raise ValueError("labels must be 1.0 (chosen is preferred) or 0.5 (a tie)")
-    truth = None if gold is None else _gold(gold, len(ahead))
+    ahead, behind, targets = (np.asarray(values, dtype=np.float64) for values in (forward, backward, labels))
+    truth = None if gold is None else np.array(gold, dtype=np.float64)  # None becomes NaN
 
     random = np.random.default_rng(seed)
     chosen_first = random.random(len(ahead)) < 0.5
@@ -60,97 +55,66 @@ def evaluate_scorer(
     result: dict[str, Any] = {
         "pairs": len(ahead),
         "ties": int(np.sum(~decided)),
-        "label_accuracy": _share(_credit(for_chosen), decided),
-        "label_accuracy_both_orders": _share(_credit(both_orders), decided),
-        "accuracy_chosen_first": _share(_credit(ahead), decided),
-        "accuracy_chosen_second": _share(_credit(-behind), decided),
-        "first_preferred_share": _share(_credit(shown), np.ones(len(ahead), dtype=bool)),
+        "label_accuracy": share(credit(for_chosen), decided),
+        "label_accuracy_both_orders": share(credit(both_orders), decided),
+        "accuracy_chosen_first": share(credit(ahead), decided),
+        "accuracy_chosen_second": share(credit(-behind), decided),
+        "first_preferred_share": share(credit(shown), np.ones_like(decided)),
         "antisymmetry_gap": float(np.mean(np.abs(ahead + behind))) if len(ahead) else None,
         "negative_share": float(np.mean(ahead[decided] < 0)) if decided.any() else None,
-        "by_confidence": _by_confidence(for_chosen, decided, truth),
-        "differences": _sample(ahead, random),
+        "by_confidence": by_confidence(for_chosen, decided, truth),
     }
-    result.update(_against_gold(ahead, for_chosen, both_orders, decided, truth))
-    return result
+    if truth is None:
+        return result | dict.fromkeys(GOLD_FIELDS)
+    known = with_answer(decided, truth)
+    mislabelled = credit(-truth)
+    fields = (
+        share(gold_credit(for_chosen, truth), known),
+        share(gold_credit(both_orders, truth), known),
+        share(credit(truth), known),
+        share(mislabelled, known & (ahead < 0)),
+        share(mislabelled, known & (ahead >= 0)),
+    )
+    return result | dict(zip(GOLD_FIELDS, fields, strict=True))
 
 
-def _outputs(values: Sequence[float] | Numbers, name: str) -> Numbers:
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1:
-        raise ValueError(f"{name} must be one number a pair, not an array of shape {array.shape}")
-    if not np.all(np.isfinite(array)):
-        raise ValueError(f"{name}[{int(np.argmin(np.isfinite(array)))}] is not a finite number")
-    return array
-
-
-def _gold(values: Sequence[float | None] | Numbers, count: int) -> Numbers:
-    array = np.array([np.nan if value is None else float(value) for value in values], dtype=np.float64)
-    if len(array) != count:
-        raise ValueError(f"{len(array)} gold values for {count} pairs")
-    return array
-
-
-def _credit(opinion: Numbers) -> Numbers:
+def credit(opinion: Numbers) -> Numbers:
     """1 for a positive opinion, 0 for a negative one, 0.5 for none."""
     return (np.sign(opinion) + 1) / 2
 
 
-def _share(credit: Numbers, mask: Mask) -> Estimate:
-    return wilson(float(np.sum(credit[mask])), int(np.sum(mask)))
+def gold_credit(opinion: Numbers, truth: Numbers) -> Numbers:
+    """The same, of an opinion that should have the sign of the truth."""
+    return credit(opinion * np.sign(truth))
 
 
-def _with_answer(decided: Mask, truth: Numbers) -> Mask:
+def share(credits: Numbers, mask: Mask) -> Estimate:
+    """The mean credit of some pairs."""
+    return wilson(float(np.sum(credits[mask])), int(np.sum(mask)))
+
+
+def with_answer(decided: Mask, truth: Numbers) -> Mask:
     """Pairs that have both a label and a right answer: one set for scorer and labels, so the two compare."""
     return decided & (np.abs(truth) > GOLD_TIE)  # NaN (unknown) compares as False
 
 
-def _gold_credit(opinion: Numbers, truth: Numbers) -> Numbers:
-    return _credit(opinion * np.sign(truth))
-
-
-def _against_gold(
-    ahead: Numbers, for_chosen: Numbers, both_orders: Numbers, decided: Mask, truth: Numbers | None
-) -> dict[str, Estimate | None]:
-    """The fields that need the true reward; all None without it."""
-    if truth is None:
-        return dict.fromkeys(GOLD_FIELDS)
-    known = _with_answer(decided, truth)
-    mislabelled = _credit(-truth)
-    return {
-        "gold_accuracy": _share(_gold_credit(for_chosen, truth), known),
-        "gold_accuracy_both_orders": _share(_gold_credit(both_orders, truth), known),
-        "labels_gold_accuracy": _share(_credit(truth), known),
-        "mislabelled_share_where_contradicted": _share(mislabelled, known & (ahead < 0)),
-        "mislabelled_share_elsewhere": _share(mislabelled, known & (ahead >= 0)),
-    }
-
-
-def _by_confidence(for_chosen: Numbers, decided: Mask, truth: Numbers | None) -> list[dict[str, Any]]:
+def by_confidence(for_chosen: Numbers, decided: Mask, truth: Numbers | None) -> list[dict[str, Any]]:
     """Accuracy in four equal parts of the decided pairs, from the smallest |f| to the largest (RDO, Table 15)."""
     index = np.flatnonzero(decided)
     index = index[np.argsort(np.abs(for_chosen[index]), kind="stable")]
     parts: list[dict[str, Any]] = []
     for part in np.array_split(index, QUARTILES):
-        mask = np.zeros(len(for_chosen), dtype=bool)
+        mask = np.zeros_like(decided)
         mask[part] = True
         size = np.abs(for_chosen[part])
-        gold_accuracy = None
-        if truth is not None:
-            gold_accuracy = _share(_gold_credit(for_chosen, truth), _with_answer(mask, truth))
+        right = None if truth is None else share(gold_credit(for_chosen, truth), with_answer(mask, truth))
         parts.append(
             {
                 "low": float(size.min()) if len(part) else None,
                 "high": float(size.max()) if len(part) else None,
                 "count": len(part),
-                "label_accuracy": _share(_credit(for_chosen), mask),
-                "gold_accuracy": gold_accuracy,
+                "label_accuracy": share(credit(for_chosen), mask),
+                "gold_accuracy": right,
             }
         )
     return parts
-
-
-def _sample(values: Numbers, random: np.random.Generator) -> list[float]:
-    """Values for a histogram; drawn at random when there are too many, since the file's order may mean something."""
-    if len(values) > HISTOGRAM_VALUES:
-        values = random.choice(values, HISTOGRAM_VALUES, replace=False)
-    return [round(float(value), 6) for value in values]

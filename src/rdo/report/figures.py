@@ -1,22 +1,21 @@
-"""The five figures of the report, as SVG to be put inside a page: the same bytes for the same data."""
+"""The five figures of the report, as SVG in the address of an image: the same bytes for the same data."""
 
 from __future__ import annotations
 
 import io
-import re
+from base64 import b64encode
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from functools import wraps
-from math import isnan
+from math import nan
 from typing import Any
 
 import matplotlib
-from markupsafe import Markup, escape
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rdo.evaluation.numbers import Number, number
 from rdo.report.results import Row, sweeps, training_curves
-from rdo.report.tables import Number, number
 from rdo.runtime.errors import printable
 
 # Okabe and Ito's colours without the yellow ones, which are too pale on white.
@@ -24,9 +23,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#B0568A", "#3A3A3A", "#8C6D1F")
 MARKERS = {"none": "o", "reward": "s", "diff": "^", "gold": "D"}
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "rdo",  # otherwise the ids inside the file are new every time
-    "svg.fonttype": "none",  # text stays text: it can be searched and read aloud, and takes the page's font
+    "svg.fonttype": "none",  # text stays text, in a font of the reader's
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign
     "font.size": 9.5,
+    "font.sans-serif": ["DejaVu Sans", "Segoe UI", "Roboto", "Arial"],
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -38,33 +38,31 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 8.5,
     "lines.linewidth": 1.5,
     "lines.markersize": 5.5,
+    "errorbar.capsize": 2,
 }
 
 
-def style() -> AbstractContextManager[None]:
-    """The settings that every figure is drawn under; nothing outside is changed."""
-    return matplotlib.rc_context(STYLE)
-
-
-def svg(draw: Callable[..., Figure | None]) -> Callable[..., Markup | None]:
-    """A function that draws, as one that returns an <svg> element whose ids start with its own name and a prefix."""
+def svg(draw: Callable[..., Figure | None]) -> Callable[..., str | None]:
+    """A function that draws, as one that returns the address of an image. In an <img> a drawing can neither fetch nor
+    run anything, and its ids are its own."""
 
     @wraps(draw)
-    def drawn(*arguments: Any, prefix: str = "") -> Markup | None:
-        with style():
+    def drawn(*arguments: Any) -> str | None:
+        with matplotlib.rc_context(STYLE):
             figure, buffer = draw(*arguments), io.StringIO()
             if figure is None:
                 return None
             figure.savefig(buffer, format="svg", metadata={"Date": None})
-        text = buffer.getvalue()
-        text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-        own = f"{draw.__name__}{prefix}"
-        # Text cannot hold a bare "<", so this touches the tags alone.
-        text = re.sub(r"<[^>]*>", lambda tag: re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{own}-", tag[0]), text)
-        label = escape((draw.__doc__ or "").split(".")[0])
-        return Markup(printable(text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)))
+        return f"data:image/svg+xml;base64,{b64encode(printable(buffer.getvalue()).encode()).decode()}"
 
     return drawn
+
+
+def panels(count: int, width: float = 8.6) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, two in a line; width in inches."""
+    lines = (count + 1) // 2
+    figure = Figure(figsize=(width, 2.9 * lines), layout="constrained")
+    return figure, [figure.add_subplot(lines, 2, place + 1) for place in range(count)]
 
 
 def colour(position: int) -> dict[str, Any]:
@@ -72,68 +70,58 @@ def colour(position: int) -> dict[str, Any]:
     return {"color": COLOURS[position % len(COLOURS)], "linestyle": ("-", "--", ":")[position // len(COLOURS) % 3]}
 
 
-def label(text: str) -> str:
-    """A name for the legend, which would hide one that starts with an underscore."""
-    return f" {text}" if text.startswith("_") else text
-
-
-def bars(numbers: Sequence[Number]) -> list[list[float]] | None:
-    """Lengths of the error bars below and above; none where one has no interval."""
-    lengths = [[one.value - one.low for one in numbers], [one.high - one.value for one in numbers]]
-    return None if any(map(isnan, lengths[0])) else [[max(0.0, length) for length in ends] for ends in lengths]
+def bars(numbers: Sequence[Number]) -> list[list[float]]:
+    """Lengths of the error bars below and above; NaN, and not drawn, where there is no interval."""
+    return [[max(one.value - one.low, 0) for one in numbers], [max(one.high - one.value, 0) for one in numbers]]
 
 
 def points(axes: Axes, x: Sequence[float], y: Sequence[Number], x_bars: Any = None, **given: Any) -> None:
     """A line or points with their intervals."""
-    axes.errorbar(x, [one.value for one in y], bars(y), x_bars, elinewidth=0.8, capsize=2, **given)
+    axes.errorbar(x, [one.value for one in y], bars(y), x_bars, elinewidth=0.8, **given)
 
 
 @svg
 def overview(rows: Sequence[Row], judge: str) -> Figure | None:
-    """What coefficients change: each row's reward minus its baseline's, with the 95 % interval."""
-    shown = [row for row in rows if row.number(f"difference.{judge}")]
+    """What coefficients change: each row's reward minus its baseline's, with the 95 % interval, and both KLs."""
+    shown = [
+        (row, row.baseline, change) for row in rows if row.baseline and (change := row.number(f"difference.{judge}"))
+    ]
     if not shown:
         return None
     figure = Figure(figsize=(6.4, 0.9 + 0.25 * len(shown)), layout="constrained")
     axes = figure.add_subplot()
     beside: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8.5}
     axes.annotate("KL / baseline's", (1.01, -1), **beside)
-    for place, row in enumerate(shown):
-        found = row.number(f"difference.{judge}")
-        assert found is not None
-        shade = {"higher": COLOURS[0], "lower": COLOURS[1]}.get(found.verdict, "#8A8A8A")
+    for place, (row, base, change) in enumerate(shown):
+        shade = {"higher": COLOURS[0], "lower": COLOURS[1]}.get(change.verdict, "#8A8A8A")
         face = "white" if row.ablation_in_words else shade
-        axes.errorbar([found.value], [place], xerr=bars([found]), color=shade, marker="o", mfc=face, capsize=2.5)
-        kl = [one.number("kl") for one in (row, row.baseline) if one]
+        axes.errorbar([change.value], [place], xerr=bars([change]), color=shade, marker="o", mfc=face, capsize=2.5)
+        kl = [one.number("kl") for one in (row, base)]
         axes.annotate(" / ".join(number(one.value) for one in kl if one), (1.01, place), **beside)
     axes.axvline(0, color="#555555", linewidth=1)
     axes.locator_params(axis="x", nbins=6)
-    axes.set_yticks(range(len(shown)), [f"{row.name} − {row.baseline.name if row.baseline else ''}" for row in shown])
+    axes.set_yticks(range(len(shown)), [f"{row.name} − {base.name}" for row, base, _ in shown])
     axes.set_ylim(len(shown) - 0.4, -1.2)
     axes.set_xlabel(f"reward by “{judge}”: row − baseline")
     return figure
 
 
 @svg
-def confidence(rows: Sequence[Row]) -> Figure | None:
+def confidence(rows: Sequence[Row], metric: str) -> Figure | None:
     """Accuracy of each scorer by quartile of the size of its reward difference."""
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes, drawn = figure.add_subplot(), 0
-    for row in rows:
-        for kind in ("gold", "label"):
-            found = [row.number(f"by_confidence.{n}.{kind}_accuracy") for n in range(1, 5)]
-            known = [(n + 0.04 * drawn, estimate) for n, estimate in enumerate(found, start=1) if estimate]
-            if known:
-                x, y = zip(*known, strict=True)
-                points(axes, x, y, label=label(row.name), marker="o", **colour(drawn))
-                axes.set_ylabel(f"accuracy against the {'true reward' if kind == 'gold' else 'labels'}")
-                drawn += 1
-                break
+    quarters = range(1, 5)
+    wanted = [(row.name, [row.number(f"by_confidence.{n}.{metric}") for n in quarters]) for row in rows]
+    drawn = [(name, [one or Number(nan) for one in found]) for name, found in wanted if any(found)]
     if not drawn:
         return None
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (name, found) in enumerate(drawn):
+        points(axes, [n + 0.04 * place for n in quarters], found, label=name, marker="o", **colour(place))
     axes.axhline(0.5, color="#888888", linewidth=0.9, linestyle=(0, (4, 3)))
-    axes.set_xticks([1, 2, 3, 4], ["least sure", "2", "3", "surest"])
+    axes.set_xticks(quarters, ["least sure", "2", "3", "surest"])
     axes.set_xlabel("quartile of |R|")
+    axes.set_ylabel(f"accuracy against the {'true reward' if metric == 'gold_accuracy' else 'labels'}")
     axes.legend()
     return figure
 
@@ -162,7 +150,7 @@ def frontier(rows: Sequence[Row], judge: str) -> Figure | None:
             marker=MARKERS.get(first.rc, "o"),
             mfc="white" if first.ablation_in_words else shade,
             linestyle="-" if first.rc != "none" else "--",
-            label=label(first.name if len(line) == 1 else f"{first.name} … {line[-1].name}"),
+            label=first.name if len(line) == 1 else f"{first.name} … {line[-1].name}",
         )
     axes.set_xlabel("KL to the base policy, nats")
     axes.set_ylabel(f"reward by “{judge}”")
@@ -173,23 +161,21 @@ def frontier(rows: Sequence[Row], judge: str) -> Figure | None:
 @svg
 def swept(rows: Sequence[Row], keys: Sequence[str]) -> Figure | None:
     """What a swept setting leads to, by its value."""
-    panels = [
+    wanted = [
         (name, key, lines)
         for name, found in sweeps(rows).items()
         for key in keys
         if (lines := [line for line in found if all(row.number(key) for row in line)])
     ]
-    if not panels:
+    if not wanted:
         return None
-    height = (len(panels) + 1) // 2
-    figure = Figure(figsize=(8.6, 2.9 * height), layout="constrained")
-    for place, (name, key, lines) in enumerate(panels, start=1):
-        axes = figure.add_subplot(height, 2, place)
+    figure, places = panels(len(wanted))
+    for axes, (name, key, lines) in zip(places, wanted, strict=True):
         for shade, line in enumerate(lines):
             values = [row.settings[name] for row in line]
             title = line[0].name.split(",")[0] if line[0].name.endswith(f"={values[0]}") else f"{line[0].name} …"
             reached = [one for row in line if (one := row.number(key))]
-            points(axes, values, reached, marker="o", label=label(title), **colour(shade))
+            points(axes, values, reached, marker="o", label=title, **colour(shade))
         values = sorted({row.settings[name] for line in lines for row in line})
         if values[0] > 0 and values[-1] / values[0] >= 5:
             axes.set_xscale("log")
@@ -204,20 +190,18 @@ def swept(rows: Sequence[Row], keys: Sequence[str]) -> Figure | None:
 @svg
 def training(rows: Sequence[Row]) -> Figure | None:
     """Training curves, the mean over seeds."""
-    panels: dict[str, list[tuple[Row, Any]]] = {}
+    wanted: dict[str, list[tuple[Row, pd.Series[float]]]] = {}
     for row in rows:
         for name, values in training_curves(row).items():
-            group = "scorers" if row.kind in ("reward", "diff") else row.loss
-            panels.setdefault(f"{group}: {name.replace('_', ' ')}", []).append((row, values))
-    if not panels:
+            group = {"policy": row.loss, "base": "sft"}.get(row.kind, "scorers")
+            wanted.setdefault(f"{group}: {str(name).replace('_', ' ')}", []).append((row, values))
+    if not wanted:
         return None
-    height = (len(panels) + 1) // 2
-    figure = Figure(figsize=(8.6, 2.9 * height), layout="constrained")
-    for place, (name, lines) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(height, 2, place)
+    figure, places = panels(len(wanted), width=11.6)
+    for axes, (name, lines) in zip(places, wanted.items(), strict=True):
         for shade, (row, values) in enumerate(lines):
-            axes.plot(values.index, values, label=label(row.name), **{**colour(shade), "linewidth": 1.1})
+            axes.plot(values.index, values, label=row.name, **{**colour(shade), "linewidth": 1.1})
         axes.set_title(name)
         axes.set_xlabel("step")
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.02), labelspacing=0.3)
     return figure

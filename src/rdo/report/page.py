@@ -1,4 +1,4 @@
-"""The report: what the rows say in sentences computed from them, report.html, report.md, and what a terminal shows."""
+"""The report: what the rows say in sentences computed from them, as report.html, as Markdown, and in short."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from rdo.evaluation import GENERATIONS
+from rdo.evaluation.numbers import interval, number
 from rdo.report import figures, tables
 from rdo.report.results import Row, at_equal_kl, difference, sweeps
-from rdo.report.tables import interval, number
+from rdo.report.tables import inline
 from rdo.runtime.errors import printable
 from rdo.runtime.files import read_json_lines
 
@@ -28,82 +28,80 @@ RULES = (
     "Every scorer is shown the two responses in random order. A pair whose label is a tie is in no accuracy. Gold: "
     "the true reward, which only a made-up world knows.",
 )
+IN_SHORT = {"Policies": 5, "Scorers": 4}  # the tables that a terminal shows, and how many of their columns
 
 
 def view_of(
     title: str, facts: Mapping[str, str], rows: Sequence[Row], failed: Mapping[str, str], samples: int
 ) -> dict[str, Any]:
     """All that the page shows. failed: why rows are not there, by name; samples: how many responses of a row."""
-    names = list(dict.fromkeys(row.data for row in rows))
-    parts = [section(n, name, [row for row in rows if row.data == name], samples) for n, name in enumerate(names)]
-    commands = [(row.name, str(row.runs["command"].iloc[0])) for row in rows]
-    return {"title": title, "facts": facts, "failed": failed, "sections": parts, "commands": commands, "rules": RULES}
+    names = dict.fromkeys(row.data for row in rows)
+    return {
+        "title": title,
+        "facts": facts,
+        "failed": failed,
+        "sections": [section(name, [row for row in rows if row.data == name], samples) for name in names],
+        "commands": [(row.name, next(iter(row.runs.values()))["command"]) for row in rows],
+        "rules": RULES,
+    }
 
 
-def section(place: int, name: str, rows: Sequence[Row], samples: int) -> dict[str, Any]:
+def section(name: str, rows: Sequence[Row], samples: int) -> dict[str, Any]:
     """What there is to say and to show of the rows on one data set."""
     policies, scorers = ([row for row in rows if (row.kind in ("policy", "base")) == kind] for kind in (True, False))
-    judges = sorted(
-        {judge for row in policies for judge in row.judges}, key=lambda judge: (judge != "gold", judge != "reward")
-    )
-    judge = judges[0] if judges else "gold"
+    judges = [judge for judge in ("gold", "reward", "diff") if any(judged(row, judge) for row in policies)]
+    judge = next(iter(judges), "gold")
     metric = "gold_accuracy" if any(row.number("gold_accuracy") for row in scorers) else "label_accuracy"
-    drawn = {
-        "overview": figures.overview(policies, judge, prefix=f"{place}"),
-        "confidence": figures.confidence(scorers, prefix=f"{place}"),
-        "frontier": figures.frontier(policies, judge, prefix=f"{place}"),
-        "swept": figures.swept(rows, (f"rewards.{judge}", "kl", metric), prefix=f"{place}"),
-        "training": figures.training(rows, prefix=f"{place}"),
+    found = {
+        "Policies": tables.policy_table(policies, judge),
+        "What the other judges say": tables.judge_table(policies, judges[1:]),
+        "Scorers": tables.scorer_table(scorers),
+        "Data": tables.data_table(rows),
     }
     return {
         "name": name,
-        "answer": [*effects(policies, judge), *equal_kl(policies, judge), *accuracies(scorers, metric)],
-        "conclusions": [
+        "answer": [
+            *effects(policies, judge),
+            *equal_kl(policies, judge),
             *best_values(policies, f"rewards.{judge}"),
             *best_values(scorers, metric),
         ],
-        "tables": {
-            "Policies": tables.policy_table(policies, judge),
-            "What the other judges say": tables.judge_table(policies, judges[1:]),
-            "Scorers": tables.scorer_table(scorers),
-            "Data": data_table(rows),
+        "tables": {title: table for title, table in found.items() if len(table.columns) > 1},
+        "figures": {
+            "overview": figures.overview(policies, judge),
+            "confidence": figures.confidence(scorers, metric),
+            "frontier": figures.frontier(policies, judge),
+            "swept": figures.swept(rows, (f"rewards.{judge}", "kl", metric)),
+            "training": figures.training(rows),
         },
-        "figures": drawn,
-        "samples": [side_by_side(row, samples) for row in policies if row.baseline],
+        "samples": [side_by_side(row, row.baseline, samples) for row in policies if row.baseline],
     }
+
+
+def judged(row: Row, judge: str) -> bool:
+    """Whether a judge has said anything of a policy; a difference model only compares."""
+    return bool(row.number(f"rewards.{judge}") or row.number(f"against_base.{judge}.win"))
 
 
 def effects(policies: Sequence[Row], judge: str) -> Iterator[str]:
     """Whether coefficients help, by how much, and at which KL."""
-    found = [(row, n, row.baseline) for row in policies if (n := row.number(f"difference.{judge}")) and row.baseline]
-    ordinary = [entry for entry in found if not entry[0].ablation_in_words]
-    if not ordinary:
+    ordinary = [(row, row.baseline) for row in policies if row.baseline and not row.ablation_in_words]
+    found = [(row, base, change) for row, base in ordinary if (change := row.number(f"difference.{judge}"))]
+    if not found:
         yield "No row with a coefficient is finished together with its baseline: whether coefficients help is open."
-    else:
-        counts = Counter(change.verdict for _, change, _ in ordinary)
-        seeds = max(len(row.runs) for row, _, _ in ordinary)
-        over = f"{seeds} seeds" if seeds > 1 else "the prompts of one seed"
-        yield (
-            f"By the judge “{judge}” the coefficient helps in {counts['higher']} of {len(ordinary)} rows, harms in "
-            f"{counts['lower']}, and cannot be told from none in {counts['indistinguishable']} (over {over})."
-        )
-        row, change, base = max(ordinary, key=lambda entry: entry[1].value)
-        kl = [interval(one.number("kl"), 2) for one in (row, base)]
-        said = f"{row.name} over {base.name}, {interval(change, 2, signed=True)} ({change.verdict})"
-        yield f"Largest difference: {said}, at KL {kl[0]} against {kl[1]} nats."
-    ablations = [f"{row.name} {interval(change, 2, signed=True)}" for row, change, _ in found if row.ablation_in_words]
-    if ablations:
-        yield f"Ablations: {'; '.join(ablations)}."
-
-
-def accuracies(scorers: Sequence[Row], metric: str) -> Iterator[str]:
-    """How often scorers and labels are right."""
-    known = [(row.name, accuracy) for row in scorers if (accuracy := row.number(metric))]
-    if known:
-        labels = scorers[0].number("labels_gold_accuracy")
-        kind = "true reward" if metric == "gold_accuracy" else "held-out labels"
-        beside = f" (the labels themselves in {number(labels.value, 3)})" if labels else ""
-        yield f"Scorers agree with the {kind}{beside}: {'; '.join(f'{name} in {interval(n)}' for name, n in known)}."
+        return
+    counts = Counter(change.verdict for _, _, change in found)
+    seeds = max(len(row.runs) for row, _, _ in found)
+    yield (
+        f"By the judge “{judge}” the coefficient helps in {counts['higher']} of {len(found)} rows, harms in "
+        f"{counts['lower']}, and cannot be told from none in {counts['indistinguishable']} "
+        f"(over {f'{seeds} seeds' if seeds > 1 else 'the prompts of one seed'})."
+    )
+    row, base, change = max(found, key=lambda entry: entry[2].value)
+    yield (
+        f"Largest difference: {row.name} over {base.name}, {interval(change, signed=True)} ({change.verdict}), "
+        f"at KL {interval(row.number('kl'))} against {interval(base.number('kl'))} nats."
+    )
 
 
 def equal_kl(policies: Sequence[Row], judge: str) -> Iterator[str]:
@@ -121,52 +119,34 @@ def best_values(rows: Sequence[Row], metric: str) -> Iterator[str]:
     """The best value of each swept setting, and from which others it can be told."""
     for name, lines in sweeps(rows).items():
         for line in lines:
-            known = [(row, reached) for row in line if (reached := row.number(metric))]
+            known = [(reached.value, row.settings[name], row) for row in line if (reached := row.number(metric))]
             if len(known) < 2:
                 continue
-            best, reached = max(known, key=lambda entry: entry[1].value)
-            told: dict[str, list[str]] = {}
-            for row, _ in known:
+            _, value, best = max(known, key=lambda entry: entry[0])
+            told: dict[str, list[str]] = {"": [], "not ": []}
+            for _, other, row in known:
                 if row is not best:
                     change = difference(best, row, metric)
-                    apart = "distinguishable from" if change and change.verdict == "higher" else "not from"
-                    told.setdefault(apart, []).append(f"{row.settings[name]:g}")
-            said = ", ".join(f"{words} {', '.join(values)}" for words, values in told.items())
-            yield f"{name}, by {metric}: {best.settings[name]:g} is best ({best.name}: {interval(reached)}), {said}."
+                    apart = change is not None and change.verdict == "higher"
+                    told["" if apart else "not "].append(f"{other:g}")
+            said = ", ".join(f"{no}distinguishable from {', '.join(values)}" for no, values in told.items() if values)
+            at_best = interval(best.number(metric), 3)
+            yield f"{name}, by {metric}: {value:g} is best ({best.name}: {at_best}), {said}."
 
 
-def data_table(rows: Sequence[Row]) -> tables.Table:
-    """What these rows were trained and evaluated on."""
-
-    def text(key: str) -> Any:
-        return lambda row: (", ".join(dict.fromkeys(map(str, row.runs[key].dropna()))) if key in row.runs else "", "")
-
-    columns: list[Any] = [("Source", text("source")), ("Template", text("template"))]
-    columns += [("Longest, tokens", text("max_length")), ("Records trained on", tables.of("records", 0))]
-    columns += [("Evaluated on", text("split")), ("Prompts", tables.of("prompts", 0)), ("Pairs", tables.of("pairs", 0))]
-    table = tables.build(rows, columns)
-    named: dict[Any, list[str]] = {}
-    for row, cells in zip(rows, table.rows, strict=True):
-        named.setdefault(tuple(cells), []).append(row.name)
-    return tables.Table(["Rows", *table.columns], [[(", ".join(who), ""), *cells] for cells, who in named.items()])
-
-
-def side_by_side(row: Row, count: int) -> dict[str, Any]:
+def side_by_side(row: Row, baseline: Row, count: int) -> dict[str, Any]:
     """The first responses of a row beside its baseline's, with what the judges said."""
-    assert row.baseline is not None
-    seed = next(seed for seed in row.runs.index if seed in row.baseline.runs.index)
-    own, base = (read_json_lines(Path(str(one.runs.at[seed, "folder"])) / GENERATIONS) for one in (row, row.baseline))
+    seed = next(seed for seed in row.runs if seed in baseline.runs)
+    own, base = (read_json_lines(Path(one.runs[seed]["folder"]) / GENERATIONS) for one in (row, baseline))
     others = {line["id"]: line for line in base}
     pairs = ((others[line["id"]], line) for line in own if line["id"] in others)
-    answers = [
-        {"query": line["query"], "answers": [(one["response"], judged(one["rewards"])) for one in (other, line)]}
-        for other, line in islice(pairs, count)
-    ]
-    return {"row": row.name, "baseline": row.baseline.name, "queries": answers}
+    lines = [(line["query"], sample(other), sample(line)) for other, line in islice(pairs, count)]
+    return {"row": row.name, "baseline": baseline.name, "lines": lines}
 
 
-def judged(rewards: Mapping[str, float]) -> str:
-    return " · ".join(f"{judge} {number(value)}" for judge, value in rewards.items())
+def sample(line: Mapping[str, Any]) -> tuple[str, str]:
+    """A response, and the rewards that it got."""
+    return line["response"], " · ".join(f"{judge} {number(value)}" for judge, value in line["rewards"].items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,52 +154,38 @@ def judged(rewards: Mapping[str, float]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def visible(value: Any) -> Any:
-    """What the page shows of a value: of a text nothing that turns it round or cannot be seen."""
-    return value if not isinstance(value, str) or isinstance(value, Markup) else printable(value)
-
-
 def html(view: Mapping[str, Any]) -> str:
-    """One page without scripts or network."""
+    """One page without scripts or network, of which nothing turns round or hides what stands there."""
+    loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=visible,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template("report.html.j2").render(view)
+    return printable(environment.get_template("report.html.j2").render(view))
 
 
 def markdown(view: Mapping[str, Any]) -> str:
     """The same sentences and tables, for places that show no HTML."""
-    facts = " · ".join(f"{name}: {tables.inline(value)}" for name, value in view["facts"].items())
-    lines = [f"# {tables.inline(view['title'])}", "", facts, ""]
-    if view["failed"]:
-        lines += [*tables.markdown(["Not finished", "Why"], view["failed"].items())]
+    lines = [f"# {inline(view['title'])}", "", *(f"- {name}: {inline(said)}" for name, said in view["facts"].items())]
+    lines += ["", *(f"- not finished: {inline(name)}: {inline(why)}" for name, why in view["failed"].items()), ""]
     for part in view["sections"]:
-        lines += [f"## {tables.inline(part['name'])}", ""]
-        lines += [*(f"- {tables.inline(text)}" for text in [*part["answer"], *part["conclusions"]]), ""]
-        for name, table in part["tables"].items():
-            if table.rows:
-                cells = ([" ".join(filter(None, cell)) for cell in row] for row in table.rows)
-                lines += [f"### {name}", "", *tables.markdown(table.columns, cells)]
-        for sample in part["samples"]:
-            rows = [[q["query"], *(f"{text} ({said})" for text, said in q["answers"])] for q in sample["queries"]]
-            lines += [f"### Samples: {tables.inline(sample['row'])}", ""]
-            lines += tables.markdown(["Query", sample["baseline"], sample["row"]], rows)
-    lines += ["## Commands", "", *tables.markdown(["Row", "Command"], view["commands"])]
-    return "\n".join([*lines, "## How to read this", "", *(f"- {rule}" for rule in view["rules"])]) + "\n"
+        lines += [f"## {inline(part['name'])}", ""]
+        lines += [*(f"- {inline(said)}" for said in part["answer"]), ""]
+        for title, table in part["tables"].items():
+            lines += [f"### {title}", "", *tables.markdown(table)]
+    lines += ["## Commands", "", *(f"- {inline(name)}: {inline(command)}" for name, command in view["commands"])]
+    lines += ["", "## How to read this", "", *(f"- {rule}" for rule in view["rules"]), ""]
+    return printable("\n".join(lines))
 
 
-def text(view: Mapping[str, Any]) -> str:
+def in_short(view: Mapping[str, Any]) -> str:
     """What a terminal shows: the sentences and the main tables, narrow."""
     lines: list[str] = []
     for part in view["sections"]:
-        lines += ["", f"{part['name']}: {' '.join(part['answer'])}", *part["conclusions"]]
-        for name, columns in (("Scorers", 4), ("Policies", 5)):
-            if part["tables"][name].rows:
-                lines += ["", *tables.terminal(part["tables"][name], columns)]
+        lines += ["", f"{part['name']}: {part['answer'][0]}", *part["answer"][1:]]
+        for title, width in IN_SHORT.items():
+            if title in part["tables"]:
+                table = part["tables"][title].iloc[:, :width]
+                table = table.replace({table.columns[0]: r"\n.*"}, "", regex=True).replace("\n", " ", regex=True)
+                lines += ["", *table.to_string(index=False).splitlines()]
     lines += ["", *(f"not finished: {name}: {why}" for name, why in view["failed"].items())]
-    return tables.shown(lines)
+    return "\n".join(printable(line, keep="") for line in lines)

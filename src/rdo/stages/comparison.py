@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rdo.checks import compose_config, sweep_points
 from rdo.runtime.failing import FAILED, fail
 from rdo.runtime.processes import found_world
+from rdo.stages.report import make_report
 
 
 class Comparison(Callback):
@@ -41,9 +42,7 @@ class Comparison(Callback):
         failed = {" ".join(text for text in point if text not in common): said for point, said in FAILED}
         try:
             for own in {point.run_dir: point for point in self.evaluated}.values():
-                from rdo.stages.report import make_report  # loads what no point needs
-
-                make_report(own, failed)
+                make_report(own, failed, anew=False)
         except Exception as error:
             fail(error)
         if failed:

@@ -9,38 +9,50 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rdo.report import page
-from rdo.report.results import frame_of, rows_of
 from rdo.runtime.errors import UserError
-from rdo.runtime.files import replace_file
+from rdo.runtime.files import read_json, replace_file, write_json
 from rdo.runtime.processes import is_rank0
-from rdo.runtime.store import code_revision
+from rdo.runtime.store import MANIFEST, code_revision, fingerprint
 from rdo.settings import Config
 
+# Beside the report: what it was made of, and what it said in short.
+MADE = ".made.json"
 
-def make_report(config: Config, failed: Mapping[str, str] | None = None) -> None:
+
+def make_report(config: Config, failed: Mapping[str, str] | None = None, anew: bool = True) -> None:
     """Writes report.html, report.md, results.parquet and results.csv into report.folder, and prints a summary.
 
-    failed: why points could not run, by name. Raises UserError where nothing is evaluated. One process does it.
+    failed: why points could not run, by name. anew=False: a report of the same results is not written again. Raises
+    UserError where nothing is evaluated. One process does it.
     """
     if not is_rank0():
         return
+    folder = Path(config.run_dir) / config.report.folder
+    manifests = sorted((Path(config.run_dir) / "eval").glob(f"*/{MANIFEST}"))
+    times = {str(file): file.stat().st_mtime_ns for file in manifests}
+    key = fingerprint([times, failed or {}, config.report.title, config.eval.samples, code_revision()])
+    made = read_json(folder / MADE) if (folder / MADE).exists() else {}
+    if anew or made.get("key") != key:
+        made = {"key": key, "said": write_report(config, folder, failed or {})}
+        write_json(folder / MADE, made)
+    print(made["said"], flush=True)
+
+
+def write_report(config: Config, folder: Path, failed: Mapping[str, str]) -> str:
+    """Writes the four files; what they say in short."""
+    from rdo.report import page  # these load pandas and matplotlib
+    from rdo.report.results import frame_of, rows_of
+
     frame, problems = frame_of(Path(config.run_dir))
     if frame.empty:
-        reason = f" ({problems[0]})" if problems else ""
         if failed:
-            return  # which has been said
+            return ""  # which has been said
+        reason = f" ({problems[0]})" if problems else ""
         raise UserError(f"run_dir={config.run_dir}: nothing is evaluated there{reason}; make something with stage=eval")
-    rows = rows_of(frame)
-    facts = {
-        "Made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "Code": code_revision()[:10],
-        "Folder": config.run_dir,
-    }
-    missing = {**(failed or {}), **{problem.partition(": ")[0]: problem for problem in problems}}
-    view = page.view_of(config.report.title, facts, rows, missing, config.eval.samples)
-    folder = Path(config.run_dir) / config.report.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    made = datetime.now(UTC).isoformat(timespec="seconds")
+    facts = {"Made": made, "Code": code_revision()[:10], "Folder": config.run_dir}
+    missing = {**failed, **{problem.partition(": ")[0]: problem for problem in problems}}
+    view = page.view_of(config.report.title, facts, rows_of(frame), missing, config.eval.samples)
     for name, text in (("report.html", page.html(view)), ("report.md", page.markdown(view))):
         with replace_file(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -48,4 +60,4 @@ def make_report(config: Config, failed: Mapping[str, str] | None = None) -> None
         frame.to_parquet(temporary)
     with replace_file(folder / "results.csv") as temporary:
         frame.to_csv(temporary, index=False)
-    print(f"{page.text(view)}\nreport: {folder / 'report.html'}", flush=True)
+    return f"{page.in_short(view)}\nreport: {folder / 'report.html'}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rdo import tracking
 from rdo.evaluation import EVALUATION, GENERATIONS
+from rdo.evaluation.numbers import estimates
 from rdo.runtime.files import read_json, read_json_lines
 from rdo.runtime.lineage import SUBJECT, determinants
 from rdo.runtime.processes import is_rank0
@@ -28,8 +29,9 @@ def show_evaluation(run: Run, artifact: Artifact) -> None:
     settings = determinants(run.provenance.run_dir, manifest, SUBJECT)
     made = {name.rpartition(".")[2]: settings[name] for name in SWEPT if name in settings}
     tables = scorer_shown(evaluation) if "label_accuracy" in evaluation else policy_shown(artifact, evaluation)
-    rows = [[name, *map(value.get, ("value", "low", "high", "count"))] for name, value in estimates(evaluation)]
-    tables["tables/evaluation"] = ["quantity", "value", "low", "high", "count"], rows
+    columns = ["value", "low", "high", "count"]
+    rows = [[name.replace(".", "/"), *map(found.get, columns)] for name, found in estimates(evaluation)]
+    tables["tables/evaluation"] = ["quantity", *columns], rows
     tracking.show(
         run.config.tracker,
         artifact.folder,
@@ -39,22 +41,14 @@ def show_evaluation(run: Run, artifact: Artifact) -> None:
     )
 
 
-def estimates(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """All estimates with their intervals in nested results, by their paths: "rewards/gold"."""
-    for name, value in values.items():
-        if isinstance(value, Mapping) and {"value", "low", "high", "count"} <= value.keys():
-            yield f"{prefix}{name}", value
-        elif isinstance(value, Mapping):
-            yield from estimates(value, f"{prefix}{name}/")
-
-
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """Every estimate with the ends of its interval, where it has a value, and the plain numbers beside them."""
-    found = {name: value for name, value in values.items() if type(value) in (int, float)}
-    for name, value in estimates(values):
-        ends = {name: value["value"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
-        found |= {end: number for end, number in ends.items() if number is not None}
-    return found
+    """Every number of nested results by its path, "rewards/gold", with the ends of its interval, "rewards/gold_low"."""
+    return {
+        name.replace(".", "/") + suffix: estimate[end]
+        for name, estimate in estimates(values)
+        for end, suffix in (("value", ""), ("low", "_low"), ("high", "_high"))
+        if estimate.get(end) is not None
+    }
 
 
 def main_reward(manifest: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, float]:
