@@ -26,7 +26,11 @@ CASES = {
     ),
     "unread columns and contradicting scores": (
         [row | MORE for row in PAIRS[:12]],
-        ["ignored columns: margin, so\\x1b[2Jurce\n", "chosen has the lower score in 12 of 12", "labels: response 0 over 1; scores (1.0, 2.0)"],
+        [
+            "ignored columns: margin, so\\x1b[2Jurce\n",
+            "chosen has the lower score in 12 of 12",
+            "labels: response 0 over 1; scores (1.0, 2.0)",
+        ],
     ),
     "unpaired conversations": (
         [

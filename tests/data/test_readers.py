@@ -161,7 +161,7 @@ def test_cells_of_a_text_table_are_parsed_where_the_format_wants_no_text(cells, 
 
 def test_cells_of_a_text_table_that_hold_json_or_should():
     votes = dict.fromkeys(("winner_model_a", "winner_tie"), "0") | {"winner_model_b": "1"}
-    arena = only(TextRow(prompt='["Which bread?"]', response_a="Rye.", response_b='["White."]', **votes))
+    arena = only(TextRow(prompt='["Which bread?"]', response_a='["Rye."]', response_b='["White."]', **votes))
     wanted = ("Which bread?", ("Rye.", "White."), (Preference(1, 0),))
     assert (arena.query, arena.responses, arena.preferences) == wanted
     with pytest.raises(DataError, match="line 1, field 'responses': must be a list, found 'a, b'"):

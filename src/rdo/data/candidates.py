@@ -11,20 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, ConfigDict, Field
 
 from rdo.data.chat import Asked, Query
-from rdo.data.columns import (
-    Columns,
-    Finite,
-    Flag,
-    Identifier,
-    QueryText,
-    Response,
-    Row,
-    RowError,
-    Text,
-    checked,
-    query_text,
-    response,
-)
+from rdo.data.columns import Columns, Finite, Flag, Id, QueryText, Response, Row, RowError, Text, checked, not_blank
 from rdo.data.records import Message, Preference, Record
 from rdo.data.templates import text_of
 
@@ -87,7 +74,7 @@ class Own(Row, format="records"):
     scores: list[Finite] | None = None
     desirable: list[Flag] | None = None
     preferences: list[Annotated[Comparison, BeforeValidator(_as_object)]] | None = None
-    id: Identifier = ""
+    id: Id = ""
 
     def records(self) -> list[Record]:
         count, fewest = len(self.responses), 1 if self.split == "demonstrations" or self.desirable is not None else 2
@@ -245,7 +232,7 @@ def _kept(node: object) -> object:
 class Node(Columns):
     text: Text
     role: Literal["prompter", "assistant"]
-    message_id: Identifier = ""
+    message_id: Id = ""
     rank: Finite | None = None
     replies: list[Annotated[Node | None, BeforeValidator(_kept)]] | None = None
 
@@ -258,7 +245,7 @@ class OASST(Row, format="oasst"):
     replies is unusable; published files hold many.
     """
 
-    message_tree_id: Identifier
+    message_tree_id: Id
     prompt: Annotated[Node | None, BeforeValidator(_kept)]
 
     def records(self) -> list[Record]:
@@ -272,13 +259,13 @@ class OASST(Row, format="oasst"):
         asks = len(before) % 2 == 0
         if (node.role == "prompter") != asks:
             raise RowError(f"{field}.role", "prompter and assistant must take turns; correct it or delete the row")
-        text = query_text(node.text, f"{field}.text") if asks else node.text
+        text = not_blank(node.text, f"{field}.text", "query") if asks else node.text
         messages = (*before, Message("user" if asks else "assistant", text))
         replies = [(reply, f"{field}.replies[{n}]") for n, reply in enumerate(node.replies or []) if reply]
         ranked = sorted(((r.rank, r.text, path) for r, path in replies if r.rank is not None), key=lambda r: r[0])
         records = []
         if asks and len(ranked) > 1:
-            texts = [response(text, f"{path}.text") for _, text, path in ranked]
+            texts = [not_blank(text, f"{path}.text") for _, text, path in ranked]
             own_id = node.message_id or ("" if before else self.message_tree_id)
             query = Query(text_of(messages), messages)
             records.append(query.record(texts, *by_rank([rank for rank, _, _ in ranked]), id=own_id))

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, PlainValidator
 
-from rdo.data.columns import Columns, RowError, Text, checked, query_text, response, shown, utf8
+from rdo.data.columns import Columns, RowError, Text, checked, not_blank, shown, utf8
 from rdo.data.records import Message, Preference, Record
 from rdo.data.templates import text_of
 
@@ -33,7 +33,7 @@ class Query(NamedTuple):
 
     def pair(self, replies: tuple[str, str], preference: Preference, fields: tuple[str, str], **others: Any) -> Record:
         """A record of two responses, which stand in these columns."""
-        return self.record([response(*reply) for reply in zip(replies, fields, strict=True)], preference, **others)
+        return self.record([not_blank(*reply) for reply in zip(replies, fields, strict=True)], preference, **others)
 
 
 class Part(Columns):
@@ -104,7 +104,7 @@ def _said(value: object) -> str | Chat:
 
 def _asked(value: object) -> Query:
     said = _said(value)
-    return Query(query_text(said)) if isinstance(said, str) else asking(said)
+    return Query(not_blank(said, what="query")) if isinstance(said, str) else asking(said)
 
 
 Conversation = Annotated[Chat, PlainValidator(_conversation)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal
-from functools import cache
+from functools import cache, partial
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -124,17 +124,11 @@ def utf8(text: str) -> str:
     return text
 
 
-def query_text(text: str, field: str = "") -> str:
-    """Text that asks something."""
+def not_blank(text: str, field: str = "", what: str = "response") -> str:
+    """Text that says something."""
     if not text.strip():
-        raise RowError(field, "the query is empty; fill it in or delete the row")
-    return text
-
-
-def response(text: str, field: str = "") -> str:
-    """Text that answers something."""
-    if not text.strip():
-        raise RowError(field, "the response is empty; fill it in or delete the row", "blank_responses")
+        reason = "blank_responses" if what == "response" else "broken"
+        raise RowError(field, f"the {what} is empty; fill it in or delete the row", reason)
     return text
 
 
@@ -157,9 +151,9 @@ def _undecimal(value: object) -> object:
 
 
 Text = Annotated[str, AfterValidator(utf8)]
-QueryText = Annotated[Text, AfterValidator(query_text)]
-Response = Annotated[Text, AfterValidator(response)]
+QueryText = Annotated[Text, AfterValidator(partial(not_blank, what="query"))]
+Response = Annotated[Text, AfterValidator(not_blank)]
 Finite = Annotated[float, BeforeValidator(_undecimal), AfterValidator(_finite)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
 Choice = Annotated[Literal[0, 1], AfterValidator(int)]  # true and 1.0, too
-Identifier = Annotated[Text, BeforeValidator(_named)]  # "": one is to be made
+Id = Annotated[Text, BeforeValidator(_named)]  # "": one is to be made

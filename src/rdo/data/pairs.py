@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
 from rdo.data.chat import Asked, Chat, Query, Reply, Said, asking, continued, parted, shared_length
-from rdo.data.columns import Finite, Flag, Row, RowError, Text, response
+from rdo.data.columns import Finite, Flag, Row, RowError, Text, not_blank
 from rdo.data.records import Message, Record
 from rdo.data.templates import ASSISTANT
 from rdo.data.verdicts import FIRST, with_input
@@ -143,4 +143,4 @@ class TRLUnpaired(Row, format="trl_unpaired"):
             if last.role != "assistant":
                 raise RowError("completion", "must end with the assistant's message; delete the row")
             query, reply = asking(tuple(messages), "completion"), last.content
-        return [query.record([response(reply, "completion")], desirable=(self.label,))]
+        return [query.record([not_blank(reply, "completion")], desirable=(self.label,))]

@@ -17,7 +17,7 @@ from typing import IO, Any
 from rdo.data.columns import RowError
 from rdo.data.files import Placed, TextRow
 from rdo.data.formats import FORMATS, columns_read, find_format, read_row, structured
-from rdo.data.records import Record, content_id
+from rdo.data.records import Preference, Record, content_id
 from rdo.data.table import id_key
 from rdo.runtime.errors import DataError, UserError
 
@@ -64,8 +64,11 @@ class Reading:
             try:
                 if self.told and file != last and isinstance(row, dict):
                     self._tell(row, place)
-                found = [self._informative(record) for record in self._read(row)]
-                records = [replace(self._named(r), place=place, split=split or r.split) for r in found]
+                found = [(record, self._informative(record)) for record in self._read(row)]
+                records = [
+                    replace(record, id=self._id(record), preferences=kept, place=place, split=split or record.split)
+                    for record, kept in found
+                ]
             except RowError as error:
                 self._refuse(place, error)
                 continue
@@ -108,26 +111,26 @@ class Reading:
             self.read |= columns_read(row, self.format)
         return read_row(row, self.format)
 
-    def _informative(self, record: Record) -> Record:
-        """The record without preferences between identical texts."""
+    def _informative(self, record: Record) -> tuple[Preference, ...]:
+        """The record's preferences but those between identical texts."""
         texts = record.responses
         if len(texts) > 1 and len(set(texts)) == 1:
             problem = "all responses are identical, so there is no preference; delete the row"
             raise RowError("", problem, "identical_responses")
         kept = tuple(p for p in record.preferences if p.tie or texts[p.chosen] != texts[p.rejected])
         self.counts["dropped_identical_preferences"] += len(record.preferences) - len(kept)
-        return replace(record, preferences=kept)
+        return kept
 
-    def _named(self, record: Record) -> Record:
-        """The record with an id of its own: the data's must differ; one that we made and is taken gets "-2"."""
+    def _id(self, record: Record) -> str:
+        """An id of the record's own: the data's must differ; one that we made and is taken gets "-2"."""
         name = record.id or content_id(record.query, record.responses)
         key = id_key(name)
         self.taken[key] += 1
         if self.taken[key] == 1:
-            return replace(record, id=name)
+            return name
         if record.id:
             raise RowError("id", f"{name!r:.60} is taken by a row before; make ids unique", "repeated_id")
-        return replace(record, id=f"{name}-{self.taken[key]}")
+        return f"{name}-{self.taken[key]}"
 
     def _refuse(self, place: str, error: RowError) -> None:
         """Raises, lists or only counts, as the row's fault and the settings demand."""

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AliasChoices, BeforeValidator, Field
 
 from rdo.data.chat import Asked, Conversation, Query, parted
-from rdo.data.columns import Choice, Columns, Finite, Flag, QueryText, Response, Row, RowError, Text, query_text
+from rdo.data.columns import Choice, Columns, Finite, Flag, QueryText, Response, Row, RowError, Text, not_blank
 from rdo.data.records import Message, Preference, Record
 
 FIRST, SECOND, TIE = Preference(0, 1), Preference(1, 0), Preference(0, 1, tie=True)
@@ -98,19 +98,15 @@ class Arena(Row, format="arena"):
 
 
 def _turns(value: object) -> object:
-    """The texts of a conversation's turns, of which a table has the JSON."""
-    try:
-        parsed = json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        parsed = None
-    return [value] if isinstance(value, str) and not isinstance(parsed, list) else parsed
+    """The texts of a conversation's turns, which tables hold as JSON."""
+    return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
 
 
 Turns = Annotated[list[Text], BeforeValidator(_turns)]
 
 
 class ArenaVotes(Row, format="arena_votes"):
-    """LMSYS arena-55k: the texts of the turns, or their JSON, and three columns of 0 and 1; otherwise as `Arena`."""
+    """LMSYS arena-55k: lists of the turns' texts, and three columns of 0 and 1; otherwise as `Arena`."""
 
     prompt: Turns
     response_a: Turns
@@ -125,7 +121,7 @@ class ArenaVotes(Row, format="arena_votes"):
             problem = "several turns: each model answered in a conversation of its own; delete the row"
             raise RowError("prompt", problem, "separate_conversations")
         asked, first, second = (texts[0] for texts in turns)
-        query = Query(query_text(asked, "prompt"), (Message("user", asked),))
+        query = Query(not_blank(asked, "prompt", "query"), (Message("user", asked),))
         won = [self.winner_model_a, self.winner_model_b, self.winner_tie]
         if sum(won) != 1:
             raise RowError("winner_tie", "one of winner_model_a, winner_model_b, winner_tie must be 1, and one alone")
