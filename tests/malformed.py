@@ -1,20 +1,12 @@
-"""Inputs that are wrong in every way we could think of, and what the one line of error must say.
-
-`python tests/malformed.py` prints the table of all cases with the messages as they are printed.
-"""
+"""Inputs that are wrong in every way we could think of, and what the one line of error must say."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import gzip
-import io
 import json
 import math
 import pickle
-import runpy
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-TRAIN = Path(__file__).parents[1] / "train.py"
-sys.path.insert(0, str(TRAIN.parent / "src"))  # where this file is run by itself
-
-from tiny import TINY, tiny_run  # noqa: E402
+from tiny import TINY, tiny_run
 
 ASK = "\n\nHuman: Which bread?\n\nAssistant:"
 TRL = {"prompt": "Which bread?", "chosen": " Rye.", "rejected": " No idea."}
 HH = {"chosen": f"{ASK} Rye.", "rejected": f"{ASK} No idea."}
 UNPAIRED = {"prompt": "Which bread?", "completion": " Rye.", "label": True}
+
+Make = Callable[[Path, pytest.MonkeyPatch], list[str]]
 
 
 @dataclass(frozen=True)
@@ -41,13 +32,13 @@ class Case:
     area: str
     name: str
     message: str
-    make: Callable[[Path, pytest.MonkeyPatch], list[str]]
+    make: Make
 
 
 CASES: list[Case] = []
 
 
-def case(area: str, name: str, message: str, make: Callable[[Path, pytest.MonkeyPatch], list[str]]) -> None:
+def case(area: str, name: str, message: str, make: Make) -> None:
     CASES.append(Case(area, name, message, make))
 
 
@@ -60,7 +51,7 @@ def lines(*rows: object) -> bytes:
     return b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
 
 
-def content(name: str, data: bytes, *more: str) -> Callable[[Path, pytest.MonkeyPatch], list[str]]:
+def content(name: str, data: bytes, *more: str) -> Make:
     """An input that is one file of these bytes."""
 
     def make(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
@@ -70,38 +61,21 @@ def content(name: str, data: bytes, *more: str) -> Callable[[Path, pytest.Monkey
     return make
 
 
-# Rows and files: that each is one line for the user; what the line says is the matter of test_formats, test_readers and
-# test_data_files.
+# Rows and files: that each is one line for the user; what the line says is the matter of test_rows, test_readers and
+# test_files.
 
 
-def bad_row(bad: object, *more: str) -> Callable[[Path, pytest.MonkeyPatch], list[str]]:
+def bad_row(bad: object, *more: str) -> Make:
     return content("data.jsonl", lines(TRL, bad, TRL), *more)
 
 
+TOO_MANY = r"line 2.*first of 1 invalid rows of 3.*max_invalid_share.*invalid\.jsonl"
 case("row", "not JSON", r"data\.jsonl, line 2: is not JSON.*on_invalid=skip", bad_row(b'{"prompt": "p",'))
 case("row", "wrong type", r"data\.jsonl, line 2, field 'chosen': must be text.*found 3", bad_row(TRL | {"chosen": 3}))
-case("row", "identical responses", "line 2: all responses are identical", bad_row(TRL | {"rejected": TRL["chosen"]}))
-case("row", "columns of no format", "line 1: .*no known format", content("data.jsonl", lines({"a": 1, "b": 2})))
-case(
-    "row", "undecodable cells", "line 2, field 'chosen'.*UTF-8", content("a.csv", b"prompt,chosen,rejected\np,\xff,b\n")
-)
-case(
-    "row",
-    "the same id twice",
-    r"line 2, field 'id': 'x' is taken",
-    content("data.jsonl", lines(*[{"query": n, "responses": ["a", "b"], "id": "x"} for n in "qr"])),
-)
-case(
-    "row",
-    "too many invalid rows",
-    r"line 2.*first of 1 invalid rows of 3.*max_invalid_share.*invalid\.jsonl",
-    bad_row(b"{", "dataset.on_invalid=skip"),
-)
+case("row", "too many invalid rows", TOO_MANY, bad_row(b"{", "dataset.on_invalid=skip"))
+case("row", "a format of no reader", "dataset.format=xml is not known", bad_row(TRL, "dataset.format=xml"))
 case("file", "missing", r"gone\.jsonl.*no such file", lambda folder, patch: inspect(folder / "gone.jsonl"))
-case("file", "a folder", "a folder's files", lambda folder, patch: inspect(folder))
 case("file", "truncated gzip", r"data\.jsonl\.gz", content("data.jsonl.gz", gzip.compress(lines(TRL) * 50)[:-20]))
-case("file", "not Parquet", r"data\.parquet: cannot be read as .parquet", content("data.parquet", lines(TRL)))
-case("file", "empty", r"data\.jsonl.*no rows", content("data.jsonl", b""))
 case("file", "a pickle", "line 1: is not JSON", content("data.jsonl", pickle.dumps([TRL])))
 
 
@@ -113,16 +87,24 @@ def two_formats(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
 
 case("file", "two formats", r"b\.jsonl, line 1: looks like format 'hh', and the rows before are 'trl'", two_formats)
 
-case("row", "a format of no reader", "dataset.format=xml is not known", bad_row(TRL, "dataset.format=xml"))
-
 # A stage whose input is not there, and data that the work cannot use
 
 
-def on_file(*rows: object, more: tuple[str, ...]) -> Callable[[Path, pytest.MonkeyPatch], list[str]]:
+def breads(folder: Path, *rows: object) -> list[str]:
+    """Training data of these rows, or of eight good ones."""
+    rows = rows or tuple(TRL | {"prompt": f"Which bread {n}?"} for n in range(8))
+    (folder / "data.jsonl").write_bytes(lines(*rows))
+    return [
+        "dataset=file",
+        f"dataset.path={folder / 'data.jsonl'}",
+        "dataset.test_share=0",
+        "dataset.validation_share=0",
+    ]
+
+
+def on_file(*rows: object, more: tuple[str, ...]) -> Make:
     def make(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
-        (folder / "data.jsonl").write_bytes(lines(*rows))
-        shares = ["dataset.test_share=0", "dataset.validation_share=0"]
-        return ["dataset=file", f"dataset.path={folder / 'data.jsonl'}", "model=small", *SMALL, *shares, *more]
+        return [*breads(folder, *rows), "model=small", *SMALL, *more]
 
     return make
 
@@ -141,17 +123,10 @@ MISSING = ["stage=align", "build_inputs=false", *TOY]
 case("data", "a stage whose input is not there", r"stage=sft", lambda folder, patch: MISSING)
 case(
     "data",
-    "coefficients without pairs",
-    r"rc=reward.*rc=none",
-    on_file(*UNPAIRED_ROWS, more=("stage=align", "loss=kto", "rc=reward")),
-)
-case(
-    "data",
     "a loss over pairs without pairs",
     r"loss=dpo.*loss=kto",
     on_file(*UNPAIRED_ROWS, more=("stage=align", "loss=dpo")),
 )
-case("data", "a reward model without pairs", r"stage=rm", on_file(*UNPAIRED_ROWS, more=("stage=rm",)))
 case(
     "data",
     "a ranking by scores without scores",
@@ -178,10 +153,14 @@ def chat(folder: Path, template: str | None) -> list[str]:
     model = saved_model(folder)
     if template is not None:
         (model / "chat_template.jinja").write_text(template)
-    (folder / "data.jsonl").write_bytes(lines(*[TRL | {"prompt": f"{n}"} for n in range(4)]))
-    shares = ["dataset.test_share=0", "dataset.validation_share=0"]
-    data = ["dataset=file", f"dataset.path={folder / 'data.jsonl'}", "dataset.template=chat", *shares]
-    return ["stage=sft", *data, "model=hub", f"model.path={model}", "engine.device=cpu"]
+    return [
+        "stage=sft",
+        *breads(folder),
+        "dataset.template=chat",
+        "model=hub",
+        f"model.path={model}",
+        "engine.device=cpu",
+    ]
 
 
 # Models
@@ -203,11 +182,9 @@ def model_case(name: str, message: str, spoil: Callable[[Path], None], *more: st
     def make(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
         model = saved_model(folder)
         spoil(model)
-        (folder / "data.jsonl").write_bytes(lines(*[TRL | {"prompt": f"Which bread {n}?"} for n in range(8)]))
-        shares = ["dataset.test_share=0", "dataset.validation_share=0"]
-        stage = more or ("stage=align",)
-        data = ["dataset=file", f"dataset.path={folder / 'data.jsonl'}", *shares, "engine.device=cpu"]
-        return [*data, "model=hub", f"model.path={model}", "sft.enabled=false", *(text.format(model) for text in stage)]
+        stage = [text.format(model) for text in more or ("stage=align",)]
+        data = [*breads(folder), "engine.device=cpu"]
+        return [*data, "model=hub", f"model.path={model}", "sft.enabled=false", *stage]
 
     case("model", name, message, make)
 
@@ -405,25 +382,3 @@ machine(
     "stage=sft",
     "engine.device=cuda",
 )
-
-
-def table() -> None:
-    """Prints all cases with their messages as Markdown."""
-    print("| area | input | message |\n|---|---|---|")
-    for entry in CASES:
-        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-            with contextlib.redirect_stdout(io.StringIO()):
-                overrides = entry.make(Path(folder), patch)
-            patch.setattr(sys, "argv", [str(TRAIN), *overrides, f"run_dir={folder}/runs"])
-            said = io.StringIO()
-            quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said)
-            with quiet[0], quiet[1], contextlib.suppress(SystemExit):
-                runpy.run_path(str(TRAIN), run_name="__main__")
-            message = (
-                said.getvalue().rstrip().rpartition("error: ")[2].replace(f"{folder}/", "").replace(folder, "FOLDER")
-            )
-            print(f"| {entry.area} | {entry.name} | {message.replace('|', chr(92) + '|')} |", flush=True)
-
-
-if __name__ == "__main__":
-    table()

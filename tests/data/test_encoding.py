@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from rdo.data import encoding
-from rdo.data.encoding import MappedTokens, TruncationReport, encode, encode_into, order_fingerprint
+from rdo.data.encoding import EncodedRecord, MappedTokens, TruncationReport, encode, encode_into, order_fingerprint
 from rdo.data.records import Record
 from rdo.data.table import Records, write_records
 from rdo.runtime.errors import UserError
@@ -73,10 +73,7 @@ def test_prompt_begins_with_bos_and_responses_end_with_eos():
     assert record.prompt == (BOS, *ids("ab"))
     assert record.responses == ((*ids(" c"), EOS), (*ids("d\n"), EOS))
     assert report == TruncationReport(records=1)
-
-
-def test_a_tokenizer_without_bos_gets_none():
-    assert encode_one("ab", "c", "d", tokenizer=byte_tokenizer(bos=False))[0].prompt == ids("ab")
+    assert encode_one("ab", "", tokenizer=byte_tokenizer(bos=False))[0] == EncodedRecord("r", ids("ab"), ((EOS,),))
 
 
 def test_a_tokenizer_that_adds_bos_itself_gets_it_once():
@@ -113,16 +110,6 @@ def test_parse_special_makes_tokens_of_them_and_ends_once():
     assert record.responses == ((*ids("b"), EOS, *ids("c"), EOS), (*ids("d"), EOS))
 
 
-def test_parse_special_does_not_stick_to_the_tokenizer():
-    before = encode_one("a", "b</s>", "c")
-    encode_one("a", "b</s>", "c", parse_special=True)
-    assert encode_one("a", "b</s>", "c") == before
-
-
-def test_empty_response_is_its_eos():
-    assert encode_one("a", "", "b")[0].responses[0] == (EOS,)
-
-
 def test_what_cannot_be_encoded():
     with pytest.raises(UserError, match="no end-of-sequence token"):
         encode_one("a", "b", "c", tokenizer=byte_tokenizer(eos=False))
@@ -148,11 +135,6 @@ def test_the_query_is_cut_from_the_left_by_what_the_longest_response_needs():
     assert record.prompt == (BOS, *ids("def"))  # 10 - 5 - EOS leaves BOS and three
     assert record.responses == ((*ids("123"), EOS), (*ids("12345"), EOS))
     assert report == TruncationReport(records=1, truncated=1, query_tokens_cut=3, response_tokens_cut=0)
-
-
-def test_nothing_is_cut_at_exactly_the_limit():
-    assert encode_one("abcdef", "123", max_length=11)[1].truncated == 0
-    assert encode_one("abcdef", "123", max_length=10)[1].truncated == 1
 
 
 def test_a_response_that_is_too_long_loses_its_end_but_not_eos():
@@ -232,7 +214,6 @@ def test_a_file_holds_what_memory_would_whatever_the_number_of_processes(records
     wanted, report = encode(records, TOKENIZER, "hh", 100)
     found = MappedTokens(tmp_path)
     assert [found[n] for n in range(len(found))] == wanted
-    assert found[3:5] == wanted[3:5]
     assert found.report() == report
     assert 0 < report.truncated < len(wanted)
 

@@ -12,8 +12,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from rdo.data.columns import RowError
 from rdo.data.files import TextRow, content_hash, resolve, rows
@@ -42,7 +40,7 @@ def parquet_of(table: pa.Table, **settings: object) -> bytes:
 def arrow_of(table: pa.Table, new=pa.ipc.new_file) -> bytes:
     data = io.BytesIO()
     with new(data, table.schema) as writer:
-        writer.write_table(table)
+        writer.write_table(table, max_chunksize=1000)
     return data.getvalue()
 
 
@@ -90,9 +88,14 @@ DAMAGED = {
     "gzip cut off": ("a.jsonl.gz", gzip.compress(LINES * 99)[:-20], "cannot be read as .jsonl .*ended before"),
     "Parquet cut off": ("a.parquet", parquet_of(TABLE)[:-30], "cannot be read as .parquet"),
     "Arrow cut off": ("a.arrow", arrow_of(TABLE)[:-30], "cannot be read as .arrow"),
-    "an array cut off": ("a.json", json.dumps(ROWS).encode()[:-9], "element 1 or behind it: cannot be read as .json"),
-    "a broken element": ("a.json", b'[{"a": 1}, {"b": x}, {"c": 1}]', "element 1 or behind it"),
-    "a quote never closed": ("a.csv", b'a,b\n1,"x\n2,3\n', "a quote that opens in line 2 is never closed"),
+    "an array cut off": (
+        "a.json",
+        json.dumps(ROWS).encode()[:-9],
+        "cannot be read as .json .*JSONDecodeError: Unterminated",
+    ),
+    "a broken element": ("a.json", b'[{"a": 1},\n{"b": x}]', "Expecting value: line 2 column 7"),
+    "a quote never closed": ("a.csv", b'a,b\n1,"x\n2,3\n', "unexpected end of data"),
+    "a quote within": ("a.csv", b'a,b\n1,2\n"4"x,5\n', "line 2 or behind it: .*expected after"),
     "a column twice": ("a.csv", b"a,a\n1,2\n", "two columns of the header have the same name"),
     "no header of UTF-8": ("a.json", b'[{"a": "\xff"}]', "utf-8"),
 }
@@ -111,30 +114,18 @@ def test_what_is_wrong_with_a_line_stands_in_its_place(tmp_path):
     assert list(errors) == ["line 2", "line 3", "line 4"]
     assert all(message.startswith(": is not JSON") for message in errors.values())
     assert [found[f"line {n}"] for n in (1, 5, 6, 7)] == [{"a": 1}, [1], "x", {"a": 2}]
-    cells = dict(read(tmp_path, "a.csv", b'a,b\n1\n"4"x,5\n6,7\n8,\xff\n'))
+    cells = dict(read(tmp_path, "a.csv", b"a,b\n1\n6,7\n8,\xff\n"))
     assert "has 1 cells under a header of 2" in str(cells["line 2"])
-    assert "is not CSV" in str(cells["line 3"])
-    assert cells["line 4"] == {"a": "6", "b": "7"}
-    assert cells["line 5"] == {"a": "8", "b": "\udcff"}  # which no column may hold
+    assert cells["line 3"] == {"a": "6", "b": "7"}
+    assert cells["line 4"] == {"a": "8", "b": "\udcff"}  # which no column may hold
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.recursive(st.none() | st.floats(allow_nan=False) | st.text(), st.lists), max_size=9), st.booleans())
-def test_any_array_is_read_whatever_is_in_memory_at_a_time(tmp_path_factory, values, pretty):
-    folder = tmp_path_factory.mktemp("array")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rdo.data.files.CHUNK", 3)
-        data = (json.dumps([{"v": value} for value in values] + [1], indent=1 if pretty else None)).encode()
-        assert [row for _, row in read(folder, "a.json", data)] == [*({"v": value} for value in values), 1]
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.arrow", "a.ipc"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.arrow", "a.ipc"])
 def test_files_may_be_larger_than_memory(tmp_path, name):
     many = [{"a": "x" * 1000, "b": str(n)} for n in range(40_000)]
     table = pa.Table.from_pylist(many)
     data = {
         "a.jsonl": lambda: "\n".join(map(json.dumps, many)).encode(),
-        "a.json": lambda: json.dumps(many).encode(),
         "a.csv": lambda: ("a,b\n" + "\n".join(f"{row['a']},{row['b']}" for row in many)).encode(),
         "a.parquet": lambda: parquet_of(table, use_dictionary=False, compression="none"),
         "a.arrow": lambda: arrow_of(table),

@@ -21,12 +21,16 @@ CASES = {
     "invalid and hostile rows": (
         [HOSTILE, *PAIRS, {"prompt": "x"}],
         ["format trl\n", "62 rows read; 1 invalid_broken left out", "invalid.jsonl", "61 records of 61 queries"],
-        ["preferences: 61, of which 0 ties", "in 61 of 61 (100.0%)", "tokenizer byte-pair", "train, prompt + response"],
+        ["preferences: 61, of which 0 ties", "in 61 of 61 (100.0%)", "tokenizer byte-pair", "train, both"],
         ["dataset.max_length=12 cuts ", "rows.jsonl, line 1\n", "<end>", "↵", "␣", "\\x1b[2J", "\\u202e"],
     ),
     "unread columns and contradicting scores": (
         [row | MORE for row in PAIRS[:12]],
-        ["ignored columns: margin, so\\x1b[2Jurce\n", "chosen has the lower score in 12 of 12", "(chosen, score 1)"],
+        [
+            "ignored columns: margin, so\\x1b[2Jurce\n",
+            "chosen has the lower score in 12 of 12",
+            "labels: response 0 over 1; scores (1.0, 2.0)",
+        ],
     ),
     "unpaired conversations": (
         [

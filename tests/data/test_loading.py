@@ -236,20 +236,6 @@ def test_several_files_make_one_set_and_rows_are_named_by_their_file(tmp_path):
 # The hub
 
 
-def test_hub_rm_static(hub, from_hub):
-    ask = "\n\nHuman: number {}\n\nAssistant:"
-    rows = [row(ask.format(number), " good", " bad", response=" good") for number in range(60)]
-    calls = hub(train=rows, test=rows[:2])
-    loaded = from_hub(hub_name="Dahoas/rm-static", hub_revision="abc")
-    assert calls == [("Dahoas/rm-static", {"name": None, "revision": "abc"})]
-    assert queries(loaded, "test") == [ask.format(0), ask.format(1)]
-    assert loaded.splits["test"][0].responses == (" good", " bad")
-    assert {record.split for record in loaded.splits["validation"]} <= {"train"}
-    assert len(loaded.splits["train"]) + len(loaded.splits["validation"]) == 58
-    assert loaded.counts["rows_read"] == 62
-    assert loaded.counts["dropped_query_in_test"] == 2
-
-
 def test_hub_through_the_real_client(tmp_path, monkeypatch, from_hub):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "set"  # the client takes a folder for a data set on the hub
@@ -262,16 +248,6 @@ def test_hub_through_the_real_client(tmp_path, monkeypatch, from_hub):
     assert loaded.counts["rows_read"] == 43
     with pytest.raises(UserError, match=r"cannot load .*gone from the hub"):
         from_hub(hub_name=str(tmp_path / "gone"))
-
-
-def test_hub_whole_dialogues(hub, from_hub):
-    ask = "\n\nHuman: number {}\n\nAssistant:"
-    rows = [{"chosen": ask.format(n) + " good", "rejected": ask.format(n) + " bad"} for n in range(30)]
-    rows.append({"chosen": ask.format(9) + " same", "rejected": ask.format(9) + " same"})
-    hub(train=rows, test=rows[:1])
-    loaded = from_hub(on_invalid="skip", max_invalid_share=0.1)
-    assert queries(loaded, "test") == [ask.format(0)]
-    assert loaded.counts["invalid_identical_responses"] == 1
 
 
 def test_hub_tldr_uses_the_official_validation_as_test(hub, from_hub):
@@ -309,12 +285,6 @@ def test_hub_rows_are_named_in_errors(hub, from_hub):
     hub(train=[row("a"), row(" ")], test=[row("c")])
     with pytest.raises(DataError, match=r"^owner/set, split train, row 2, field 'prompt': the query is empty"):
         from_hub()
-
-
-def test_hub_splits_that_repeat_an_id_are_an_error(hub, from_hub):
-    hub(train=[own("a", id="1"), own("b", id="2")], test=[own("c", id="2")])
-    with pytest.raises(DataError, match=r"owner/set, split test, row 1, field 'id': '2' is taken by a row before"):
-        from_hub(validation_share=0.0)
 
 
 def test_hub_splits_of_other_names_are_named_by_settings(hub, from_hub):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
 from typing import Any, NamedTuple
 
 import pytest
 
 from rdo.data.columns import RowError
 from rdo.data.files import TextRow
-from rdo.data.readers import Reading, read_records
+from rdo.data.readers import Reading
 from rdo.data.records import Preference, Record
 from rdo.runtime.errors import DataError, UserError
 
@@ -25,21 +27,30 @@ OPENAI = {
 ARTICLE = {**OPENAI, "info": {"id": "x", "post": None, "title": None, "subreddit": None, "article": "News."}}
 
 
+class Listed(io.StringIO):
+    name = "invalid.jsonl"
+
+
 class Result(NamedTuple):
     records: list[Record]
     counts: dict[str, int]
-    listed: list[tuple[str, str, str]]
-    ignored: list[str]
+    listed: list[dict[str, str]]
+    ignored: set[str]
 
 
 def read(*rows: object, **settings: Any) -> Result:
     """Rows of data.jsonl, or (file, row) pairs."""
-    listed: list[tuple[str, str, str]] = []
-    reading = Reading(**{"listed": lambda *entry: listed.append(entry), **settings})
+    listed = Listed()
+    reading = Reading(**settings, listed=listed)
     named = [row if isinstance(row, tuple) else ("data", row) for row in rows]
-    placed = ((f"{name}.jsonl, line {number}", row) for number, (name, row) in enumerate(named, 1))
-    records = list(read_records(placed, reading))
-    return Result(records, {name: n for name, n in reading.counts.items() if n}, listed, reading.ignored())
+    records = list(
+        reading.records((f"{name}.jsonl, line {number}", row) for number, (name, row) in enumerate(named, 1))
+    )
+    reading.judge()
+    entries = [json.loads(line) for line in listed.getvalue().splitlines()]
+    return Result(
+        records, {name: n for name, n in reading.counts.items() if n}, entries, reading.columns - reading.read
+    )
 
 
 def only(row: object, **settings: Any) -> Record:
@@ -79,9 +90,10 @@ def test_one_invalid_row_in_a_hundred_is_left_out_counted_and_listed_but_two_are
     found = read(*[good] * 99, bad, on_invalid="skip")
     assert len(found.records) == 99
     assert found.counts == {"rows_read": 100, f"invalid_{reason}": 1}
-    assert [entry[:2] for entry in found.listed] == [("data.jsonl, line 100", reason)]
-    assert found.listed[0][2].startswith("data.jsonl, line 100")
-    with pytest.raises(DataError, match=r"line 99.*first of 2 invalid rows of 100.*max_invalid_share=0\.01"):
+    (entry,) = found.listed
+    assert (entry["place"], entry["reason"]) == ("data.jsonl, line 100", reason)
+    assert entry["message"].startswith("data.jsonl, line 100")
+    with pytest.raises(DataError, match=r"line 99.*first of 2 invalid rows of 100.*max_invalid_share=0\.01.*listed in"):
         read(*[good] * 98, bad, bad, on_invalid="skip")
     with pytest.raises(DataError, match=r"^data\.jsonl, line 1\b.*; dataset\.on_invalid=skip leaves such rows out"):
         read(bad, good)
@@ -107,16 +119,7 @@ def test_a_later_row_that_lacks_a_column_is_named():
 
 def test_columns_that_nothing_is_read_from_are_known():
     row = {**TRL, "margin": 2, "source": "web", "score_chosen": 2, "score_rejected": 1, "empty": None}
-    assert read(row, TRL | {"note": "n"}).ignored == ["margin", "note", "source"]
-    answers = {
-        "question": "q",
-        "passages": [],
-        "preference": [1],
-        "prediction 1": "a",
-        "prediction 2": "b",
-        "gold": "a",
-    }
-    assert read(answers).ignored == ["gold"]
+    assert read(row, TRL | {"note": "n"}).ignored == {"margin", "note", "source"}
 
 
 @pytest.mark.parametrize(("first", "second"), [(IMPLICIT, TRL), (IMPLICIT, HH), (HH, OPENAI)])
@@ -141,18 +144,25 @@ def test_the_format_can_be_forced_and_must_be_known():
         only(TRL, format="csv")
 
 
-def test_cells_of_a_text_table_are_parsed_where_the_format_wants_no_text():
-    cells = TextRow(query="q", responses='["a", "b"]', scores="[1, 2.5]", id="", split="")
-    assert only(cells) == Record("", "q", ("a", "b"), (), (1.0, 2.5))
-    assert only(TextRow(prompt="p", chosen="[1, 2]", rejected="b")).responses == ("[1, 2]", "b")
-    for text, wanted in {"True": True, "false": False, "1": True}.items():
-        assert only(TextRow(prompt="p", completion="c", label=text)).desirable == (wanted,)
+TABLES = [
+    ({"query": "q", "responses": '["a", "b"]', "scores": "[1, 2.5]", "id": "x"}, (("a", "b"), (1.0, 2.5), None)),
+    ({"prompt": "p", "chosen": "[1, 2]", "rejected": "b"}, (("[1, 2]", "b"), None, None)),
+    ({"prompt": "p", "completion": "c", "label": "True"}, (("c",), None, (True,))),
+    ({"prompt": "p", "completion": "c", "label": "false"}, (("c",), None, (False,))),
+    ({"prompt": "p", "completion": "c", "label": "1"}, (("c",), None, (True,))),
+]
+
+
+@pytest.mark.parametrize(("cells", "wanted"), TABLES)
+def test_cells_of_a_text_table_are_parsed_where_the_format_wants_no_text(cells, wanted):
+    record = only(TextRow(cells))
+    assert (record.responses, record.scores, record.desirable) == wanted
+
+
+def test_cells_of_a_text_table_that_hold_json_or_should():
     votes = dict.fromkeys(("winner_model_a", "winner_tie"), "0") | {"winner_model_b": "1"}
-    arena = only(TextRow(prompt='["Which bread?"]', response_a="Rye.", response_b='["White."]', **votes))
-    assert (arena.query, arena.responses, arena.preferences) == (
-        "Which bread?",
-        ("Rye.", "White."),
-        (Preference(1, 0),),
-    )
+    arena = only(TextRow(prompt='["Which bread?"]', response_a='["Rye."]', response_b='["White."]', **votes))
+    wanted = ("Which bread?", ("Rye.", "White."), (Preference(1, 0),))
+    assert (arena.query, arena.responses, arena.preferences) == wanted
     with pytest.raises(DataError, match="line 1, field 'responses': must be a list, found 'a, b'"):
         only(TextRow(query="q", responses="a, b", scores="[1, 2]"))

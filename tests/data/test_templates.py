@@ -51,13 +51,9 @@ def test_raw_and_tldr_take_the_query_word_for_word():
 
 
 @pytest.mark.parametrize("query", [SINGLE, LONGER, "\n\nHuman: x\n\nAssistant: "])
-def test_hh_takes_a_dialogue_as_it_is(query):
+def test_hh_takes_a_dialogue_as_it_is_and_makes_one_of_plain_text(query):
     assert render("hh", query) == query
-
-
-def test_hh_makes_a_dialogue_of_plain_text_and_opens_the_answer():
-    assert render("hh", "Which bread?") == SINGLE
-    assert render("hh", "\n\nHuman: Which bread?") == SINGLE
+    assert render("hh", "Which bread?") == render("hh", "\n\nHuman: Which bread?") == SINGLE
 
 
 ALPACA_START = (
@@ -112,10 +108,6 @@ def test_chat_templates_that_cannot_serve(chat_template, message):
 
 
 # Messages
-
-
-def test_one_message_of_the_user_is_its_content():
-    assert text_of([ASK]) == "Which bread?"
 
 
 def test_the_text_of_a_conversation_is_a_dialogue_of_the_same_turns():

@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, ConfigDict, Field
 
-from rdo.data.chat import Asked, Asking, Conversation, Query
-from rdo.data.columns import Columns, Finite, Flag, Identifier, QueryText, Response, Row, RowError, Text, checked, wrong
+from rdo.data.chat import Asked, Query
+from rdo.data.columns import Columns, Finite, Flag, Id, QueryText, Response, Row, RowError, Text, checked, not_blank
 from rdo.data.records import Message, Preference, Record
 from rdo.data.templates import text_of
 
@@ -22,10 +22,10 @@ def by_rank(ranks: Sequence[float]) -> list[Preference]:
     return [Preference(better, worse, tie=ranks[better] == ranks[worse]) for better, worse in pairs]
 
 
-def by_score(query: Query, texts: Sequence[str], scores: Sequence[float], field: str) -> list[Record]:
+def by_score(query: Query, texts: Sequence[str], scores: Sequence[float]) -> list[Record]:
     """A record of all pairs, the higher score first, their difference as strength; equal scores are ties."""
     ranked = by_rank([-score for score in scores])
-    leads = (replace(p, strength=checked(Finite, scores[p.chosen] - scores[p.rejected], field)) for p in ranked)
+    leads = (replace(p, strength=scores[p.chosen] - scores[p.rejected]) for p in ranked)
     return [query.record(texts, *leads, scores=tuple(scores))]
 
 
@@ -62,29 +62,21 @@ class Comparison(Columns):
 
 
 class Own(Row, format="records"):
-    """The project's own rows. An empty query, id or split is none.
+    """The project's own rows. An empty id or split is none.
 
-    messages: the query as a conversation, in place of `query`. preferences: indices into responses. desirable: of
-    unpaired data, whether each response is a good one; one response is enough then.
+    preferences: indices into responses. desirable: of unpaired data, whether each response is a good one; one response
+    is enough then.
     """
 
-    either = ("query", "messages")
-    query: Text | None = None
-    messages: Conversation | None = None
+    query: Asked = Field(validation_alias=AliasChoices("messages", "query"))
     split: Literal["demonstrations", "train", "validation", "test", ""] | None = None
     responses: list[Response]
     scores: list[Finite] | None = None
     desirable: list[Flag] | None = None
     preferences: list[Annotated[Comparison, BeforeValidator(_as_object)]] | None = None
-    id: Identifier = ""
+    id: Id = ""
 
     def records(self) -> list[Record]:
-        if self.query and self.messages is not None:
-            raise RowError("messages", "stands beside 'query'; keep one of the two")
-        if self.messages is not None:
-            query = checked(Asking, self.messages, "messages")
-        else:
-            query = Query(checked(QueryText, self.query, "query"))
         count, fewest = len(self.responses), 1 if self.split == "demonstrations" or self.desirable is not None else 2
         if count < fewest:
             raise RowError("responses", f"needs at least {fewest}, found {count}; delete the row")
@@ -92,7 +84,7 @@ class Own(Row, format="records"):
         desirable = one_each(self.desirable, self.responses, "desirable")
         others = {"id": self.id, "split": self.split or None, "scores": scores, "desirable": desirable}
         preferences = [p.preference(count, f"preferences[{n}]") for n, p in enumerate(self.preferences or [])]
-        return [query.record(self.responses, *preferences, **others)]
+        return [self.query.record(self.responses, *preferences, **others)]
 
 
 class RRHF(Own, format="rrhf"):
@@ -150,61 +142,38 @@ class StackExchange(Row, format="ranked"):
 
     def records(self) -> list[Record]:
         texts, scores = [a.text for a in self.answers], [a.pm_score for a in self.answers]
-        return by_score(self.question, texts, scores, "answers")
-
-
-def _number(value: object) -> object:
-    """UltraFeedback writes its ratings as text."""
-    return float(value) if isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d+)?", value, re.ASCII) else value
-
-
-Rating = Annotated[Finite, BeforeValidator(_number)]
-
-
-def _unrated(value: object) -> object:
-    return None if value == "N/A" else value
-
-
-class Aspect(Columns):
-    rating: Annotated[Rating | None, BeforeValidator(_unrated)] = Field(validation_alias="Rating")
+        return by_score(self.question, texts, scores)
 
 
 class Completion(Columns):
     response: Response
     overall_score: Finite | None = None
     fine_grained_score: Finite | None = Field(None, validation_alias="fine-grained_score")
-    annotations: Any = None  # looked at only where there is no score
-
-    def mean_rating(self, field: str) -> float:
-        """The mean of the annotations' ratings."""
-        aspects = checked(dict[str, Aspect], self.annotations, field).values()
-        ratings = [aspect.rating for aspect in aspects if aspect.rating is not None]
-        if not ratings:
-            raise RowError(field, "there is no rating, and no overall_score; delete the row")
-        return float(checked(Finite, sum(ratings) / len(ratings), field))
 
 
 def _several(completions: list[Completion]) -> list[Completion]:
     if len(completions) < 2:
-        raise wrong(f"needs at least 2, found {len(completions)}; delete the row", "too_few_responses")
+        raise RowError("", f"needs at least 2, found {len(completions)}; delete the row", "too_few_responses")
     return completions
 
 
 class UltraFeedback(Row, format="ultrafeedback"):
-    """openbmb/UltraFeedback: scores are overall_score, else fine-grained_score, else the mean of the annotations'
-    ratings ("N/A" left out): the first of these that every completion has."""
+    """openbmb/UltraFeedback: scores are overall_score, or fine-grained_score where a completion has no other."""
 
     instruction: QueryText
     completions: Annotated[list[Completion], AfterValidator(_several)]
 
     def records(self) -> list[Record]:
-        scores: list[Any] = [completion.overall_score for completion in self.completions]
+        scores = [completion.overall_score for completion in self.completions]
         if None in scores:
             scores = [completion.fine_grained_score for completion in self.completions]
-        if None in scores:
-            scores = [entry.mean_rating(f"completions[{n}].annotations") for n, entry in enumerate(self.completions)]
-        texts = [completion.response for completion in self.completions]
-        return by_score(Query(self.instruction), texts, scores, "completions")
+        given = [score for score in scores if score is not None]
+        if len(given) < len(scores):
+            place = scores.index(None)
+            raise RowError(
+                f"completions[{place}].overall_score", "missing, and fine-grained_score, too; delete the row"
+            )
+        return by_score(Query(self.instruction), [completion.response for completion in self.completions], given)
 
 
 class Rated(Row, format="ultrafeedback"):
@@ -212,11 +181,11 @@ class Rated(Row, format="ultrafeedback"):
 
     instruction: QueryText
     responses: list[Response] = Field(min_length=2)
-    ratings: list[Rating]
+    ratings: list[Finite]
 
     def records(self) -> list[Record]:
         one_each(self.ratings, self.responses, "ratings")
-        return by_score(Query(self.instruction), self.responses, self.ratings, "ratings")
+        return by_score(Query(self.instruction), self.responses, self.ratings)
 
 
 class QAFeedback(Row, format="qa_feedback"):
@@ -235,10 +204,10 @@ class QAFeedback(Row, format="qa_feedback"):
 
     def records(self) -> list[Record]:
         query = Query("\n\n".join([*(_passage(*passage) for passage in self.passages), f"QUESTION: {self.question}"]))
-        given = {name: value for name, value in (self.model_extra or {}).items() if value is not None}
+        given = self.model_extra or {}
         numbers = (int(match[1]) for name in given if (match := self.reads.fullmatch(name)))
         names = [f"prediction {k}" for k in range(1, max([2, *numbers]) + 1)]
-        texts = [checked(Response, given.get(name), name) for name in names]
+        texts = list(checked(dict[str, Response], {name: given.get(name) for name in names}).values())
         pairs = list(combinations(range(len(texts)), 2))
         if len(self.preference) != len(pairs):
             counts = f"{len(self.preference)} for {len(texts)} predictions, which make {len(pairs)} pairs"
@@ -263,7 +232,7 @@ def _kept(node: object) -> object:
 class Node(Columns):
     text: Text
     role: Literal["prompter", "assistant"]
-    message_id: Identifier = ""
+    message_id: Id = ""
     rank: Finite | None = None
     replies: list[Annotated[Node | None, BeforeValidator(_kept)]] | None = None
 
@@ -276,7 +245,7 @@ class OASST(Row, format="oasst"):
     replies is unusable; published files hold many.
     """
 
-    message_tree_id: Identifier
+    message_tree_id: Id
     prompt: Annotated[Node | None, BeforeValidator(_kept)]
 
     def records(self) -> list[Record]:
@@ -290,13 +259,13 @@ class OASST(Row, format="oasst"):
         asks = len(before) % 2 == 0
         if (node.role == "prompter") != asks:
             raise RowError(f"{field}.role", "prompter and assistant must take turns; correct it or delete the row")
-        text = checked(QueryText, node.text, f"{field}.text") if asks else node.text
+        text = not_blank(node.text, f"{field}.text", "query") if asks else node.text
         messages = (*before, Message("user" if asks else "assistant", text))
         replies = [(reply, f"{field}.replies[{n}]") for n, reply in enumerate(node.replies or []) if reply]
         ranked = sorted(((r.rank, r.text, path) for r, path in replies if r.rank is not None), key=lambda r: r[0])
         records = []
         if asks and len(ranked) > 1:
-            texts = [checked(Response, text, f"{path}.text") for _, text, path in ranked]
+            texts = [not_blank(text, f"{path}.text") for _, text, path in ranked]
             own_id = node.message_id or ("" if before else self.message_tree_id)
             query = Query(text_of(messages), messages)
             records.append(query.record(texts, *by_rank([rank for rank, _, _ in ranked]), id=own_id))

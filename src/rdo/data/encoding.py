@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,21 +34,32 @@ RECORDS_PER_WORKER = 2000
 
 @dataclass(frozen=True)
 class EncodedRecord:
-    """Token ids of a record: the model sees `prompt + responses[k]`; each response ends with end-of-sequence."""
+    """Token ids of a record: the model sees `prompt + responses[k]`; each response ends with end-of-sequence.
+
+    query_cut, response_cut: tokens that were cut, the query's once, however many responses share it.
+    """
 
     id: str
     prompt: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]
+    query_cut: int = field(default=0, compare=False)
+    response_cut: int = field(default=0, compare=False)
 
 
 @dataclass
 class TruncationReport:
-    """What `encode` cut off. The query of a record counts once, however many responses share it."""
+    """What was cut off the records of a split."""
 
     records: int = 0
     truncated: int = 0
     query_tokens_cut: int = 0
     response_tokens_cut: int = 0
+
+    @classmethod
+    def of(cls, query_cut: Any, response_cut: Any) -> TruncationReport:
+        """Of the tokens cut from each record's query and responses."""
+        query, response = np.asarray(query_cut, np.int64), np.asarray(response_cut, np.int64)
+        return cls(len(query), int(((query > 0) | (response > 0)).sum()), int(query.sum()), int(response.sum()))
 
     def check(self, max_length: int, max_truncated_share: float) -> None:
         """Raises UserError where more than `max_truncated_share` of the records had to be cut."""
@@ -80,17 +91,15 @@ def encode(
     Cutting: the query loses tokens first, from the left (BOS stays), the same for all responses of the record, so that
     the longest fits; at least one token of it stays. Responses that are still too long lose their end and keep EOS.
 
-    Raises UserError if the tokenizer has no EOS, a prompt has no token, or `max_length` leaves no room for one token of
-    each.
+    Raises UserError if the tokenizer has no EOS, a prompt no token, or `max_length` no room for one token of each.
     """
-    made: list[tuple[EncodedRecord, tuple[int, int]]] = []
+    made: list[EncodedRecord] = []
     with progress_bar(len(records), "tokenizing") as bar:
         for start in range(0, len(records), RECORDS_PER_CALL):
             part = records[start : start + RECORDS_PER_CALL]
             made += encode_batch(part, tokenizer, template, max_length, parse_special)
             bar.update(len(part))
-    cuts = np.array([cut for _, cut in made], dtype=np.int64).reshape(-1, 2)
-    return [record for record, _ in made], report_cuts(cuts)
+    return made, TruncationReport.of([record.query_cut for record in made], [record.response_cut for record in made])
 
 
 def encode_batch(
@@ -99,24 +108,20 @@ def encode_batch(
     template: str,
     max_length: int,
     parse_special: bool = False,
-) -> Iterator[tuple[EncodedRecord, tuple[int, int]]]:
-    """Token ids of a few records, each with its query and response tokens that were cut; see `encode`."""
+) -> list[EncodedRecord]:
+    """Token ids of a few records; see `encode`."""
     begin, end = begin_id(tokenizer), end_id(tokenizer)
     rendered = [render_prompt(template, record, tokenizer) for record in records]
     prompts = _ids(rendered, tokenizer, parse_special or template == "chat")
     replies = iter(_ids([response for record in records for response in record.responses], tokenizer, parse_special))
+    made = []
     for record, prompt in zip(records, prompts, strict=True):
         if begin is not None and prompt[:1] != [begin]:
             prompt.insert(0, begin)
         responses = [next(replies) for _ in record.responses]
         responses = [ids if ids[-1:] == [end] else [*ids, end] for ids in responses]
-        yield _fit(record, prompt, responses, head=int(begin is not None), max_length=max_length)
-
-
-def report_cuts(cuts: np.ndarray) -> TruncationReport:
-    """The report of [records, 2] counts of query and response tokens that were cut."""
-    query, response = (int(column.sum()) for column in cuts.T)
-    return TruncationReport(len(cuts), int((cuts > 0).any(axis=1).sum()), query, response)
+        made.append(_fit(record, prompt, responses, head=int(begin is not None), max_length=max_length))
+    return made
 
 
 def begin_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -140,11 +145,8 @@ def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, parse_special: bo
     return list(batch["input_ids"])
 
 
-def _fit(
-    record: Record, prompt: list[int], responses: list[list[int]], head: int, max_length: int
-) -> tuple[EncodedRecord, tuple[int, int]]:
-    """One record cut to max_length, and how many query and response tokens that took. head: tokens of the prompt that
-    stay, whatever is cut."""
+def _fit(record: Record, prompt: list[int], responses: list[list[int]], head: int, max_length: int) -> EncodedRecord:
+    """One record cut to max_length. head: tokens of the prompt that stay, whatever is cut."""
     if not prompt:
         where = record.place or f"record {record.id}"
         raise UserError(f"{where}: the prompt has no token; correct the query or the template")
@@ -153,11 +155,10 @@ def _fit(
     if max_length < fewest + 2:
         raise UserError(f"dataset.max_length={max_length} is too small; it must be at least {fewest + 2}")
     kept = min(len(prompt), max(fewest, max_length - max(len(ids) for ids in responses)))
-    room = max_length - kept
-    query_cut = len(prompt) - kept
-    response_cut = sum(max(0, len(ids) - room) for ids in responses)
+    room, cut = max_length - kept, len(prompt) - kept
     fitting = tuple(tuple(ids if len(ids) <= room else [*ids[: room - 1], ids[-1]]) for ids in responses)
-    return EncodedRecord(record.id, (*prompt[:head], *prompt[head + query_cut :]), fitting), (query_cut, response_cut)
+    lost = sum(max(0, len(ids) - room) for ids in responses)
+    return EncodedRecord(record.id, (*prompt[:head], *prompt[head + cut :]), fitting, cut, lost)
 
 
 class MappedTokens(Sequence[EncodedRecord]):
@@ -172,21 +173,13 @@ class MappedTokens(Sequence[EncodedRecord]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, place: int) -> EncodedRecord: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[EncodedRecord]: ...
-    def __getitem__(self, place: int | slice) -> EncodedRecord | list[EncodedRecord]:
-        if isinstance(place, slice):
-            return [self[n] for n in range(*place.indices(len(self)))]
+    def __getitem__(self, place: Any) -> Any:
         row = self.rows[place]
         return EncodedRecord(row["id"], tuple(row["prompt"]), tuple(map(tuple, row["responses"])))
 
     def report(self) -> TruncationReport:
         """What had to be cut."""
-        table = self.rows.data
-        cuts = [table.column(name).to_numpy() for name in ("query_cut", "response_cut")]
-        return report_cuts(np.stack(cuts, axis=1))
+        return TruncationReport.of(*(self.rows.data.column(name).to_numpy() for name in ("query_cut", "response_cut")))
 
 
 def order_fingerprint(records: Records) -> str:
@@ -215,8 +208,8 @@ def encode_into(
         datasets.disable_progress_bars()
     print(f"[tokens] {len(records)} records, {workers} process{'es' if workers > 1 else ''}", flush=True)
     options = {"tokenizer": tokenizer, "template": template, "max_length": max_length, "parse_special": parse_special}
-    string, ids = datasets.Value("string"), datasets.Sequence(datasets.Value("int32"))
-    cuts = dict.fromkeys(("query_cut", "response_cut"), datasets.Value("int64"))
+    count, ids = datasets.Value("int64"), datasets.Sequence(datasets.Value("int32"))
+    columns = {"id": datasets.Value("string"), "prompt": ids, "responses": datasets.Sequence(ids)}
     records.source.select(records.rows, keep_in_memory=True).map(
         tokenize_rows,
         batched=True,
@@ -224,7 +217,7 @@ def encode_into(
         writer_batch_size=RECORDS_PER_CALL,
         num_proc=workers if workers > 1 else None,
         remove_columns=records.source.column_names,
-        features=datasets.Features({"id": string, "prompt": ids, "responses": datasets.Sequence(ids), **cuts}),
+        features=datasets.Features({**columns, "query_cut": count, "response_cut": count}),
         fn_kwargs=options,
         cache_file_name=str(folder / f"{TOKENS}.arrow"),
         new_fingerprint=folder.name,
@@ -237,7 +230,6 @@ def tokenize_rows(columns: dict[str, list[Any]], **options: Any) -> dict[str, li
     """A batch of rows of the records' file as rows of the tokens' file."""
     from rdo.data.table import as_records  # needs pyarrow, which what only computes has no use for
 
-    encoded = encode_batch(as_records(columns), **options)
-    made = [(record.id, record.prompt, record.responses, *cut) for record, cut in encoded]
+    made = encode_batch(as_records(columns), **options)
     names = ("id", "prompt", "responses", "query_cut", "response_cut")
-    return dict(zip(names, map(list, zip(*made, strict=True)), strict=True))
+    return {name: [getattr(record, name) for record in made] for name in names}

@@ -1,7 +1,7 @@
 """Rows of any file that fsspec opens: JSON lines, a JSON array, CSV, TSV, Parquet or Arrow, compressed or not.
 
-No file is ever in memory as a whole, but a Parquet or Arrow file that is gzipped on top. What is wrong with a file is
-raised; what is wrong with a row, behind which reading can go on, is handed out in its place, to be raised or counted.
+No file is ever in memory as a whole, but a JSON array. What is wrong with a file is raised; what is wrong with a row,
+behind which reading can go on, is handed out in its place, to be raised or counted.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import csv
 import hashlib
 import io
 import json
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import PurePath
 from typing import IO, Any
@@ -19,16 +18,14 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import OpenFile
-from fsspec.implementations.local import LocalFileOpener
 
 from rdo.data.columns import RowError
 from rdo.runtime.errors import DataError
 
-CHUNK = 2**20  # bytes or characters that are read at a time
+CHUNK = 2**20  # bytes that are read at a time
 BATCH = 256  # rows of a table that are Python objects at a time
-LONGEST = 2**26  # characters of a cell of CSV, or an element of an array
-Placed = Iterator[tuple[str, Any]]
-_BETWEEN = re.compile(r"[, \t\r\n]*")
+LONGEST = 2**26  # characters of a cell of CSV
+Placed = Iterable[tuple[str, Any]]
 
 
 class TextRow(dict[str, Any]):
@@ -66,7 +63,7 @@ def content_hash(file: OpenFile) -> str:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def rows(file: OpenFile) -> Placed:
+def rows(file: OpenFile) -> Iterator[tuple[str, Any]]:
     """Pairs of a place for messages ("FILE, line 12") and a row.
 
     A row is a dict, a TextRow (CSV), or a RowError: a broken row behind which reading can go on, for the caller to
@@ -79,91 +76,65 @@ def rows(file: OpenFile) -> Placed:
     place = name
     try:
         with file as stream:
-            for where, row in READERS[suffix](stream, bool(file.compression)):
+            for where, row in READERS[suffix](stream):
                 place = f"{name}, {where}"
-                yield place, RowError("", f"{row}; mend or delete it") if isinstance(row, ValueError) else row
+                yield place, row
     except Exception as error:  # of damaged bytes, decompressors and pyarrow raise nearly anything
         behind = "" if place == name else " or behind it"
-        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
         raise DataError(f"{place}{behind}: cannot be read as {suffix} ({reason}); copy the file again") from error
     if place == name:
         raise DataError(f"{name}: there are no rows; check dataset.path")
 
 
-def _json(stream: IO[bytes], _: bool) -> Placed:
+def _json(stream: IO[bytes]) -> Placed:
     head = stream.read(CHUNK).removeprefix(b"\xef\xbb\xbf")
     stream.seek(0)
     if head.lstrip().startswith(b"["):
-        yield from _array(io.TextIOWrapper(stream, encoding="utf-8-sig"))
+        for number, row in enumerate(json.load(stream), 1):
+            yield f"element {number}", row
         return
     for number, line in enumerate(stream, 1):
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield f"line {number}", ValueError(f"is not JSON, of which each line must be an object ({error})")
+                problem = f"is not JSON, of which each line must be an object ({error}); mend or delete it"
+                yield f"line {number}", RowError("", problem)
 
 
-def _array(stream: IO[str]) -> Placed:
-    """The elements of an array; behind one that is damaged nobody knows where the next begins."""
-    decoder, text, at, number, more = json.JSONDecoder(), stream.read(CHUNK).lstrip()[1:], 0, 0, "?"
-    while True:
-        at += len(_BETWEEN.match(text, at)[0])  # type: ignore[index]
-        if text.startswith("]", at):
-            return
-        try:
-            row, end = decoder.raw_decode(text, at)
-        except ValueError:
-            if not more or len(text) - at > LONGEST:
-                raise
-            end = len(text)
-        if more and end > len(text) - 2:  # what is broken, or ends here, may go on
-            more = stream.read(max(CHUNK, len(text) - at))
-            text, at = text[at:] + more, 0
-            continue
-        number, at = number + 1, end
-        yield f"element {number}", row
-
-
-def _csv(stream: IO[bytes], _: bool, delimiter: str = ",") -> Placed:
+def _csv(stream: IO[bytes], delimiter: str = ",") -> Placed:
     csv.field_size_limit(LONGEST)
     # Bytes that are no text become lone surrogates, which no column may hold.
     lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    records = csv.reader(lines, delimiter=delimiter, strict=True)
+    records = csv.reader(lines, delimiter=delimiter, strict=True)  # strict: a quote that is never closed is an error
     header = next(records, [])
     if len(set(header)) < len(header):
         raise ValueError("two columns of the header have the same name")
-    while True:
-        where = f"line {records.line_num + 1}"
-        try:
-            cells = next(records)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            if str(error).startswith(("unexpected end", "field larger")):  # it swallowed rows, nobody knows how many
-                raise ValueError(f"a quote that opens in {where} is never closed") from error
-            yield where, ValueError(f"is not CSV ({error})")
-            continue
+    where = f"line {records.line_num + 1}"
+    for cells in records:
         if len(cells) == len(header):
             yield where, TextRow(zip(header, cells, strict=True))
         elif cells:
-            yield where, ValueError(f"has {len(cells)} cells under a header of {len(header)}")
+            problem = f"has {len(cells)} cells under a header of {len(header)}; mend or delete it"
+            yield where, RowError("", problem)
+        where = f"line {records.line_num + 1}"
 
 
-def _parquet(stream: IO[bytes], packed: bool) -> Placed:
+def _parquet(stream: IO[bytes]) -> Placed:
     # Buffers, and none in advance: otherwise all of a row group is read at once, and a file may be one row group.
-    file = io.BytesIO(stream.read()) if packed else stream
-    with pq.ParquetFile(file, buffer_size=CHUNK, pre_buffer=False) as table:
+    with pq.ParquetFile(stream, buffer_size=CHUNK, pre_buffer=False) as table:
         yield from _numbered(table.iter_batches(BATCH))
 
 
-def _arrow(stream: IO[bytes], packed: bool) -> Placed:
-    whole = io.BytesIO(stream.read()) if packed else stream
-    file = pa.memory_map(stream.path) if isinstance(stream, LocalFileOpener) else whole
-    by_number = file.read(6) == b"ARROW1"
-    file.seek(0)
-    reader = pa.ipc.open_file(file) if by_number else pa.ipc.open_stream(file)
-    yield from _numbered(map(reader.get_batch, range(reader.num_record_batches)) if by_number else reader)
+def _arrow(stream: IO[bytes]) -> Placed:
+    by_number = stream.read(6) == b"ARROW1"
+    stream.seek(0)
+    if by_number:
+        reader = pa.ipc.open_file(stream)
+        yield from _numbered(map(reader.get_batch, range(reader.num_record_batches)))
+    else:
+        yield from _numbered(pa.ipc.open_stream(stream))
 
 
 def _numbered(batches: Iterable[pa.RecordBatch]) -> Placed:
@@ -178,6 +149,6 @@ def _numbered(batches: Iterable[pa.RecordBatch]) -> Placed:
 
 READERS = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), _json),
-    **{".csv": _csv, ".tsv": lambda stream, _: _csv(stream, _, "\t"), ".parquet": _parquet},
+    **{".csv": _csv, ".tsv": lambda stream: _csv(stream, "\t"), ".parquet": _parquet},
     **dict.fromkeys((".arrow", ".feather", ".ipc"), _arrow),
 }

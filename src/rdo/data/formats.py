@@ -9,15 +9,13 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import AliasChoices, ValidationError
 
 from rdo.data import candidates, pairs, verdicts  # noqa: F401 (which register their formats)
-from rdo.data.chat import ALIASES
+from rdo.data.chat import ALIASES, Query
 from rdo.data.columns import Row, RowError, row_error, shown
 from rdo.data.pairs import PROMPTS
 from rdo.data.records import Record
 from rdo.data.templates import ASSISTANT
 
 FORMATS = Row.layouts
-# Columns that may hold a query: beside texts `chosen` and `rejected` they mean that these do not hold it, too.
-QUERIES = ("context", "history", "post")
 # What a table makes of messages when they are written as text.
 WRITTEN_OUT = re.compile(r"\s*\[?\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 
@@ -38,22 +36,21 @@ def read_row(row: dict[str, Any], format: str) -> list[Record]:
 def find_format(row: dict[str, Any]) -> str:
     """The format whose required columns are all there, the one with most of them; a column that is null is not.
 
-    Where two formats share their columns, the values decide. Raises RowError if no format fits, if several do, and for
-    rows that only look like those of one.
+    Where formats share their columns, the values decide. Raises RowError if no format fits, or several do.
     """
-    present = {name for name, value in row.items() if value is not None}
-    columns = f"columns [{', '.join(shown(name) for name in sorted(map(str, present))[:20])}]"
-    found, size = _fitting(present)
-    if _fitting({str(name).strip().lower() for name in present})[1] > size:
-        raise RowError("", f"{columns} are in other letters, or with spaces around; rename them")
+    row = {name: value for name, value in row.items() if value is not None}
+    layouts = {name: _layout(row, name) for name in FORMATS}
+    sizes = {name: len(needed(layout)) for name, layout in layouts.items() if not _missing(layout, row)}
+    found = [name for name, size in sizes.items() if size == max(sizes.values())]
     if found == ["hh", "trl_implicit"] or (found == ["trl"] and "prompt" not in row):
         found = [_format_of_pair(row)]
+    columns = f"columns [{', '.join(shown(name) for name in sorted(map(str, row))[:20])}]"
     if not found:
         known = "; ".join(f"{name}: {in_words(name)}" for name in FORMATS)
         raise RowError("", f"{columns} fit no known format ({known}); rename them")
     if len(found) > 1:
         raise RowError("", f"{columns} fit {' and '.join(found)}; set dataset.format to the one that is meant")
-    for column in {"prompt", "completion", "chosen", "rejected", "conversations"} & present:
+    for column in {"prompt", "completion", "chosen", "rejected", "conversations"} & row.keys():
         if isinstance(row[column], str) and WRITTEN_OUT.match(row[column]):
             way_out = f"store the rows as JSON lines or Parquet, or set dataset.format={found[0]} if text is meant"
             raise RowError(column, f"is messages written out as text; {way_out}")
@@ -68,7 +65,7 @@ def in_words(format: str) -> str:
 def columns_read(row: dict[str, Any], format: str) -> set[str]:
     """The columns of a row that the format looks at."""
     layout = _layout(row, format)
-    return {name for name in row if name in fields(layout) or (layout.reads and layout.reads.fullmatch(str(name)))}
+    return {name for name in row if name in fields(layout) or layout.reads.fullmatch(str(name))}
 
 
 def structured(row: dict[str, Any], format: str) -> set[str]:
@@ -86,8 +83,7 @@ def fields(layout: type[Row]) -> dict[str, bool]:
 @cache
 def needed(layout: type[Row]) -> list[tuple[str, ...]]:
     """The names of each required column, one of which must be there."""
-    required = [_names(key, f.validation_alias) for key, f in layout.model_fields.items() if f.is_required()]
-    return [*required, layout.either] if layout.either else required
+    return [_names(key, f.validation_alias) for key, f in layout.model_fields.items() if f.is_required()]
 
 
 def _names(key: str, alias: object) -> tuple[str, ...]:
@@ -98,45 +94,24 @@ def _may_be_text(kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return any(isinstance(value, str) for value in get_args(kind))
     inner = get_args(kind)[:1] if get_origin(kind) is Annotated else get_args(kind)
-    return kind is str or (get_origin(kind) is not list and any(map(_may_be_text, inner)))
+    return kind in (str, Query) or (get_origin(kind) is not list and any(map(_may_be_text, inner)))
 
 
-def _missing(layout: type[Row], present: set[str]) -> int:
-    return sum(present.isdisjoint(names) for names in needed(layout))
+def _missing(layout: type[Row], row: dict[str, Any]) -> int:
+    return sum(all(row.get(name) is None for name in names) for names in needed(layout))
 
 
 def _layout(row: dict[str, Any], format: str) -> type[Row]:
     """The layout of the format that the row is in, or the one of which least is missing."""
-    present = {name for name, value in row.items() if value is not None}
-    return min(FORMATS[format], key=lambda layout: _missing(layout, present))
-
-
-def _fitting(present: set[str]) -> tuple[list[str], int]:
-    """The formats with most columns among those whose required columns are all there, and how many these are."""
-    sizes = {
-        name: max((len(needed(layout)) for layout in layouts if not _missing(layout, present)), default=0)
-        for name, layouts in FORMATS.items()
-    }
-    largest = max(sizes.values())
-    return [name for name, size in sizes.items() if size == largest > 0], largest
+    return min(FORMATS[format], key=lambda layout: _missing(layout, row))
 
 
 def _format_of_pair(row: dict[str, Any]) -> str:
-    """The format of a row of chosen and rejected without a prompt, at least not in a column of this name."""
+    """The format of a row of chosen and rejected without a column `prompt`."""
     both = (row["chosen"], row["rejected"])
-    texts = [value for value in both if isinstance(value, str)]
-    if any(ASSISTANT in value for value in texts):
+    if any(isinstance(value, str) and ASSISTANT in value for value in both):
         return "hh"
-    if texts and "prompt" in row:  # the column is there, and only this row's is null
-        return "trl"
-    asked = next((name for name in PROMPTS if name in row), "prompt")
-    if row.get(asked) is not None and (asked == "conversations" or not all(map(_is_whole, both))):
-        return "trl"
-    others = [name for name in QUERIES if name in row]
-    if texts and others:
-        problem = "the query seems to stand here, not in the texts 'chosen' and 'rejected'; rename it to 'prompt'"
-        raise RowError(others[0], f"{problem}, or set dataset.format=trl_implicit to take it from how they begin")
-    return "trl_implicit"
+    return "trl" if row.keys() & set(PROMPTS) and not all(map(_is_whole, both)) else "trl_implicit"
 
 
 def _is_whole(value: object) -> bool:

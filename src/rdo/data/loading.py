@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from rdo.data.columns import RowError
-from rdo.data.files import content_hash, name_of, resolve, rows
-from rdo.data.readers import Reading, read_records
-from rdo.data.records import SPLITS, Record, content_id
-from rdo.data.table import Records, id_key, write_records
-from rdo.runtime.errors import DataError, UserError
+from rdo.data.files import Placed, content_hash, name_of, resolve, rows
+from rdo.data.readers import Reading
+from rdo.data.records import SPLITS, Record
+from rdo.data.table import Records, write_records
+from rdo.runtime.errors import UserError
 from rdo.runtime.files import replace_file
 from rdo.runtime.processes import broadcast
 from rdo.runtime.progress import progress_bar
@@ -32,8 +30,6 @@ PARQUET_BRANCH = "refs/convert/parquet"
 RECORDS, INVALID = "records.arrow", "invalid.jsonl"
 # Raised whenever the same rows would be read as other records, or these written otherwise.
 READING_VERSION = 3
-
-Rows = Iterable[tuple[str, Any]]
 
 
 @dataclass
@@ -113,51 +109,31 @@ def _load(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     return Splits(splits, dict(counts), artifact, results["format"], results["ignored"])
 
 
-def read_into(folder: Path, parts: Iterable[tuple[str | None, Rows]], dataset: DatasetConfig) -> dict[str, Any]:
+def read_into(folder: Path, parts: Iterable[tuple[str | None, Placed]], dataset: DatasetConfig) -> dict[str, Any]:
     """Reads rows into the folder's records.arrow; what was counted, the format, and columns that were not read.
 
     parts: rows, and the split that all of them belong to (None: the one that a row names itself, if it does). Leaves
     invalid.jsonl where rows were left out, also when there were too many of them.
     """
-    with replace_file(folder / RECORDS) as file, (folder / INVALID).open("w") as invalid:
+    with (folder / INVALID).open("w") as invalid, progress_bar(None, "reading rows", unit=" rows") as bar:
+        reading = Reading(dataset.format, dataset.on_invalid, dataset.max_invalid_share, invalid)
 
-        def listed(place: str, reason: str, message: str) -> None:
-            invalid.write(json.dumps({"place": place, "reason": reason, "message": message}) + "\n")
+        def records() -> Iterator[Record]:
+            for split, rows in parts:
+                for record in reading.records(rows, split):
+                    bar.update(reading.counts["rows_read"] - bar.n)
+                    yield record
+            reading.judge()
 
-        reading = Reading(dataset.format, dataset.on_invalid, dataset.max_invalid_share, listed)
-        try:
-            write_records(_records(parts, reading), file, dataset.split_seed)
-        except DataError as error:
-            if not reading.invalid:
-                raise
-            raise DataError(f"{error}; all of them are listed in {invalid.name}") from error
+        with replace_file(folder / RECORDS) as file:
+            write_records(records(), file, dataset.split_seed)
     if not reading.invalid:
         (folder / INVALID).unlink()
     counts = {name: count for name, count in reading.counts.items() if count or name == "rows_read"}
-    return {"counts": counts, "format": reading.format, "ignored": reading.ignored()}
+    return {"counts": counts, "format": reading.format, "ignored": sorted(map(str, reading.columns - reading.read))}
 
 
-def _records(parts: Iterable[tuple[str | None, Rows]], reading: Reading) -> Iterator[Record]:
-    """The records with ids of their own: those of the data must differ; one that we made and is taken gets "-2"."""
-    taken: Counter[int] = Counter()
-    usable = 0
-    with progress_bar(None, "reading rows", unit=" rows") as bar:
-        for split, record in ((split, record) for split, part in parts for record in read_records(part, reading)):
-            bar.update(reading.counts["rows_read"] - bar.n)
-            name = record.id or content_id(record.query, record.responses)
-            key = id_key(name)
-            taken[key] += 1
-            if taken[key] > 1 and record.id:
-                problem = f"{name!r:.60} is taken by a row before; make ids unique"
-                reading.refuse(record.place, RowError("id", problem, "repeated_id"))
-                continue
-            usable += 1
-            name = name if taken[key] == 1 else f"{name}-{taken[key]}"
-            yield replace(record, id=name, split=split or record.split)
-    reading.judge(usable)
-
-
-def _hub_rows(dataset: DatasetConfig, split: str, held: Iterable[dict[str, Any]]) -> Rows:
+def _hub_rows(dataset: DatasetConfig, split: str, held: Iterable[dict[str, Any]]) -> Placed:
     return ((f"{dataset.hub_name}, split {split}, row {number}", row) for number, row in enumerate(held, 1))
 
 

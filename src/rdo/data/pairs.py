@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
-from rdo.data.chat import Asked, Asking, Chat, Query, Reply, Said, continued, parted, shared_length
-from rdo.data.columns import Finite, Flag, Response, Row, RowError, Text, checked, wrong
+from rdo.data.chat import Asked, Chat, Query, Reply, Said, asking, continued, parted, shared_length
+from rdo.data.columns import Finite, Flag, Row, RowError, Text, not_blank
 from rdo.data.records import Message, Record
 from rdo.data.templates import ASSISTANT
-from rdo.data.verdicts import FIRST, answered, with_input
+from rdo.data.verdicts import FIRST, with_input
 
 PAIR = ("chosen", "rejected")
 # Where a row of chosen and rejected may have its query: the first of these columns.
@@ -34,7 +33,7 @@ class HH(Row, format="hh"):
         if not self.rejected.startswith(query):
             problem = r"must start with the query, which is 'chosen' up to its last '\n\nAssistant:'; delete the row"
             raise RowError("rejected", problem, "different_queries")
-        return [answered(Query(query), (chosen, self.rejected[len(query) :]), FIRST, PAIR)]
+        return [Query(query).pair((chosen, self.rejected[len(query) :]), FIRST, PAIR)]
 
 
 class Scored(Row):
@@ -44,11 +43,12 @@ class Scored(Row):
     score_rejected: Finite | None = None
 
     def pair(self, query: Query, replies: tuple[str, str]) -> list[Record]:
-        record, given = answered(query, replies, FIRST, PAIR), (self.score_chosen, self.score_rejected)
-        scores = tuple(score for score in given if score is not None)
-        if len(scores) == 1:
-            raise RowError(f"score_{PAIR[given.index(None)]}", "missing, and the other score is there")
-        return [replace(record, scores=scores) if scores else record]
+        scores = (self.score_chosen, self.score_rejected)
+        if None not in scores:
+            return [query.pair(replies, FIRST, PAIR, scores=scores)]
+        if scores != (None, None):
+            raise RowError(f"score_{PAIR[scores.index(None)]}", "missing, and the other score is there")
+        return [query.pair(replies, FIRST, PAIR)]
 
 
 def _earlier(history: object) -> object:
@@ -77,7 +77,7 @@ class TRL(Scored, format="trl"):
         if given is None or not isinstance(asked, str) or row.keys() & {"prompt", "question", "query"}:
             return row
         if not isinstance(given, str):
-            raise wrong("the column 'input' beside 'instruction' must be text")
+            raise RowError("input", "beside 'instruction' it must be text")
         return {**row, "instruction": with_input(asked, given).text}
 
     def records(self) -> list[Record]:
@@ -92,7 +92,7 @@ class TRL(Scored, format="trl"):
             return self.pair(query, (chosen, rejected))
         first = _behind(before, continued(query, chosen, "chosen"))
         second = _behind(before, continued(query, rejected, "rejected"))
-        return self.pair(*parted((first, second), PAIR))
+        return self.pair(*parted(first, second, PAIR))
 
 
 def _behind(before: Chat, messages: Chat) -> Chat:
@@ -117,7 +117,7 @@ class TRLImplicit(Scored, format="trl_implicit"):
     def records(self) -> list[Record]:
         chosen, rejected = self.chosen, self.rejected
         if not isinstance(chosen, str) and not isinstance(rejected, str):
-            return self.pair(*parted((chosen, rejected), PAIR))
+            return self.pair(*parted(chosen, rejected, PAIR))
         if not (isinstance(chosen, str) and isinstance(rejected, str)):
             raise RowError("rejected", "must be of the form of 'chosen': both texts, or both conversations")
         if chosen == rejected:
@@ -142,5 +142,5 @@ class TRLUnpaired(Row, format="trl_unpaired"):
             *messages, last = continued(query, reply, "completion")
             if last.role != "assistant":
                 raise RowError("completion", "must end with the assistant's message; delete the row")
-            query, reply = checked(Asking, tuple(messages), "completion"), last.content
-        return [query.record([checked(Response, reply, "completion")], desirable=(self.label,))]
+            query, reply = asking(tuple(messages), "completion"), last.content
+        return [query.record([not_blank(reply, "completion")], desirable=(self.label,))]

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import IO, Any
 
 from rdo.data.columns import RowError
-from rdo.data.files import TextRow
+from rdo.data.files import Placed, TextRow
 from rdo.data.formats import FORMATS, columns_read, find_format, read_row, structured
-from rdo.data.records import Record
+from rdo.data.records import Preference, Record, content_id
+from rdo.data.table import id_key
 from rdo.runtime.errors import DataError, UserError
 
 BY_DESIGN = ("articles", "unranked", "separate_conversations")
@@ -25,112 +26,125 @@ BY_DESIGN = ("articles", "unranked", "separate_conversations")
 
 @dataclass
 class Reading:
-    """What reading has met so far.
+    """The settings by which rows are read, and what reading has met so far.
 
+    format: "auto" until it is told from the first row. listed: where a line of JSON is written for each invalid row.
     counts: `rows_read`, `dropped_<reason>` for rows of BY_DESIGN and for preferences between identical responses, and
-    `invalid_<reason>`. listed: called with place, reason and message of each invalid row. columns, read: the columns
-    that rows had a value in, and those of them that the format looks at.
+    `invalid_<reason>`. columns, read: the columns that rows had a value in, and those of them that the format looks at.
     """
 
     format: str = "auto"
     on_invalid: str = "error"
     max_invalid_share: float = 0.01
-    listed: Callable[[str, str, str], None] = lambda place, reason, message: None
+    listed: IO[str] | None = None
     counts: Counter[str] = field(default_factory=Counter)
+    usable: int = 0
     invalid: int = 0
     first: str = ""
     columns: set[str] = field(default_factory=set)
     read: set[str] = field(default_factory=set)
+    taken: Counter[int] = field(default_factory=Counter)
 
-    def ignored(self) -> list[str]:
-        """Columns that nothing was read from."""
-        return sorted(map(str, self.columns - self.read))
+    def __post_init__(self) -> None:
+        self.told = self.format == "auto"
+        if not self.told and self.format not in FORMATS:
+            raise DataError(f"dataset.format={self.format} is not known; choose auto, {', '.join(FORMATS)}")
 
-    def refuse(self, place: str, error: RowError) -> None:
-        """Raises, lists or only counts, as the row's fault and the settings demand."""
-        message = f"{place}{error}"
-        self.first = self.first or message
-        if error.reason in BY_DESIGN:
-            self.counts[f"dropped_{error.reason}"] += 1
-        elif self.on_invalid == "error":
-            raise DataError(f"{message}; dataset.on_invalid=skip leaves such rows out and lists them") from error
-        else:
-            self.counts[f"invalid_{error.reason}"] += 1
-            self.invalid += 1
-            self.listed(place, error.reason, message)
+    def records(self, rows: Placed, split: str | None = None) -> Iterator[Record]:
+        """Records of the rows, in their order, with ids of their own.
 
-    def judge(self, usable: int) -> None:
-        """Raises DataError where too many rows were invalid, or none is left."""
+        rows: pairs of a place for messages ("FILE, line 12") and the row, a dict of columns, or the RowError that
+        stands in its place. split: of all rows; None: the one that a row names itself, if it does. Raises DataError for
+        a row that cannot be used, and UserError where a file is of another format than those before.
+        """
+        last = None
+        for place, row in rows:
+            self.counts["rows_read"] += 1
+            file = place.rpartition(", ")[0]
+            try:
+                if self.told and file != last and isinstance(row, dict):
+                    self._tell(row, place)
+                found = [(record, self._informative(record)) for record in self._read(row)]
+                records = [
+                    replace(record, id=self._id(record), preferences=kept, place=place, split=split or record.split)
+                    for record, kept in found
+                ]
+            except RowError as error:
+                self._refuse(place, error)
+                continue
+            last = file
+            self.usable += 1
+            yield from records
+
+    def judge(self) -> None:
+        """Raises DataError where too many of the rows were invalid, or none could be used."""
         rows = self.counts["rows_read"]
         if self.invalid > self.max_invalid_share * rows:
             raise DataError(
                 f"{self.first} (this is the first of {self.invalid} invalid rows of {rows}, more than "
                 f"dataset.max_invalid_share={self.max_invalid_share:g} allows)"
+                + (f"; all of them are listed in {self.listed.name}" if self.listed else "")
             )
-        if rows and not usable:
+        if rows and not self.usable:
             raise DataError(f"{self.first} (no row of {rows} can be used; this is said of the first)")
 
+    def _tell(self, row: dict[str, Any], place: str) -> None:
+        """Sets the format by the first row of a file."""
+        found = find_format(row)
+        if self.format == "auto":
+            self.format = found
+        if found != self.format and {found, self.format} != {"rrhf", "records"}:
+            raise UserError(
+                f"{place}: looks like format '{found}', and the rows before are '{self.format}'; read them in separate "
+                "runs, or set dataset.format to the one that all are meant to be"
+            )
 
-def read_records(rows: Iterable[tuple[str, Any]], reading: Reading) -> Iterator[Record]:
-    """Records of the rows, in their order, ids as the data gives them ("" where it gives none).
+    def _read(self, row: Any) -> list[Record]:
+        if isinstance(row, RowError):
+            raise row
+        if not isinstance(row, dict):
+            raise RowError("", f"must be an object of columns, found {type(row).__name__}")
+        if isinstance(row, TextRow):
+            row = {n: _cell(text) if n in structured(row, self.format) else text for n, text in row.items()}
+        if not self.columns.issuperset(row):
+            self.columns.update(name for name, value in row.items() if value is not None)
+            self.read |= columns_read(row, self.format)
+        return read_row(row, self.format)
 
-    rows: pairs of a place for messages ("FILE, line 12") and the row, a dict of columns, or the RowError that stands
-    in its place. The format, if it is "auto", is told from the first row; other files must be in it, too (UserError).
-    Raises DataError for a row that cannot be used (see `Reading`), for too many of them, and when no row is left.
-    """
-    if reading.format not in ("auto", *FORMATS):
-        raise DataError(f"dataset.format={reading.format} is not known; choose auto, {', '.join(FORMATS)}")
-    told, usable, last = reading.format == "auto", 0, ""
-    for place, row in rows:
-        reading.counts["rows_read"] += 1
-        file = place.rpartition(", ")[0]
-        try:
-            if told and file != last and isinstance(row, dict):
-                _tell(row, place, reading)
-            records = [_informative(record, place, reading) for record in _row_records(row, reading)]
-        except RowError as error:
-            reading.refuse(place, error)
-            continue
-        last = file
-        usable += 1
-        yield from records
-    reading.judge(usable)
+    def _informative(self, record: Record) -> tuple[Preference, ...]:
+        """The record's preferences but those between identical texts."""
+        texts = record.responses
+        if len(texts) > 1 and len(set(texts)) == 1:
+            problem = "all responses are identical, so there is no preference; delete the row"
+            raise RowError("", problem, "identical_responses")
+        kept = tuple(p for p in record.preferences if p.tie or texts[p.chosen] != texts[p.rejected])
+        self.counts["dropped_identical_preferences"] += len(record.preferences) - len(kept)
+        return kept
 
+    def _id(self, record: Record) -> str:
+        """An id of the record's own: the data's must differ; one that we made and is taken gets "-2"."""
+        name = record.id or content_id(record.query, record.responses)
+        key = id_key(name)
+        self.taken[key] += 1
+        if self.taken[key] == 1:
+            return name
+        if record.id:
+            raise RowError("id", f"{name!r:.60} is taken by a row before; make ids unique", "repeated_id")
+        return f"{name}-{self.taken[key]}"
 
-def _tell(row: dict[str, Any], place: str, reading: Reading) -> None:
-    """Sets the format by the first row of a file. Raises UserError where the files before were in another one."""
-    found = find_format(row)
-    if reading.format == "auto":
-        reading.format = found
-    if found != reading.format and {found, reading.format} != {"rrhf", "records"}:
-        raise UserError(
-            f"{place}: looks like format '{found}', and the rows before are '{reading.format}'; read them in separate "
-            "runs, or set dataset.format to the one that all are meant to be"
-        )
-
-
-def _row_records(row: Any, reading: Reading) -> list[Record]:
-    if isinstance(row, RowError):
-        raise row
-    if not isinstance(row, dict):
-        raise RowError("", f"must be an object of columns, found {type(row).__name__}")
-    if isinstance(row, TextRow):
-        row = {n: _cell(text) if n in structured(row, reading.format) else text for n, text in row.items()}
-    if not reading.columns.issuperset(row):
-        reading.columns.update(name for name, value in row.items() if value is not None)
-        reading.read |= columns_read(row, reading.format)
-    return read_row(row, reading.format)
-
-
-def _informative(record: Record, place: str, reading: Reading) -> Record:
-    """The record with its place, and without preferences between identical texts."""
-    texts = record.responses
-    if len(texts) > 1 and len(set(texts)) == 1:
-        problem = "all responses are identical, so there is no preference; delete the row"
-        raise RowError("", problem, "identical_responses")
-    kept = tuple(p for p in record.preferences if p.tie or texts[p.chosen] != texts[p.rejected])
-    reading.counts["dropped_identical_preferences"] += len(record.preferences) - len(kept)
-    return replace(record, preferences=kept, place=place)
+    def _refuse(self, place: str, error: RowError) -> None:
+        """Raises, lists or only counts, as the row's fault and the settings demand."""
+        message = f"{place}{error}"
+        self.first = self.first or message
+        if error.reason in BY_DESIGN:
+            self.counts[f"dropped_{error.reason}"] += 1
+            return
+        if self.on_invalid == "error":
+            raise DataError(f"{message}; dataset.on_invalid=skip leaves such rows out and lists them") from error
+        self.counts[f"invalid_{error.reason}"] += 1
+        self.invalid += 1
+        if self.listed:
+            self.listed.write(json.dumps({"place": place, "reason": error.reason, "message": message}) + "\n")
 
 
 def _cell(text: str) -> Any:

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import AliasChoices, BeforeValidator, Field
 
 from rdo.data.chat import Asked, Conversation, Query, parted
-from rdo.data.columns import Choice, Columns, Finite, Flag, QueryText, Response, Row, RowError, Text, checked, wrong
+from rdo.data.columns import Choice, Columns, Finite, Flag, QueryText, Response, Row, RowError, Text, not_blank
 from rdo.data.records import Message, Preference, Record
 
 FIRST, SECOND, TIE = Preference(0, 1), Preference(1, 0), Preference(0, 1, tie=True)
 
 
-def answered(query: Query, replies: Iterable[str], preference: Preference, names: tuple[str, str]) -> Record:
-    """A record of two responses, which stand in the columns of these names."""
-    return query.record([checked(Response, *reply) for reply in zip(replies, names, strict=True)], preference)
-
-
 def by_sign(lead: float) -> Preference:
     """The second response is better where its lead is positive; the strength is how large the lead is."""
-    return Preference(int(lead > 0), int(lead <= 0), tie=lead == 0, strength=checked(Finite, abs(lead), "score_1"))
+    return Preference(int(lead > 0), int(lead <= 0), tie=lead == 0, strength=abs(lead))
 
 
 def with_input(instruction: str, given: str | None) -> Query:
@@ -46,7 +40,7 @@ class Judgement(Columns):
 
 def _no_article(info: object) -> object:
     if isinstance(info, dict) and info.get("post") is None and info.get("article") is not None:
-        raise wrong("compares news summaries: only those of Reddit posts (info.post) can be read", "articles")
+        raise RowError("", "compares news summaries: only those of Reddit posts (info.post) can be read", "articles")
     return info
 
 
@@ -99,24 +93,20 @@ class Arena(Row, format="arena"):
 
     def records(self) -> list[Record]:
         both, names = (self.conversation_a, self.conversation_b), ("conversation_a", "conversation_b")
-        query, replies = parted(both, names, "separate_conversations")
-        return [answered(query, replies, {"model_a": FIRST, "model_b": SECOND}.get(self.winner, TIE), names)]
+        query, replies = parted(*both, names, "separate_conversations")
+        return [query.pair(replies, {"model_a": FIRST, "model_b": SECOND}.get(self.winner, TIE), names)]
 
 
 def _turns(value: object) -> object:
-    """The texts of a conversation's turns, of which a table has the JSON."""
-    try:
-        parsed = json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        parsed = None
-    return [value] if isinstance(value, str) and not isinstance(parsed, list) else parsed
+    """The texts of a conversation's turns, which tables hold as JSON."""
+    return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
 
 
 Turns = Annotated[list[Text], BeforeValidator(_turns)]
 
 
 class ArenaVotes(Row, format="arena_votes"):
-    """LMSYS arena-55k: the texts of the turns, or their JSON, and three columns of 0 and 1; otherwise as `Arena`."""
+    """LMSYS arena-55k: lists of the turns' texts, and three columns of 0 and 1; otherwise as `Arena`."""
 
     prompt: Turns
     response_a: Turns
@@ -130,12 +120,12 @@ class ArenaVotes(Row, format="arena_votes"):
         if any(len(texts) != 1 for texts in turns):
             problem = "several turns: each model answered in a conversation of its own; delete the row"
             raise RowError("prompt", problem, "separate_conversations")
-        asked, *replies = (texts[0] for texts in turns)
-        query = Query(checked(QueryText, asked, "prompt"), (Message("user", asked),))
+        asked, first, second = (texts[0] for texts in turns)
+        query = Query(not_blank(asked, "prompt", "query"), (Message("user", asked),))
         won = [self.winner_model_a, self.winner_model_b, self.winner_tie]
         if sum(won) != 1:
             raise RowError("winner_tie", "one of winner_model_a, winner_model_b, winner_tie must be 1, and one alone")
-        return [answered(query, replies, (FIRST, SECOND, TIE)[won.index(True)], ("response_a", "response_b"))]
+        return [query.pair((first, second), (FIRST, SECOND, TIE)[won.index(True)], ("response_a", "response_b"))]
 
 
 class AlpacaFarm(Row, format="alpaca"):

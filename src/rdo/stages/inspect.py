@@ -1,23 +1,23 @@
-"""Stage inspect: prints what was understood of a data set, before anything is trained on it. Nothing is written."""
+"""Stage inspect: what was understood of the data, and what a model will see of it. Nothing is written."""
 
 from __future__ import annotations
 
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rdo.data.encoding import EncodedRecord, encode
-from rdo.data.loading import INVALID, Splits
+from rdo.data.encoding import encode
+from rdo.data.loading import INVALID
 from rdo.data.records import SPLITS, Record
 from rdo.models.given import given
 from rdo.models.pretrained import load_tokenizer
 from rdo.models.tokenizers import make_tokenizer, train_byte_pair
 from rdo.runtime.errors import printable
-from rdo.settings import DatasetConfig
 from rdo.stages.run import Run, model_path
 from rdo.stages.sft import training_texts
 
@@ -31,41 +31,51 @@ QUANTILES = {"min": 0.0, "5%": 0.05, "50%": 0.5, "95%": 0.95, "99%": 0.99, "max"
 
 def inspect_data(run: Run) -> None:
     """Reads, counts and tokenizes the data, and prints what was found."""
+    for line in described(run):
+        print(printable(line), flush=True)  # what a terminal would act upon as escapes
+
+
+def described(run: Run) -> Iterator[str]:
+    """Lines for the reader; parts of them come from the data."""
     splits, dataset = run.splits(), run.config.dataset
-    show(overview_lines(dataset, splits))
+    yield f"Data set {dataset.name}: {dataset.path or dataset.hub_name or 'made'}"
+    yield f"  format {splits.format}" + ("" if dataset.format == "auto" else " (as dataset.format says)")
+    if splits.ignored:
+        yield f"  ignored columns: {', '.join(splits.ignored)}"
+    if splits.source:
+        left = {name: n for name, n in splits.counts.items() if n and name.startswith(("dropped_", "invalid_"))}
+        yield f"  {splits.counts['rows_read']} rows read; {listing(left) or 'nothing'} left out"
+        if (splits.source.folder / INVALID).exists():
+            yield f"  the invalid rows are listed in {splits.source.folder / INVALID}"
     examined: dict[str, list[Record]] = {}
     for name in SPLITS:
-        records = splits.splits[name]
-        if not len(records):
-            continue
-        examined[name] = evenly(records, run.config.inspect.records)
-        queries, few = len(set(records.query_keys().tolist())), len(examined[name])
-        partly = f" (of which {few} examined, evenly spaced)" if few < len(records) else ""
-        show(["", f"Split {name}: {len(records)} records of {queries} queries{partly}", *label_lines(examined[name])])
+        if records := splits.splits[name]:
+            examined[name] = evenly(records, run.config.inspect.records)
+            queries, few = len(np.unique(records.known("query_key"))), len(examined[name])
+            partly = f" (of which {few} examined, evenly spaced)" if few < len(records) else ""
+            yield f"\nSplit {name}: {len(records)} records of {queries} queries{partly}"
+            yield from label_lines(examined[name])
     tokenizer, origin = choose_tokenizer(run, examined["train"])
-    show(["", f"Tokens (tokenizer {origin}; template {dataset.template})"])
-    show([f"  {'':<32}{''.join(f'{name:>8}' for name in QUANTILES)}"])
+    yield f"\nTokens (tokenizer {origin}; template {dataset.template})"
+    yield f"  {'':<32}{''.join(f'{name:>8}' for name in QUANTILES)}"
     for name, some in examined.items():
         # The toy world's demonstrations hold an <end> between note and review, which is meant.
         parse_special = dataset.source == "toy" and name == "demonstrations"
         encoded, _ = encode(some, tokenizer, dataset.template, UNLIMITED, parse_special=parse_special)
-        show(length_lines(name, encoded, dataset.max_length))
+        prompts = np.array([len(record.prompt) for record in encoded])
+        longest = np.array([max(map(len, record.responses)) for record in encoded])
+        for part, lengths in (("prompt", prompts), ("longest response", longest), ("both", prompts + longest)):
+            numbers = np.quantile(lengths, list(QUANTILES.values()), method="nearest")
+            yield f"  {f'{name}, {part}':<32}{''.join(f'{number:>8}' for number in numbers)}"
+        cut = int((prompts + longest > dataset.max_length).sum())
+        yield f"  dataset.max_length={dataset.max_length} cuts {share(cut, len(encoded))}"
     for record in evenly(examined["train"], EXAMPLES):
-        (whole,), _ = encode([record], tokenizer, dataset.template, UNLIMITED)
-        (cut,), _ = encode([record], tokenizer, dataset.template, dataset.max_length)
-        show(example_lines(tokenizer, record, whole, cut))
-
-
-def show(lines: Iterable[str]) -> None:
-    """Prints lines of which parts come from the data, with what a terminal would act upon as escapes."""
-    for line in lines:
-        print(printable(line), flush=True)
+        yield from example_lines(tokenizer, record, dataset.template, dataset.max_length)
 
 
 def evenly(records: Sequence[Record], count: int) -> list[Record]:
     """So many of the records, evenly spaced from the first to the last; all where there are no more."""
-    count = min(count, len(records))
-    return [records[n * (len(records) - 1) // max(1, count - 1)] for n in range(count)]
+    return [records[n] for n in np.linspace(0, len(records) - 1, min(count, len(records)), dtype=int).tolist()]
 
 
 def choose_tokenizer(run: Run, records: Sequence[Record]) -> tuple[PreTrainedTokenizerBase, str]:
@@ -80,42 +90,23 @@ def choose_tokenizer(run: Run, records: Sequence[Record]) -> tuple[PreTrainedTok
     return train_byte_pair(training_texts(records), size), origin
 
 
-def overview_lines(dataset: DatasetConfig, splits: Splits) -> Iterator[str]:
-    """Where the data comes from, how it was read, and what was left out."""
-    counts = splits.counts
-    yield f"Data set {dataset.name}: {dataset.path or dataset.hub_name or 'made'}"
-    yield f"  format {splits.format}" + ("" if dataset.format == "auto" else " (as dataset.format says)")
-    if splits.ignored:
-        yield f"  ignored columns: {', '.join(splits.ignored)}"
-    if splits.source:
-        left = {name: n for name, n in counts.items() if n and name.startswith(("dropped_", "invalid_"))}
-        yield f"  {counts['rows_read']} rows read; {listing(left) or 'nothing'} left out"
-        if (splits.source.folder / INVALID).exists():
-            yield f"  the invalid rows are listed in {splits.source.folder / INVALID}"
-
-
 def label_lines(records: Sequence[Record]) -> Iterator[str]:
     """How many responses and what labels records have, and what the labels go with."""
     yield f"  responses a record: {listing(Counter(len(record.responses) for record in records), '{1} with {0}')}"
     if conversations := sum(bool(record.messages) for record in records):
         yield f"  conversations: {conversations}; dataset.template=chat (or hh) marks who speaks"
-    preferences = [preference for record in records for preference in record.preferences]
+    preferences = [(record, preference) for record in records for preference in record.preferences]
     if preferences:
-        yield f"  preferences: {len(preferences)}, of which {sum(p.tie for p in preferences)} ties"
-        decided = [(record, p) for record in records for p in record.preferences if not p.tie]
-        leads = [len(r.responses[p.chosen]) - len(r.responses[p.rejected]) for r, p in decided]
-        longer, differ = sum(lead > 0 for lead in leads), sum(lead != 0 for lead in leads)
-        won = f"{longer} of {differ}{share(longer, differ)}"
-        yield f"  where lengths differ, the longer response is the chosen one in {won}"
-        strengths = Counter(p.strength for p in preferences if p.strength is not None)
-        if strengths:
+        decided = [(record, p) for record, p in preferences if not p.tie]
+        yield f"  preferences: {len(preferences)}, of which {len(preferences) - len(decided)} ties"
+        leads = np.array([len(r.responses[p.chosen]) - len(r.responses[p.rejected]) for r, p in decided])
+        longer = share((leads > 0).sum(), (leads != 0).sum())
+        yield f"  where lengths differ, the longer response is the chosen one in {longer}"
+        if strengths := Counter(p.strength for _, p in preferences if p.strength is not None):
             yield f"  strengths: {listing(strengths, '{1} of {0:g}')}"
-        gains = [r.scores[p.chosen] - r.scores[p.rejected] for r, p in decided if r.scores is not None]
-        if gains:
-            below = sum(gain < 0 for gain in gains)
-            yield f"  chosen has the lower score in {below} of {len(gains)}{share(below, len(gains))}"
-    labels = Counter(label for record in records for label in record.desirable or ())
-    if labels:
+        if gains := [r.scores[p.chosen] - r.scores[p.rejected] for r, p in decided if r.scores is not None]:
+            yield f"  chosen has the lower score in {share(sum(gain < 0 for gain in gains), len(gains))}"
+    if labels := Counter(label for record in records for label in record.desirable or ()):
         yield f"  unpaired: {labels[True]} desirable, {labels[False]} undesirable responses"
 
 
@@ -125,32 +116,20 @@ def listing(counts: Mapping[Any, int], form: str = "{1} {0}") -> str:
 
 
 def share(part: int, whole: int) -> str:
-    return f" ({part / whole:.1%})" if whole else ""
+    return f"{part} of {whole}" + (f" ({part / whole:.1%})" if whole else "")
 
 
-def length_lines(split: str, encoded: Sequence[EncodedRecord], max_length: int) -> Iterator[str]:
-    """Quantiles of the token counts of a split before anything is cut, and what dataset.max_length cuts."""
-    prompts = [len(record.prompt) for record in encoded]
-    longest = [max(map(len, record.responses)) for record in encoded]
-    both = [prompt + response for prompt, response in zip(prompts, longest, strict=True)]
-    for part, values in {"prompt": prompts, "longest response": longest, "prompt + response": both}.items():
-        ranked = sorted(values)
-        numbers = "".join(f"{ranked[round(q * (len(ranked) - 1))]:>8}" for q in QUANTILES.values())
-        yield f"  {split + ', ' + part:<32}{numbers}"
-    cut = sum(length > max_length for length in both)
-    yield f"  dataset.max_length={max_length} cuts {cut} of {len(both)}{share(cut, len(both))}"
-
-
-def example_lines(
-    tokenizer: PreTrainedTokenizerBase, record: Record, whole: EncodedRecord, cut: EncodedRecord
-) -> Iterator[str]:
-    """A record as the model will see it, special tokens and line breaks visible. whole: before it was cut."""
-    yield from ("", f"Example {record.place or record.id}")
-    texts = {"prompt": (whole.prompt, cut.prompt)}
-    for number, both in enumerate(zip(whole.responses, cut.responses, strict=True)):
-        texts[f"response {number}{role_of(record, number)}"] = both
-    for title, (full, ids) in texts.items():
-        yield f"  {title}, {len(ids)} {'' if len(ids) == len(full) else f'of {len(full)} '}tokens:"
+def example_lines(tokenizer: PreTrainedTokenizerBase, record: Record, template: str, longest: int) -> Iterator[str]:
+    """A record as the model will see it, special tokens and line breaks visible."""
+    (encoded,), report = encode([record], tokenizer, template, longest)
+    yield f"\nExample {record.place or record.id}"
+    if report.truncated:
+        yield f"  cut: {report.query_tokens_cut} query and {report.response_tokens_cut} response tokens"
+    labels = [f"response {p.chosen} {'ties with' if p.tie else 'over'} {p.rejected}" for p in record.preferences]
+    labels += [f"{name} {values}" for name in ("scores", "desirable") if (values := getattr(record, name)) is not None]
+    yield f"  labels: {'; '.join(labels) or 'none'}"
+    for name, ids in [("prompt", encoded.prompt), *((f"response {n}", ids) for n, ids in enumerate(encoded.responses))]:
+        yield f"  {name}, {len(ids)} tokens:"
         text = str(tokenizer.decode(list(ids), skip_special_tokens=False))
         if len(text) > LONGEST_SHOWN:
             half = LONGEST_SHOWN // 2
@@ -158,17 +137,3 @@ def example_lines(
         # A space at either end is easily lost, and much depends on the one between prompt and response.
         text = printable(re.sub("^ | $", "␣", text.replace("\n", "↵")))
         yield from textwrap.wrap(text, 112, initial_indent="    ", subsequent_indent="    ")
-
-
-def role_of(record: Record, response: int) -> str:
-    """What the labels say of a response."""
-    won = sum(p.chosen == response for p in record.preferences if not p.tie)
-    lost = sum(p.rejected == response for p in record.preferences if not p.tie)
-    parts = []
-    if won or lost:
-        parts.append("chosen" if not lost else "rejected" if not won else f"chosen {won} times, rejected {lost}")
-    if record.desirable is not None:
-        parts.append("desirable" if record.desirable[response] else "undesirable")
-    if record.scores is not None:
-        parts.append(f"score {record.scores[response]:g}")
-    return f" ({', '.join(parts)})" if parts else ""
