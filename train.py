@@ -1,5 +1,6 @@
 """Composes a config, checks it, and runs its stage: see `python train.py --help`."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,14 +9,26 @@ sys.path.insert(0, str(Path(__file__).parent / "src"))
 import hydra
 from omegaconf import DictConfig
 
-from rdo.main import check_command_line, run_stage
+import rdo.settings  # noqa: F401 (what conf/ is merged into)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> float | None:
+    from rdo.main import run_stage  # which --help does without
+
     return run_stage(config)
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = check_command_line(sys.argv[1:])
-    main()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra's errors come here, and are shown as one line
+    if "--debug" in sys.argv:
+        sys.argv.remove("--debug")
+        os.environ["RDO_DEBUG"] = "1"
+    # Options may stand behind settings, where hydra does not take them.
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda text: "=" in text and not text.startswith("-"))
+    try:
+        main()
+    except Exception as error:
+        from rdo.main import refuse
+
+        refuse(error)

@@ -6,7 +6,6 @@ failed, and where SLURM keeps no accounts waits for ever for one whose process w
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,13 +38,6 @@ class Queue(SlurmInfoWatcher):
 
 class RdoSlurmLauncher(SlurmLauncher):
     """Submits the points of a sweep, waits for all, and says of each that failed why, and where its log is."""
-
-    def __call__(self, sweep_overrides: list[str], *others: Any) -> JobReturn:
-        """What every process of a job runs; the first of them alone writes hydra's files."""
-        from rdo.runtime.processes import found_world
-
-        quiet = [] if found_world(os.environ).first else ["hydra.output_subdir=null"]
-        return super().__call__([*sweep_overrides, *quiet], *others)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """A point that failed costs the others nothing: it is noted for the report, and where a sweeper counts failures

@@ -14,9 +14,6 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
@@ -54,21 +51,11 @@ READ_WITH_COEFFICIENTS = ("rc.alpha", "rc.negative", "rc.scale")
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def schema() -> DictConfig:
-    """Every setting with its default, for hydra to merge conf/ into; the keys of a loss are its function's parameters,
-    which `choose_loss` checks."""
-    node = OmegaConf.create(asdict(Config()))
-    OmegaConf.set_struct(node.loss, False)
-    return node
-
-
-ConfigStore.instance().store(name="schema", node=schema())
-
-
 def typed(composed: DictConfig) -> Config:
-    """The composed config, checked. Raises UserError, in one line that names the setting."""
+    """The composed config without hydra's part, checked. Raises UserError, in one line that names the setting."""
     try:
-        values = OmegaConf.to_container(composed, resolve=True)
+        settings = {key: value for key, value in composed.items() if key != "hydra"}
+        values = OmegaConf.to_container(OmegaConf.create(settings), resolve=True)
     except Exception as error:  # an interpolation may fail in any way that its resolver does
         raise UserError(one_line(error)) from error
     try:
@@ -82,35 +69,11 @@ def typed(composed: DictConfig) -> Config:
 def compose_config(overrides: Sequence[str]) -> Config:
     """The config of a command line, composed in this process. Raises UserError as `typed`."""
     try:
-        if GlobalHydra.instance().is_initialized():
+        with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = compose("config", overrides=list(overrides))
-        else:
-            with initialize_config_dir(str(CONF), version_base="1.3"):
-                composed = compose("config", overrides=list(overrides))
-    except ValueError as error:  # hydra's answer to GROUP=null and GROUP=3
-        raise UserError(f"{shlex.join(overrides)}: {one_line(error)}") from error
     except Exception as error:  # all that hydra works on is the command line and conf/: theirs is the mistake
-        raise UserError(one_line(error)) from error
+        raise UserError(one_line(error, overrides)) from error
     return typed(composed)
-
-
-def sweep_points(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """Command lines that together hold every value of a sweep: the first of all, then each other one in turn, without
-    ranges that a sweeper draws from. Raises UserError."""
-    choices: list[list[str]] = []
-    try:
-        for override in OverridesParser.create().parse_overrides(list(overrides)):
-            if override.is_sweep_override() and not override.is_discrete_sweep():
-                continue
-            values = override.sweep_string_iterator() if override.is_sweep_override() else ()
-            choices.append([f"{override.get_key_element()}={value}" for value in values] or [override.input_line or ""])
-    except Exception as error:  # see compose_config
-        raise UserError(one_line(error)) from error
-    first = [texts[0] for texts in choices]
-    yield first
-    for number, texts in enumerate(choices):
-        for text in texts[1:]:
-            yield [*first[:number], text, *first[number + 1 :]]
 
 
 def plain(config: Config) -> dict[str, Any]:
@@ -172,7 +135,7 @@ def setting_names(section: Any = None, prefix: str = "") -> list[str]:
     return found
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException, overrides: Sequence[str] = ()) -> str:
     """Hydra and OmegaConf spread an error over several lines and causes; this keeps what a user needs of it."""
     lines: list[str] = []
     cause: BaseException | None = error
@@ -188,6 +151,8 @@ def one_line(error: BaseException) -> str:
         return unknown_setting(found[1])
     if isinstance(error, OverrideParseException):
         text = f"{error.override}: {text.partition('; See https')[0]}"
+    if isinstance(error, ValueError):  # hydra's answer to GROUP=null and GROUP=3
+        text = f"{shlex.join(overrides)}: {text}"
     return text or type(error).__name__
 
 

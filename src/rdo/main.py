@@ -8,26 +8,25 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
-from tempfile import TemporaryFile
+from typing import NoReturn
 
 import huggingface_hub
 import torch
 import transformers
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from rdo.checks import compose_config, plain, sweep_points, typed, without_effect
+from rdo.checks import one_line, plain, typed, without_effect
 from rdo.evaluation.numbers import describe, stage_metric
 from rdo.objectives.choice import choose_loss
 from rdo.runtime import processes, stopping
 from rdo.runtime.errors import UserError, described
-from rdo.runtime.failing import DEBUG, FAILED, FULL_ERROR, fail, show
+from rdo.runtime.failing import FAILED, fail, show
 from rdo.runtime.files import read_json
 from rdo.runtime.store import Artifact, MissingInput, Provenance
 from rdo.sequences.preparation import keep_memory
@@ -183,54 +182,7 @@ def with_command(error: MissingInput, overrides: Sequence[str]) -> UserError:
     return UserError(f"{found[0]}; make it: {shlex.join(['python', program, *kept])}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line, before hydra sees it
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def check_command_line(arguments: list[str]) -> list[str]:
-    """Checks a command line before hydra works on it or writes anything, so that a mistake in it is one line. Returns
-    it as hydra takes it: without our own --debug, options before settings."""
-    if DEBUG in arguments:
-        os.environ[FULL_ERROR] = "1"
-    arguments = [argument for argument in arguments if argument != DEBUG]
-    try:
-        return check_arguments(arguments)
-    except Exception as error:
-        fail(error)
-
-
-def check_arguments(arguments: list[str]) -> list[str]:
-    """Composes a command line, of a sweep its first point, and looks whether its run_dir can be written to."""
-    try:
-        with redirect_stderr(StringIO()) as said:
-            options, others = get_args_parser().parse_known_args(arguments)
-    except SystemExit as ended:
-        if not ended.code:  # --version
-            raise
-        raise UserError(f"{said.getvalue().strip().split('error: ')[-1]}; see --help") from None
-    for option in (*others, *options.overrides):
-        if option.startswith("-"):
-            raise UserError(f"{option}: there is no such option; a setting is KEY=VALUE, without dashes; see --help")
-    overrides = [*options.overrides, *others]
-    given = vars(options).items()
-    if not any(value for name, value in given if name not in ("overrides", "multirun", "run")):  # else hydra's own
-        # Only stage=pipeline is a sweep by itself. The other points: see sweeps.py.
-        stages = {text for text in overrides if text.startswith("stage=")}
-        swept = options.multirun or stages <= {"stage=pipeline"}
-        first = next(sweep_points(overrides)) if swept else overrides
-        check_run_dir(Path(compose_config(first).run_dir))
-    if not processes.found_world(os.environ).first:
-        overrides.append("hydra.output_subdir=null")  # which one process writes
-        arguments = [*arguments, overrides[-1]]
-    return sorted(arguments, key=lambda argument: argument in overrides)
-
-
-def check_run_dir(run_dir: Path) -> None:
-    """Raises UserError where results cannot be written, before any are made. Makes the folder."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=run_dir) as file:
-            file.write(b"0")
-    except OSError as error:
-        raise UserError(f"run_dir={run_dir}: cannot be written to ({error}); choose another") from error
+def refuse(error: Exception) -> NoReturn:
+    """Shows what is wrong with a command line or a file of conf/, and exits with 1."""
+    composing = isinstance(error, HydraException | OmegaConfBaseException | ValueError)
+    fail(UserError(one_line(error, sys.argv[1:])) if composing else error)

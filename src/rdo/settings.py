@@ -3,9 +3,11 @@ is an error before any work. What does not go together is in checks.py."""
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import asdict, field
 from typing import Annotated, Any, Literal
 
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, Field, StringConstraints
 from pydantic.dataclasses import dataclass
 
@@ -244,3 +246,14 @@ class Config:
     row: Text = "none"  # the file of conf/row that was chosen, which names what was made in the report
     rows: Text = "none"  # those that stage=pipeline compares
     build_inputs: bool = True  # false: a missing input is an error that names the command that makes it
+
+
+def schema() -> DictConfig:
+    """Every setting with its default, for hydra to merge conf/ into; the keys of a loss are its function's parameters,
+    which `choose_loss` checks."""
+    node = OmegaConf.create(asdict(Config()))
+    OmegaConf.set_struct(node.loss, False)
+    return node
+
+
+ConfigStore.instance().store(name="schema", node=schema())

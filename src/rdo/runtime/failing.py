@@ -13,15 +13,14 @@ from rdo.runtime.errors import described, printable
 
 # Points of a sweep that could not run: their overrides, and why.
 FAILED: list[tuple[list[str], str]] = []
-# Our own option, and hydra's variable for the same: whole tracebacks.
-DEBUG, FULL_ERROR = "--debug", "HYDRA_FULL_ERROR"
+DEBUG = "RDO_DEBUG"  # which --debug sets to 1
 # How many seconds the other processes leave the first to show an error that may be everyone's.
 FIRST_SAYS_SO = 5.0
 
 
 def show(error: Exception) -> None:
     """Shows an error as one line, with --debug its traceback before it."""
-    if os.environ.get(FULL_ERROR) == "1":
+    if os.environ.get(DEBUG) == "1":
         print(printable("".join(traceback.format_exception(error))), file=sys.stderr)
     rank = processes.found_world(os.environ).rank
     print(f"error: {f'process {rank}: ' if rank else ''}{described(error)}", file=sys.stderr, flush=True)
