@@ -10,7 +10,7 @@ import torch
 
 import rdo.objectives.losses
 from rdo import checks
-from rdo.checks import CONF, compose_config, setting_names, sweep_points, without_effect
+from rdo.checks import CONF, compose_config, setting_names, without_effect
 from rdo.models.scorers import DIFFERENCE_FORMS
 from rdo.objectives.choice import choose_loss
 from rdo.objectives.coefficients import NEGATIVE
@@ -235,14 +235,6 @@ def test_what_has_no_effect_without_coefficients_is_noted():
     found = without_effect(compose_config(["stage=align", "rc.alpha=1", "rc.scale=mean"]))
     assert found == ["rc.alpha=1.0 has no effect with rc=none", "rc.scale=mean has no effect with rc=none"]
     assert without_effect(compose_config(["stage=align", "rc=diff", "rc.alpha=1"])) == []
-
-
-def test_a_sweep_is_checked_value_by_value():
-    points = list(sweep_points(["rc=none,diff", "rc.alpha=0,0.5,1", "loss=dpo", "run_dir=a"]))
-    assert points[0] == ["rc=none", "rc.alpha=0", "loss=dpo", "run_dir=a"]
-    assert len(points) == 1 + 1 + 2
-    assert {text for point in points for text in point} >= {"rc=diff", "rc.alpha=0.5", "rc.alpha=1"}
-    assert list(sweep_points(["rc.alpha=interval(0,1)", "loss=dpo"])) == [["loss=dpo"]]
 
 
 def test_general_settings_of_a_loss_need_no_plus():

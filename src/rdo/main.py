@@ -153,7 +153,9 @@ def prepare_process(config: EngineConfig) -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which saving a model imports, warns of it
     # On several threads of a CPU PyTorch else adds up gradients of gathered rows in whatever order the threads come.
-    torch.use_deterministic_algorithms(config.device == "cpu" or not torch.cuda.is_available())
+    # (`use_deterministic_algorithms` does the same, and imports a compiler for seconds.)
+    only_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    torch.set_deterministic_debug_mode("error" if only_cpu else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     keep_memory()
     if config.threads is not None:

@@ -50,12 +50,10 @@ class ToyConfig:
 @dataclass(config=SECTION)
 class DatasetConfig:
     name: Name = "toy"
-    source: Literal["toy", "file", "hub"] = "toy"  # toy | file | hub
+    source: Literal["toy", "file", "hub"] = "toy"
     path: Text | list[Text] | None = None  # source=file: a file, a glob such as 'data/*.parquet', or a list of either
     format: Text = "auto"  # auto, or one of data.formats.FORMATS
-    on_invalid: Literal["error", "skip"] = (
-        "error"  # error | skip: leave rows out that cannot be used, count and list them in invalid.jsonl
-    )
+    on_invalid: Literal["error", "skip"] = "error"  # skip: leave bad rows out, count and list them in invalid.jsonl
     max_invalid_share: Share = 0.01  # on_invalid=skip: fail above this share of the rows
     hub_name: Text | None = None  # source=hub
     hub_config: Text | None = None
@@ -63,7 +61,7 @@ class DatasetConfig:
     hub_split: Text | None = None  # the hub's split to read, where it is not called train
     hub_test_split: Text | None = None  # and the one that becomes test
     workers: Threads | None = None  # processes that tokenize; null: one a core
-    template: Template = "raw"  # raw | hh | alpaca | tldr | chat
+    template: Template = "raw"
     max_length: Annotated[int, Field(ge=3)] = 512  # tokens of query + one response, end of sequence included
     max_truncated_share: Share = 0.25  # fail above this share of records that had to be cut
     validation_share: HeldOut = 0.05  # of the queries
@@ -91,10 +89,8 @@ class ModelConfig:
     path: Text | None = None
     revision: Text | None = None
     trust_remote_code: bool = False
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"  # float32 | bfloat16 | float16 | float64
-    tokenizer: Literal["toy", "byte_pair", "path"] = (
-        "toy"  # toy | byte_pair | path; with `path` set, null means the model's own
-    )
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    tokenizer: Literal["toy", "byte_pair", "path"] = "toy"  # with `path` set the model's own
     vocabulary_size: Annotated[int, Field(ge=258)] = 8192  # of a byte_pair tokenizer
     hidden_size: Count = 64
     intermediate_size: Count = 128
@@ -118,7 +114,7 @@ class TrainingConfig:
     epochs: Count = 1
     max_steps: Count | None = None  # stop early; the schedule ends there
     warmup_share: Share = 0.03
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # constant | linear | cosine
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     weight_decay: NotNegative = 0.0
     max_gradient_norm: Positive | None = 1.0
     min_responses: Count = 1  # train on the records with at least so many responses
@@ -128,9 +124,7 @@ class TrainingConfig:
 @dataclass(config=SECTION)
 class SftConfig(TrainingConfig):
     enabled: bool = True  # false: model.path is the base policy as it is
-    responses: Literal["chosen", "all"] = (
-        "chosen"  # chosen | all: which responses of a record to imitate (demonstrations: theirs)
-    )
+    responses: Literal["chosen", "all"] = "chosen"  # which of a record to imitate (demonstrations: theirs)
 
 
 @dataclass(config=SECTION)
@@ -146,7 +140,7 @@ class ScorerConfig(TrainingConfig):
 class DifferenceConfig(ScorerConfig):
     """The difference model, section diffmodel."""
 
-    form: DifferenceForm = "paper"  # paper | antisymmetric | residual
+    form: DifferenceForm = "paper"
     beta0: NotNegative = 0.0  # weight of the duplication regulariser f(y, y)^2
     beta1: NotNegative = 0.0  # weight of the reverse regulariser (f(a, b) + f(b, a))^2
 
@@ -155,23 +149,21 @@ class DifferenceConfig(ScorerConfig):
 class RcConfig:
     """Reward difference coefficients: w = R^alpha."""
 
-    name: Literal["none", "reward", "diff", "gold"] = "none"  # none | reward | diff | gold (toy world)
+    name: Literal["none", "reward", "diff", "gold"] = "none"  # gold: of the toy world
     alpha: Share = 0.5
-    negative: Negative = "clip"  # clip | abs | flip | floor | error: what R < 0 becomes
+    negative: Negative = "clip"  # what R < 0 becomes
     epsilon: Positive = 1e-3  # of negative=floor
-    scale: Literal["none", "mean"] = "none"  # none | mean: divide by the mean weight over the training set
-    order: Literal["forward", "antisymmetric"] = (
-        "forward"  # forward | antisymmetric: which f of the difference model is R
-    )
-    ablation: Literal["none", "shuffle", "filter"] = "none"  # none | shuffle | filter: ablations of the toy study
+    scale: Literal["none", "mean"] = "none"  # mean: divide by the mean weight over the training set
+    order: Literal["forward", "antisymmetric"] = "forward"  # which f of the difference model is R
+    ablation: Literal["none", "shuffle", "filter"] = "none"  # of the toy study
 
 
 @dataclass(config=SECTION)
 class EvalConfig:
-    subject: Literal["policy", "base", "reward", "diff"] = "policy"  # policy | base, or a scorer: reward | diff
-    split: Literal["test", "validation"] = "test"  # test | validation (to choose settings by, such as beta0 and beta1)
+    subject: Literal["policy", "base", "reward", "diff"] = "policy"  # reward, diff: a scorer
+    split: Literal["test", "validation"] = "test"  # validation: to choose settings by, such as beta0
     prompts: Count = 256  # of the split; 300 in the paper
-    decoding: Literal["greedy", "sample"] = "sample"  # greedy | sample
+    decoding: Literal["greedy", "sample"] = "sample"
     temperature: Positive = 1.0
     max_new_tokens: Count = 128
     batch_size: Count = 64
@@ -188,17 +180,15 @@ class InspectConfig:
 
 @dataclass(config=SECTION)
 class EngineConfig:
-    name: Literal["torch", "zero1", "zero2", "zero3", "zero3_offload"] = (
-        "torch"  # torch: one process; zero1 | zero2 | zero3 | zero3_offload: DeepSpeed, any number of processes
-    )
-    precision: Literal["float32", "bfloat16", "float16", "auto"] = (
-        "float32"  # of a training step: float32 | bfloat16 | float16 | auto: the best that the device has
-    )
-    layout: Literal["auto", "tree", "padded"] = "auto"  # auto | tree | padded
-    attention: Kernel = "auto"  # of a tree: auto | gathered | contiguous | varlen (the last on a GPU)
+    # torch: one process; the others: DeepSpeed, any number of processes
+    name: Literal["torch", "zero1", "zero2", "zero3", "zero3_offload"] = "torch"
+    # Of a training step; auto: the best that the device has.
+    precision: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    layout: Literal["auto", "tree", "padded"] = "auto"
+    attention: Kernel = "auto"  # of a tree; varlen: on a GPU
     gradient_checkpointing: bool = False  # less memory for about a third more time: layers run again going backward
     tokens_per_micro_batch: Count = 16384
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto | cpu | cuda
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Threads | None = None  # of a CPU; null: one a core
     checkpoint_every_steps: Count = 200
     checkpoint_every_minutes: Positive = 10.0
@@ -208,7 +198,7 @@ class EngineConfig:
 
 @dataclass(config=SECTION)
 class TrackerConfig:
-    name: Literal["none", "wandb"] = "none"  # none | wandb; a JSON-lines file of all metrics is written always
+    name: Literal["none", "wandb"] = "none"  # a JSON-lines file of all metrics is written always
     project: Text = "rdo"
     group: Text | None = None  # null: the name of run_dir, so that the points of a sweep are in one
 

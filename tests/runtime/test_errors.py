@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import re
 import runpy
 import shlex
 import sys
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 
 from rdo import main
 from rdo.checks import CONF, compose_config, setting_names
-from rdo.main import check_arguments, check_command_line, check_run_dir, with_command
+from rdo.main import with_command
 from rdo.runtime.errors import NotFiniteError, UserError
 from rdo.runtime.store import MissingInput
 from tiny import TINY
@@ -33,21 +32,6 @@ def only_line(text: str) -> str:
     (line,) = text.splitlines()
     assert line.startswith("error: ")
     return line
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """The line that a command line is refused with, before hydra sees it."""
-
-    def run(*arguments: str) -> str:
-        with pytest.raises(SystemExit) as ended:
-            check_command_line(list(arguments))
-        assert ended.value.code == 1
-        shown = capsys.readouterr()
-        assert shown.out == ""
-        return only_line(shown.err)
-
-    return run
 
 
 @pytest.fixture
@@ -95,38 +79,21 @@ overrides = st.one_of(
 @example(["seed=${seed}"])
 @example(["loss={}"])
 @example(["row=null"])
-@example(["stage=sft", "-m", "rc.alpha=[0,1],2"])
 @settings(max_examples=60, deadline=None)
 def test_whatever_is_typed_composes_or_is_refused_in_one_line(arguments):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, "check_run_dir", lambda run_dir: None)  # or it would make folders of any name
-        message = "none"
-        try:
-            check_arguments(arguments)
-        except UserError as error:
-            message = str(error)
-        except SystemExit as ended:
-            message = f"--version ended with {ended.code}"
+    message = "none"
+    try:
+        compose_config(arguments)
+    except UserError as error:
+        message = str(error)
     assert message
-    assert message != "--version ended with 2"
     assert not any(c in "\n\r\x1b\x7f\u202e\u2028" or "\ud800" <= c <= "\udfff" for c in message)
 
 
-@pytest.mark.parametrize(
-    ("argument", "named"),
-    [
-        ("--seed=1", "--seed=1: there is no such option; a setting is KEY=VALUE, without dashes"),
-        ("-x", "-x: there is no such option"),
-        ("--cfg", "argument --cfg/-c: expected one argument"),
-    ],
-)
-def test_options_that_there_are_not_are_named(refused, argument, named):
-    assert named in refused(argument)
-
-
-def test_options_may_stand_behind_settings(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert check_command_line(["stage=align", "-m", "rc.alpha=0,1"]) == ["-m", "stage=align", "rc.alpha=0,1"]
+def test_options_may_stand_behind_settings(tmp_path, train_here, capsys):
+    with pytest.raises(SystemExit):
+        train_here("stage=align", "-m", "rc.alpha=0,2", f"run_dir={tmp_path}")
+    assert "rc.alpha=2" in only_line(capsys.readouterr().err)
 
 
 def test_a_damaged_file_of_conf_is_named(tmp_path, monkeypatch):
@@ -134,36 +101,6 @@ def test_a_damaged_file_of_conf_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("rdo.checks.CONF", tmp_path)
     with pytest.raises(UserError, match=r"config\.yaml"):
         compose_config([])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The folder of a run
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_run_dir_that_cannot_be_written_to_is_said_first(tmp_path, refused):
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "else")
-    reasons = {"file": "File exists", "file/run": "Not a directory", "dangling": "File exists", "x" * 300: "too long"}
-    for name, reason in reasons.items():
-        said = refused(f"run_dir={tmp_path / name}")
-        assert re.search(rf"run_dir=\S+: cannot be written to \(.*{reason}.*\); choose another", said)
-    assert "cannot be written to" in refused("run_dir=/proc/run")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]
-
-
-def test_a_run_dir_is_made_with_what_leads_to_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    check_run_dir(Path("runs/toy"))
-    assert (tmp_path / "runs" / "toy").is_dir()
-    check_run_dir(tmp_path / "runs" / "other")
-    assert list((tmp_path / "runs").rglob("*")) == [tmp_path / "runs" / "toy", tmp_path / "runs" / "other"]
-
-
-def test_help_and_the_config_are_shown_without_a_look_at_run_dir(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    for option in (["--help"], ["--cfg", "job"]):
-        assert check_command_line([*option, f"run_dir={tmp_path}/file"]) == [*option, f"run_dir={tmp_path}/file"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,7 +114,7 @@ def failing(tmp_path, train_here, monkeypatch, capsys) -> Callable[..., str]:
 
     def run(error: Callable[[], Any], *given: str) -> str:
         monkeypatch.setitem(main.STAGES, "sft", lambda run: error())
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which --debug changes
+        monkeypatch.setenv("RDO_DEBUG", "0")  # which --debug changes
         with pytest.raises(SystemExit) as ended:
             train_here("stage=sft", f"run_dir={tmp_path}", *given)
         assert ended.value.code == 1

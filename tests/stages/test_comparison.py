@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from omegaconf import DictConfig, OmegaConf
 
 from rdo.checks import CONF, compose_config
@@ -17,11 +20,9 @@ from rdo.main import run_config
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import write_json
 from rdo.runtime.store import Provenance, produce
-from rdo.stages.comparison import Comparison
 from tiny import TINY, append_json_line
 
 ROOT = Path(__file__).parents[2]
-SWEEPS = sorted(file.stem for file in (CONF / "experiment").glob("sweep_*.yaml"))
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -34,31 +35,46 @@ def composed(*overrides: str) -> DictConfig:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*SWEEPS, "none", "paper_hh"])
-def test_every_point_of_an_experiment_is_a_config(name):
-    config = composed(f"experiment={name}")
-    assert config.hydra.mode.name == "MULTIRUN"
-    Comparison().on_multirun_start(config)
-    assert config.hydra.sweeper.params.row == composed(f"experiment={name}").rows
+@pytest.fixture
+def points(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """The points that train.py would run, with their configs checked."""
+
+    def run(*arguments: str) -> list[str]:
+        def launch(_: Any, points: list[list[str]], initial_job_idx: int) -> None:
+            found.extend(" ".join(point) for point in points)
+            raise SystemExit
+
+        found: list[str] = []
+        monkeypatch.setattr(BasicLauncher, "launch", launch)
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        return found
+
+    return run
 
 
-def test_values_on_the_command_line_take_the_place_of_the_experiments():
-    config = composed("experiment=sweep_diffmodel", "diffmodel.beta0=0.5", "row=difference_model")
-    Comparison().on_multirun_start(config)
-    assert list(config.hydra.sweeper.params) == ["diffmodel.beta1"]
+@pytest.mark.parametrize(("name", "count"), [("alpha", 5), ("beta", 4), ("diffmodel", 16)])
+def test_every_point_of_a_ready_made_sweep_is_a_config(points, tmp_path, name, count):
+    assert len(points(f"experiment=sweep_{name}", f"run_dir={tmp_path}")) == count
+
+
+@pytest.mark.parametrize("name", ["none", "paper_hh"])
+def test_every_row_of_a_comparison_is_a_config(points, tmp_path, name):
+    found = points(f"experiment={name}", f"run_dir={tmp_path}")
+    rows = composed(f"experiment={name}").rows.split(",")
+    assert [point.split()[0] for point in found] == [f"row={row}" for row in rows]
+
+
+def test_values_on_the_command_line_take_the_place_of_the_experiments(points, tmp_path):
+    found = points("experiment=sweep_diffmodel", "diffmodel.beta0=0.5", "row=difference_model", f"run_dir={tmp_path}")
+    assert len(found) == 4
+    assert all("diffmodel.beta0=0.5" in point and "row=difference_model" in point for point in found)
 
 
 def test_only_a_comparison_is_a_sweep_by_itself():
     for stage in ("align", "report", "eval"):
         assert composed("experiment=toy_study", f"stage={stage}").hydra.mode is None
-
-
-def test_a_point_that_cannot_run_is_refused_before_any_runs(capsys):
-    config = composed("experiment=sweep_alpha")
-    OmegaConf.update(config, "hydra.sweeper.params", {"rc.alpha": "0,2"})
-    with pytest.raises(SystemExit):
-        Comparison().on_multirun_start(config)
-    assert "rc.alpha=2" in capsys.readouterr().err
 
 
 def test_a_bayesian_sweep_finds_the_same_points_again(tmp_path):
