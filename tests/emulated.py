@@ -66,3 +66,21 @@ def checked(offsets: torch.Tensor, rows: torch.Tensor, longest: int) -> list[int
 def spans(begin: list[int]) -> list[tuple[int, int]]:
     """Where each sequence begins and ends."""
     return list(pairwise(begin))
+
+
+def varlen_attn_of_2_11(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> torch.Tensor:
+    """The same with the signature of PyTorch 2.11, which documents one number of heads for all three."""
+    return varlen_attn(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=False
+    )

@@ -250,5 +250,5 @@ def obstacle(kernel: str, mode: str, device: torch.device) -> str | None:
 
 def emulate() -> None:
     """On a CPU, varlen under an emulation of PyTorch's function, in float32 too."""
-    rdo.sequences.kernels.varlen.varlen.varlen_attn = emulated.varlen_attn  # type: ignore[assignment]
+    torch.nn.attention.varlen.varlen_attn = emulated.varlen_attn
     rdo.sequences.kernels.varlen.HALF = (*HALF, torch.float32)  # type: ignore[assignment]

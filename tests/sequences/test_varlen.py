@@ -5,6 +5,7 @@ and which kernel is chosen where. launch/gpu_check.py checks it on a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,17 +13,18 @@ import numpy as np
 import pytest
 import torch
 from test_layouts import DECODERS, FLOAT32, FLOAT64, LISTS, Sequences, gradients, half_way
+from torch.nn.attention import varlen
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 import rdo.sequences.kernels.varlen
 import rdo.sequences.preparation
-from emulated import varlen_attn
+from emulated import varlen_attn, varlen_attn_of_2_11
 from helpers import policy, relative_error
 from rdo.runtime.errors import UserError
 from rdo.sequences.attention import choose_kernel
 from rdo.sequences.forward import hidden_states
-from rdo.sequences.kernels.varlen import GatherRows, VarlenPlan, computed_dtype, varlen
+from rdo.sequences.kernels.varlen import GatherRows, VarlenPlan, computed_dtype
 from rdo.sequences.layout import PrefixTree, make_layout
 from rdo.sequences.preparation import head_width, set_kernel, set_layout, why_not_tree
 from rdo.sequences.readout import span_log_probabilities
@@ -73,6 +75,12 @@ def test_varlen_agrees_in_double_precision(monkeypatch: pytest.MonkeyPatch, mode
     check(policy(model, torch.float64), LISTS[name], "varlen", FLOAT64)
 
 
+@pytest.mark.parametrize("model", ["llama", "llama-grouped", "mistral-window"])
+def test_varlen_agrees_where_pytorch_knows_no_groups(monkeypatch: pytest.MonkeyPatch, model: str):
+    emulate(monkeypatch, varlen_attn_of_2_11)
+    check(policy(model, torch.float64), LISTS["six responses"], "varlen", FLOAT64)
+
+
 def test_varlen_gathers_nothing_where_nothing_is_shared():
     assert VarlenPlan(PrefixTree([(2, 3, 4), (5, 6)]), "cpu").rows is None
     assert VarlenPlan(PrefixTree([(2, 3, 4), (2, 6)]), "cpu").rows is not None
@@ -82,6 +90,7 @@ def test_varlen_computes_in_half_precision_under_autocast(monkeypatch: pytest.Mo
     """Queries and keys come in float32 there, values in bfloat16."""
     taken: list[torch.dtype] = []
 
+    @wraps(varlen_attn)
     def noting(query: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
         taken.append(query.dtype)
         return varlen_attn(query, *others, **options)
@@ -254,6 +263,7 @@ def test_a_kernel_that_the_model_itself_cannot_run_is_left_out_aloud(monkeypatch
 def test_a_kernel_with_another_alignment_is_found_out(monkeypatch: pytest.MonkeyPatch):
     """Aligned at the top left, a segment's tokens see the beginning of their path alone."""
 
+    @wraps(varlen_attn)
     def top_left(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any, **options: Any) -> Any:
         offsets, lengths = others[1], others[0].diff()
         own = torch.cat([torch.arange(n) + start for n, start in zip(lengths, offsets, strict=False)])

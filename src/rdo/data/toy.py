@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from rdo.data.records import SPLITS, Preference, Record, query_key
 from rdo.runtime.errors import DataError
@@ -243,7 +243,7 @@ def load(config: ToyConfig) -> dict[str, list[Record]]:
     }
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """A word-level tokenizer of the whole world; `<end>` is its end of sequence, and it adds nothing by itself."""
     texts = [query.text for query in QUERIES]
     texts += [*POLITE, *RUDE, ",", *_STYLE_OF, *_TOPIC_OF, *VERBS, _REVIEW.replace("{}", ""), *_GRADES, _COMPARISON]
@@ -253,7 +253,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     # This one also parts brackets from letters. So where special tokens are not recognised (split_special_tokens=True)
     # a typed "<end>" comes out as unknown words; whole, it would be found in the vocabulary and end the sequence.
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
         unk_token=UNKNOWN,

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
 
 from rdo.sequences.layout import to_device
 from rdo.sequences.preparation import set_layout
@@ -24,8 +24,8 @@ class Generation:
 
 
 def generate_batch(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     batch: Sequence[tuple[int, ...]],
     config: EvalConfig,
     seed: int,
@@ -54,16 +54,16 @@ def generate_batch(
 
 
 @contextmanager
-def no_generation_defaults(model: PreTrainedModel) -> Iterator[None]:
+def no_generation_defaults(model: transformers.PreTrainedModel) -> Iterator[None]:
     """Sets aside what a model's generation_config.json would add unasked, such as repetition penalties."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
+    own, model.generation_config = model.generation_config, transformers.GenerationConfig()
     try:
         yield
     finally:
         model.generation_config = own
 
 
-def cut(row: list[int], tokenizer: PreTrainedTokenizerBase) -> Generation:
+def cut(row: list[int], tokenizer: transformers.PreTrainedTokenizerBase) -> Generation:
     """A generated row up to and including its first end of sequence."""
     end = tokenizer.eos_token_id
     stopped = end in row

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+import transformers
 
 from rdo.models.traits import beside_backbone
 from rdo.runtime.files import write_json
@@ -48,7 +48,7 @@ def lora_settings(config: ModelConfig) -> dict[str, Any]:
     return {} if config.lora.rank is None else {"lora": asdict(config.lora)}
 
 
-def choose_trained(model: PreTrainedModel, config: ModelConfig, seed: int) -> Any:
+def choose_trained(model: transformers.PreTrainedModel, config: ModelConfig, seed: int) -> Any:
     """Decides by model.lora which weights are trained: all, or a new adapter's, and of a scorer also its head's.
 
     Returns what is to be saved of it: the model, or the peft.PeftModel around it. The seed fixes a new adapter, which
@@ -80,7 +80,7 @@ def choose_trained(model: PreTrainedModel, config: ModelConfig, seed: int) -> An
     return adapted
 
 
-def own_modules(model: PreTrainedModel) -> list[str]:
+def own_modules(model: transformers.PreTrainedModel) -> list[str]:
     """What of a scorer its base lacks (head and pooler), and is trained whole; nothing of a policy."""
     if not hasattr(model.config, "rdo_form"):
         return []
@@ -88,7 +88,7 @@ def own_modules(model: PreTrainedModel) -> list[str]:
     return sorted({"pooler" if ".pooler." in name else name.split(".")[0] for name in own})
 
 
-def trained_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def trained_state(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
     """The model's state without what is frozen, by the names of `state_dict`: all of it where nothing is."""
     frozen = {name for name, weight in model.named_parameters(remove_duplicate=False) if not weight.requires_grad}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
@@ -108,7 +108,9 @@ def save_adapter(adapted: Any, folder: Path, final: Path) -> None:
     write_json(folder / NOTES, notes)
 
 
-def merge_saved(base: PreTrainedModel, lacking: set[str], folder: Path) -> tuple[PreTrainedModel, set[str]]:
+def merge_saved(
+    base: transformers.PreTrainedModel, lacking: set[str], folder: Path
+) -> tuple[transformers.PreTrainedModel, set[str]]:
     """A base with a saved adapter merged into it, and which of the weights that the base lacks the adapter lacks, too.
 
     Raises what peft raises on damaged files, and on weights that do not fit; a pickle among them runs no code.

@@ -12,15 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    LlamaConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 from transformers.utils import find_adapter_config_file
 
 from rdo.models.lora import NOTES, adapter_base, is_adapter, merge_saved, read_notes, save_adapter
@@ -33,10 +26,12 @@ from rdo.settings import ModelConfig
 LARGEST_FILE = "5GB"
 
 
-def new_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+def new_policy(
+    config: ModelConfig, tokenizer: transformers.PreTrainedTokenizerBase, seed: int
+) -> transformers.PreTrainedModel:
     """A Llama with random weights, from the sizes in the config; the seed fixes the weights."""
     torch.manual_seed(seed)
-    llama = LlamaConfig(
+    llama = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -49,24 +44,26 @@ def new_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
     )
-    return without_dropout(AutoModelForCausalLM.from_config(llama, dtype=getattr(torch, config.dtype)))
+    return without_dropout(transformers.AutoModelForCausalLM.from_config(llama, dtype=getattr(torch, config.dtype)))
 
 
-def load_policy(path: str | Path, config: ModelConfig) -> PreTrainedModel:
+def load_policy(path: str | Path, config: ModelConfig) -> transformers.PreTrainedModel:
     """A causal language model from a folder or the hub, without dropout."""
-    model = from_pretrained(AutoModelForCausalLM, path, config)
+    model = from_pretrained(transformers.AutoModelForCausalLM, path, config)
     check_logits(without_dropout(model), path)
     return model
 
 
-def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, config: ModelConfig) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub name (an adapter without one has its base's); UserError where there is
     none that can end a sequence."""
     at = revision(path, config)
     if is_adapter(Path(path)) and not any(Path(path).glob("tokenizer*")):
         path, at = adapter_base(Path(path)), "main"
     with loading("tokenizer", path):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code, revision=at)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            path, trust_remote_code=config.trust_remote_code, revision=at
+        )
     if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
         raise UserError(
             f"the tokenizer of {path} has no end-of-sequence token, so no response could end: set eos_token in its "
@@ -75,14 +72,18 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizer
     return tokenizer
 
 
-def new_scorer(policy: str | Path, form: str, config: ModelConfig, seed: int) -> PreTrainedModel:
+def new_scorer(policy: str | Path, form: str, config: ModelConfig, seed: int) -> transformers.PreTrainedModel:
     """A scorer of the given form (see scorers.FORMS) on the backbone of a policy; its head starts at zero.
 
     The residual form reads two outputs of one head: 0 the pointwise reward, 1 the comparison.
     """
     torch.manual_seed(seed)
     model = from_pretrained(
-        AutoModelForSequenceClassification, policy, config, new_head=True, num_labels=2 if form == "residual" else 1
+        transformers.AutoModelForSequenceClassification,
+        policy,
+        config,
+        new_head=True,
+        num_labels=2 if form == "residual" else 1,
     )
     with torch.no_grad():
         for parameter in head_parameters(model):
@@ -91,9 +92,9 @@ def new_scorer(policy: str | Path, form: str, config: ModelConfig, seed: int) ->
     return without_dropout(model)
 
 
-def load_scorer(path: str | Path, config: ModelConfig) -> PreTrainedModel:
+def load_scorer(path: str | Path, config: ModelConfig) -> transformers.PreTrainedModel:
     """A scorer that we saved, or any sequence classifier with one output (then: a pointwise reward model)."""
-    model = from_pretrained(AutoModelForSequenceClassification, path, config)
+    model = from_pretrained(transformers.AutoModelForSequenceClassification, path, config)
     if not hasattr(model.config, "rdo_form"):
         if model.config.num_labels != 1:
             raise UserError(f"{path}: a reward model has one output, this one has {model.config.num_labels}")
@@ -103,7 +104,7 @@ def load_scorer(path: str | Path, config: ModelConfig) -> PreTrainedModel:
 
 def from_pretrained(
     factory: Any, path: str | Path, config: ModelConfig, new_head: bool = False, **others: Any
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     """Loads a whole model, or an adapter merged into its base. All weights must be there (new_head: but for those of
     the head and what pools for it).
 
@@ -121,7 +122,7 @@ def from_pretrained(
     return model
 
 
-def load_whole(factory: Any, path: str | Path, at: str, **how: Any) -> tuple[PreTrainedModel, set[str]]:
+def load_whole(factory: Any, path: str | Path, at: str, **how: Any) -> tuple[transformers.PreTrainedModel, set[str]]:
     """A model at a revision, or an adapter merged into its base, and the names of the weights that the files lack."""
     description = find_adapter_config_file(str(path), revision=at)
     if description is None:
@@ -131,7 +132,7 @@ def load_whole(factory: Any, path: str | Path, at: str, **how: Any) -> tuple[Pre
     if not os.path.isdir(path):
         path = snapshot_download(str(path), revision=at, allow_patterns=["adapter_*", NOTES])
     folder, form = Path(path), read_notes(Path(path)).get("form")
-    if "config" not in how and factory is AutoModelForSequenceClassification:
+    if "config" not in how and factory is transformers.AutoModelForSequenceClassification:
         how = {"num_labels": 2 if form == "residual" else 1, **how}
     at = json.loads(Path(description).read_bytes()).get("revision") or "main"  # the base's
     model, lacking = merge_saved(*load_whole(factory, adapter_base(folder), at, **how), folder)
@@ -162,7 +163,7 @@ def revision(path: str | Path, config: ModelConfig) -> str:
 
 def save_model(
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     folder: Path,
     state: Mapping[str, torch.Tensor] | None = None,
     merge: bool = False,
@@ -174,7 +175,7 @@ def save_model(
     state: the weights, by the names of `state_dict`, where the model itself has them not (of an adapter those that are
     trained); the model takes them up, and they are saved in their own dtype.
     """
-    own = model if isinstance(model, PreTrainedModel) else model.get_base_model()
+    own = model if isinstance(model, transformers.PreTrainedModel) else model.get_base_model()
     for name, weight in (*own.named_parameters(remove_duplicate=False), *own.named_buffers(remove_duplicate=False)):
         if state is not None and name in state:
             weight.data = state[name]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import transformers
 
 from rdo.data.encoding import EncodedRecord, begin_id
 from rdo.runtime.errors import UserError
@@ -31,7 +31,7 @@ FORMS = ("pointwise", *DIFFERENCE_FORMS)
 class ComparisonTemplate:
     """The token ids of three texts, before query, first and second response in a difference model's input."""
 
-    def __init__(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, texts: Sequence[str], tokenizer: transformers.PreTrainedTokenizerBase):
         self.query, self.first, self.second = (tuple(tokenizer(t, add_special_tokens=False).input_ids) for t in texts)
         # A beginning-of-sequence id stays where it belongs: in front of everything.
         self.begin = begin_id(tokenizer)
@@ -69,7 +69,7 @@ def add_value(
     reads.scalars.append(value)
 
 
-def check_form(model: PreTrainedModel) -> str:
+def check_form(model: transformers.PreTrainedModel) -> str:
     """The scorer's form; UserError where its architecture cannot have it."""
     form = str(model.config.rdo_form)
     if form == "residual" and not is_decoder_scorer(model):

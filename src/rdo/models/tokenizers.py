@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rdo.data import toy
 from rdo.models.pretrained import load_tokenizer
@@ -16,7 +16,7 @@ from rdo.settings import ModelConfig
 PAD, END = "<pad>", "<end>"
 
 
-def make_tokenizer(config: ModelConfig, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+def make_tokenizer(config: ModelConfig, texts: Iterable[str]) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer that model.tokenizer names; `texts` are what a byte-pair one is trained on."""
     if config.tokenizer == "toy":
         return toy.tokenizer()
@@ -27,7 +27,7 @@ def make_tokenizer(config: ModelConfig, texts: Iterable[str]) -> PreTrainedToken
     return load_tokenizer(config.path, config)
 
 
-def train_byte_pair(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
+def train_byte_pair(texts: Iterable[str], vocabulary_size: int) -> transformers.PreTrainedTokenizerFast:
     """A byte-level byte-pair tokenizer: lossless on any text, `<end>` ends a sequence, no beginning-of-sequence."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -39,6 +39,6 @@ def train_byte_pair(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTok
         show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, clean_up_tokenization_spaces=False
     )

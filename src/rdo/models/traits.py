@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
+import transformers
 
 from rdo.runtime.errors import UserError
 from rdo.sequences.forward import input_embeddings
 from rdo.sequences.preparation import TRIAL
 
 
-def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+def without_dropout(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
     """Turns dropout off for good, in training mode too: it would put noise into every log-ratio."""
     for thing in (model.config, *model.modules()):
         for name, value in vars(thing).items():
@@ -23,7 +22,7 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-def recompute_activations(model: PreTrainedModel) -> None:
+def recompute_activations(model: transformers.PreTrainedModel) -> None:
     """Gradient checkpointing: layers keep their inputs alone, and run once more in the backward pass.
 
     transformers does so in layers in training mode only, and these alone are put there; the model stays in evaluation
@@ -33,17 +32,17 @@ def recompute_activations(model: PreTrainedModel) -> None:
     # What it adds for frozen embeddings, only reentrant checkpointing needs: inputs that require gradients.
     model.disable_input_require_grads()
     for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
+        if isinstance(module, transformers.GradientCheckpointingLayer):
             module.training = True
 
 
-def head_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+def head_parameters(model: transformers.PreTrainedModel) -> list[torch.nn.Parameter]:
     """Parameters of a scorer's head: those with their own learning rate."""
     names = head_names(model)
     return [parameter for name, parameter in model.named_parameters() if name in names]
 
 
-def head_names(model: PreTrainedModel) -> set[str]:
+def head_names(model: transformers.PreTrainedModel) -> set[str]:
     """Names of the scalar head's parameters: `score` on decoders, the last `classifier` layer on encoders."""
     names = {name for name, _ in model.named_parameters()}
     for head in ("score.", "classifier.out_proj.", "classifier."):
@@ -53,19 +52,21 @@ def head_names(model: PreTrainedModel) -> set[str]:
     return set()
 
 
-def beside_backbone(model: PreTrainedModel, name: str) -> bool:
+def beside_backbone(model: transformers.PreTrainedModel, name: str) -> bool:
     """Whether a weight is a head's, or one that pools for it: what a pre-trained backbone brings not."""
     return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+def check_vocabulary(
+    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, path: str | Path
+) -> None:
     """Raises UserError where the tokenizer knows ids that the model has no embedding for."""
     rows = len(input_embeddings(model))
     if len(tokenizer) > rows:
         raise UserError(f"{path}: the tokenizer has {len(tokenizer)} ids, the model only {rows} embeddings")
 
 
-def check_logits(model: PreTrainedModel, path: str | Path) -> None:
+def check_logits(model: transformers.PreTrainedModel, path: str | Path) -> None:
     """Raises UserError where the model's logits are not what its output embeddings make of its last hidden states."""
     head = model.get_output_embeddings()
     ids = torch.tensor([[token % len(input_embeddings(model)) for token in TRIAL[0]]], device=model.device)

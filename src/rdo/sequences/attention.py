@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from transformers import AttentionInterface
+import transformers
 
 from rdo.runtime.errors import UserError
 from rdo.sequences.kernels.contiguous import ContiguousPlan, why_not_contiguous
@@ -111,4 +111,4 @@ def tree_attention(
 
 
 for name in KERNELS:
-    AttentionInterface.register(attention_name(name), tree_attention)
+    transformers.AttentionInterface.register(attention_name(name), tree_attention)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from rdo.runtime import stopping
 from rdo.runtime.errors import UserError
@@ -55,12 +55,12 @@ def merge(items: Sequence[Reads]) -> Reads:
     return merged
 
 
-def hidden_states(model: PreTrainedModel, layout: Layout) -> torch.Tensor:
+def hidden_states(model: transformers.PreTrainedModel, layout: Layout) -> torch.Tensor:
     """Last hidden states of a micro-batch, [rows, width], in the order that `layout.index` speaks of."""
     return forward_pass(model.base_model, model, layout, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
-def forward_pass(module: torch.nn.Module, model: PreTrainedModel, layout: Layout, **options: Any) -> Any:
+def forward_pass(module: torch.nn.Module, model: transformers.PreTrainedModel, layout: Layout, **options: Any) -> Any:
     """What a model, or its backbone, makes of a micro-batch. Raises UserError where that does not fit the model."""
     check_positions(model, max(map(len, layout.sequences)))
     rows, largest, device = len(input_embeddings(model)), int(layout.ids.max()), model.device
@@ -78,13 +78,15 @@ def forward_pass(module: torch.nn.Module, model: PreTrainedModel, layout: Layout
 
 
 def read_log_probabilities(
-    model: PreTrainedModel, layout: Layout, spans: Sequence[Span]
+    model: transformers.PreTrainedModel, layout: Layout, spans: Sequence[Span]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed log-probabilities [spans] and token counts [spans] under a causal language model."""
     return span_log_probabilities(hidden_states(model, layout), model.get_output_embeddings(), layout, spans)
 
 
-def read_scalars(model: PreTrainedModel, layout: Layout, values: Sequence[Sequence[Scalar]]) -> torch.Tensor:
+def read_scalars(
+    model: transformers.PreTrainedModel, layout: Layout, values: Sequence[Sequence[Scalar]]
+) -> torch.Tensor:
     """Values [values] of a scorer; an encoder pools by its own rule and is read once a sequence."""
     head = decoder_head(model)
     if head is not None:
@@ -96,7 +98,7 @@ def read_scalars(model: PreTrainedModel, layout: Layout, values: Sequence[Sequen
     return combine(in_full_precision(outputs[rows]), values)
 
 
-def read(model: PreTrainedModel, layout: LayoutName, reads: Reads) -> torch.Tensor:
+def read(model: transformers.PreTrainedModel, layout: LayoutName, reads: Reads) -> torch.Tensor:
     """What is read off a micro-batch, [values]."""
     laid_out = make_layout(layout, reads.sequences)
     if reads.spans:
@@ -105,7 +107,7 @@ def read(model: PreTrainedModel, layout: LayoutName, reads: Reads) -> torch.Tens
 
 
 def read_all(
-    bar: tqdm, model: PreTrainedModel, layout: LayoutName, items: Sequence[Reads], budget: int
+    bar: tqdm, model: transformers.PreTrainedModel, layout: LayoutName, items: Sequence[Reads], budget: int
 ) -> list[list[float]]:
     """What is read off each item, without gradients, in the order given, under a bar that counts items. Raises Stopped
     between two micro-batches when the process is asked to stop."""
@@ -120,7 +122,7 @@ def read_all(
     return results
 
 
-def decoder_head(model: PreTrainedModel) -> torch.nn.Linear | None:
+def decoder_head(model: transformers.PreTrainedModel) -> torch.nn.Linear | None:
     """A scorer's head where it sits on a causal decoder, so that it may be read at any position; else None."""
     head: Any = getattr(model, "score", None)
     if hasattr(head, "modules_to_save"):  # peft's wrapper of what is trained whole beside an adapter
@@ -128,12 +130,14 @@ def decoder_head(model: PreTrainedModel) -> torch.nn.Linear | None:
     return head if isinstance(head, torch.nn.Linear) else None
 
 
-def is_decoder_scorer(model: PreTrainedModel) -> bool:
+def is_decoder_scorer(model: transformers.PreTrainedModel) -> bool:
     """Whether a scorer's head sits on a causal decoder."""
     return decoder_head(model) is not None
 
 
-def check_positions(model: PreTrainedModel, longest: int, remedy: str = "lower dataset.max_length") -> None:
+def check_positions(
+    model: transformers.PreTrainedModel, longest: int, remedy: str = "lower dataset.max_length"
+) -> None:
     """Raises UserError where a sequence has more tokens than the model has positions for."""
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and longest > positions:
@@ -143,6 +147,6 @@ def check_positions(model: PreTrainedModel, longest: int, remedy: str = "lower d
         )
 
 
-def input_embeddings(model: PreTrainedModel) -> torch.Tensor:
+def input_embeddings(model: transformers.PreTrainedModel) -> torch.Tensor:
     """The matrix [ids, width] that token ids are looked up in."""
     return model.get_input_embeddings().get_parameter("weight")

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
-from transformers import PreTrainedModel
 
 from rdo.runtime.errors import UserError
 from rdo.sequences.attention import attention_name, choose_kernel, kernel_of
@@ -30,7 +30,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def set_layout(
-    model: PreTrainedModel, wanted: str, attention: str = "auto", precision: torch.dtype | None = None
+    model: transformers.PreTrainedModel, wanted: str, attention: str = "auto", precision: torch.dtype | None = None
 ) -> LayoutName:
     """The layout that a model runs in, its attention (on a CPU also its products) prepared for it.
 
@@ -53,7 +53,7 @@ def set_layout(
     return "padded"
 
 
-def why_not_tree(model: PreTrainedModel, kernel: str, dtype: torch.dtype) -> str | None:
+def why_not_tree(model: transformers.PreTrainedModel, kernel: str, dtype: torch.dtype) -> str | None:
     """What keeps a model out of a tree under a kernel, or None; leaves it prepared for the layout that it can run.
 
     Declaring transformers' attention interface is not enough: models that do also mix tokens elsewhere (convolutions,
@@ -81,7 +81,7 @@ def why_not_tree(model: PreTrainedModel, kernel: str, dtype: torch.dtype) -> str
     return reason
 
 
-def set_kernel(model: PreTrainedModel, attention: str, dtype: torch.dtype) -> None:
+def set_kernel(model: transformers.PreTrainedModel, attention: str, dtype: torch.dtype) -> None:
     """Prepares a model that runs in a tree for the kernel of engine.attention; UserError where it cannot run that."""
     kernel = choose_kernel(attention, model.device, dtype, head_width(model))
     if kernel == "gathered" or (reason := why_not_tree(model, kernel, dtype)) is None:
@@ -92,19 +92,19 @@ def set_kernel(model: PreTrainedModel, attention: str, dtype: torch.dtype) -> No
     model.set_attn_implementation(attention_name("gathered"))
 
 
-def head_width(model: PreTrainedModel) -> int:
+def head_width(model: transformers.PreTrainedModel) -> int:
     """The width of an attention head, as the config has it."""
     config = model.config.get_text_config()
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def described_layout(model: PreTrainedModel, layout: LayoutName) -> str:
+def described_layout(model: transformers.PreTrainedModel, layout: LayoutName) -> str:
     """A layout as a person reads it: on a GPU with the kernel of a tree."""
     kernel = kernel_of(model.config._attn_implementation or "")
     return f"{layout} ({kernel})" if kernel is not None and model.device.type == "cuda" else layout
 
 
-def computing_in(dtype: torch.dtype, model: PreTrainedModel) -> AbstractContextManager[Any]:
+def computing_in(dtype: torch.dtype, model: transformers.PreTrainedModel) -> AbstractContextManager[Any]:
     """Autocast, where a model is to compute in another dtype than its weights are in."""
     return nullcontext() if dtype == model.dtype else torch.autocast(model.device.type, dtype)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+import transformers
 
 from rdo.data.encoding import encode
 from rdo.data.loading import INVALID
@@ -78,7 +78,7 @@ def evenly(records: Sequence[Record], count: int) -> list[Record]:
     return [records[n] for n in np.linspace(0, len(records) - 1, min(count, len(records)), dtype=int).tolist()]
 
 
-def choose_tokenizer(run: Run, records: Sequence[Record]) -> tuple[PreTrainedTokenizerBase, str]:
+def choose_tokenizer(run: Run, records: Sequence[Record]) -> tuple[transformers.PreTrainedTokenizerBase, str]:
     """The configured model's tokenizer, and what it is; trained on these records where the model has none for them."""
     config = run.config.model
     if config.path:
@@ -119,7 +119,9 @@ def share(part: int, whole: int) -> str:
     return f"{part} of {whole}" + (f" ({part / whole:.1%})" if whole else "")
 
 
-def example_lines(tokenizer: PreTrainedTokenizerBase, record: Record, template: str, longest: int) -> Iterator[str]:
+def example_lines(
+    tokenizer: transformers.PreTrainedTokenizerBase, record: Record, template: str, longest: int
+) -> Iterator[str]:
     """A record as the model will see it, special tokens and line breaks visible."""
     (encoded,), report = encode([record], tokenizer, template, longest)
     yield f"\nExample {record.place or record.id}"

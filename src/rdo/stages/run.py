@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rdo.data.encoding import EncodedRecord, MappedTokens, TruncationReport, encode, encode_into, order_fingerprint
 from rdo.data.loading import Splits, load_splits
@@ -87,7 +87,7 @@ class Run:
             "max_length": dataset.max_length,
         }
 
-    def encoded(self, split: str, tokenizer: PreTrainedTokenizerBase) -> Sequence[EncodedRecord]:
+    def encoded(self, split: str, tokenizer: transformers.PreTrainedTokenizerBase) -> Sequence[EncodedRecord]:
         """Token ids of a split's records, in the order of `records(split)`: in memory for the toy world, else from a
         file that is made once."""
         key = (self.dataset_key, split, tokenizer_key(tokenizer))
@@ -105,7 +105,7 @@ class Run:
         return self.cache.encoded[key][0]
 
     def _encode(
-        self, split: str, tokenizer: PreTrainedTokenizerBase
+        self, split: str, tokenizer: transformers.PreTrainedTokenizerBase
     ) -> tuple[Sequence[EncodedRecord], TruncationReport]:
         dataset, records = self.config.dataset, self.records(split)
         # The toy world's demonstrations hold an <end> between note and review, which is meant.
@@ -144,35 +144,37 @@ class Run:
         weights, computed = self.config.model.dtype, str(self.precision()).removeprefix("torch.")
         return weights if computed == "float32" else f"{weights}, computed in {computed}"
 
-    def policy(self, artifact: Artifact, trained: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def policy(
+        self, artifact: Artifact, trained: bool = False
+    ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
         """A policy and its tokenizer, on the run's device; with the weights that it computes with, unless it is to be
         trained."""
         return self._loaded(artifact, load_policy(model_path(artifact), self.config.model), trained)
 
-    def scorer(self, artifact: Artifact) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def scorer(self, artifact: Artifact) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
         """A scorer and its tokenizer, on the run's device, with the weights that it computes with."""
         return self._loaded(artifact, load_scorer(model_path(artifact), self.config.model), trained=False)
 
     def _loaded(
-        self, artifact: Artifact, model: PreTrainedModel, trained: bool
-    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        self, artifact: Artifact, model: transformers.PreTrainedModel, trained: bool
+    ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
         tokenizer = load_tokenizer(model_path(artifact), self.config.model)
         check_vocabulary(model, tokenizer, model_path(artifact))
         if not trained and self.precision() != torch.float32:
             model = model.to(self.precision())  # type: ignore[arg-type]
         return self.on_device(model), tokenizer
 
-    def on_device(self, model: PreTrainedModel) -> PreTrainedModel:
+    def on_device(self, model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
         """The model, moved to the run's device."""
         return model.to(self.device())  # type: ignore[arg-type]
 
-    def reader(self, model: PreTrainedModel) -> Callable[[tqdm, Sequence[Reads]], list[list[float]]]:
+    def reader(self, model: transformers.PreTrainedModel) -> Callable[[tqdm, Sequence[Reads]], list[list[float]]]:
         """`forward.read_all` with the model, in the layout that it can run, as the config has it."""
         engine = self.config.engine
         layout = set_layout(model, engine.layout, engine.attention)
         return lambda bar, items: read_all(bar, model, layout, items, engine.tokens_per_micro_batch)
 
-    def read_all(self, model: PreTrainedModel, items: Sequence[Reads], title: str) -> list[list[float]]:
+    def read_all(self, model: transformers.PreTrainedModel, items: Sequence[Reads], title: str) -> list[list[float]]:
         """What the model reads off all items, dealt to the processes, in the order given."""
         read = self.reader(model)
         with progress_bar(len(items), title) as bar:
@@ -213,7 +215,7 @@ class Run:
             raise NotFiniteError(error.what, names, error.way_out) from error
 
 
-def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_key(tokenizer: transformers.PreTrainedTokenizerBase) -> str:
     """Fingerprint of everything that decides a text's ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import transformers
 
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
@@ -67,8 +67,8 @@ def check_labels(run: Run, kind: str) -> None:
 class LoadedScorer:
     """A finished scorer, and how it reads a record."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
     form: str
     template: ComparisonTemplate
 

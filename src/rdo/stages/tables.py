@@ -13,8 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import transformers
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from rdo.runtime.errors import UserError
 from rdo.runtime.parts import Shards
@@ -66,7 +66,7 @@ def table(
 
 def reading(
     run: Run,
-    model: PreTrainedModel,
+    model: transformers.PreTrainedModel,
     title: str,
     items: Sequence[Any],
     listed: Callable[[range], Iterable[tuple[Reads, Sequence[tuple[Any, ...]]]]],

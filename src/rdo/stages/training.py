@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import transformers
 
 from rdo.models.pretrained import save_model
 from rdo.runtime import stopping
@@ -22,9 +22,9 @@ from rdo.training.step import Task
 def train_and_save(
     run: Run,
     task: Task,
-    model: PreTrainedModel,
+    model: transformers.PreTrainedModel,
     trained: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     section: TrainingConfig,
     split: str,
     folder: Path,

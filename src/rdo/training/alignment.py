@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from rdo.data.encoding import EncodedRecord
 from rdo.objectives import losses
@@ -95,7 +95,7 @@ class AlignmentTask:
 
     def losses(
         self,
-        model: PreTrainedModel,
+        model: transformers.PreTrainedModel,
         layout: LayoutName,
         examples: Sequence[AlignmentRecord],
         denominators: Denominators,
@@ -177,7 +177,9 @@ class AlignmentTask:
         return metrics
 
 
-def mismatched_ratios(model: PreTrainedModel, layout: LayoutName, examples: Sequence[AlignmentRecord]) -> Tensor:
+def mismatched_ratios(
+    model: transformers.PreTrainedModel, layout: LayoutName, examples: Sequence[AlignmentRecord]
+) -> Tensor:
     """Log-ratios [mismatched responses] of which KTO's z0 = max(0, mean) is made, over the whole step."""
     sequences: list[tuple[int, ...]] = []
     spans, references = [], []
@@ -204,7 +206,9 @@ class Responses:
         return tensor_on(self.policy.device, [self.place[one] for one in wanted], torch.int64)
 
 
-def read_responses(model: PreTrainedModel, layout: LayoutName, examples: Sequence[AlignmentRecord]) -> Responses:
+def read_responses(
+    model: transformers.PreTrainedModel, layout: LayoutName, examples: Sequence[AlignmentRecord]
+) -> Responses:
     """Log-probabilities and lengths of every response that the examples' losses read."""
     sequences: list[tuple[int, ...]] = []
     spans: list[Span] = []

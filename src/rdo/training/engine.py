@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from transformers import PreTrainedModel
+import transformers
 
 from rdo.models.lora import trained_state
 from rdo.runtime.errors import UserError
@@ -26,14 +26,14 @@ T = TypeVar("T")
 class Engine(Protocol):
     """A model, its optimizer, and how they are run."""
 
-    model: PreTrainedModel
+    model: transformers.PreTrainedModel
     suffix: str  # what a checkpoint's name ends with
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups, whose learning rates the loop sets."""
 
-    def forward(self, function: Callable[[PreTrainedModel], T]) -> T:
+    def forward(self, function: Callable[[transformers.PreTrainedModel], T]) -> T:
         """What the function computes with the model. Every forward pass goes through here, on all processes alike."""
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
@@ -61,7 +61,7 @@ class TorchEngine:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: transformers.PreTrainedModel,
         optimizer: torch.optim.Optimizer,
         max_gradient_norm: float | None,
         config: EngineConfig,
@@ -74,7 +74,7 @@ class TorchEngine:
     def param_groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
 
-    def forward(self, function: Callable[[PreTrainedModel], T]) -> T:
+    def forward(self, function: Callable[[transformers.PreTrainedModel], T]) -> T:
         with torch.autocast(self.model.device.type, self.precision, enabled=self.precision != torch.float32):
             return function(self.model)
 

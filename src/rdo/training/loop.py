@@ -15,7 +15,7 @@ from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+import transformers
 
 from rdo.models.traits import head_parameters, recompute_activations
 from rdo.runtime import stopping
@@ -72,7 +72,7 @@ def learning_rate_factor(step: int, steps: int, config: TrainingConfig) -> float
     return curves[config.schedule]
 
 
-def make_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.optim.AdamW:
+def make_optimizer(model: transformers.PreTrainedModel, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW with two learning rates: a scorer's head has its own."""
     head = {id(parameter) for parameter in head_parameters(model)}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -85,7 +85,7 @@ def make_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.opti
     return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
 
-def make_engine(model: PreTrainedModel, config: TrainingConfig, engine: EngineConfig) -> Engine:
+def make_engine(model: transformers.PreTrainedModel, config: TrainingConfig, engine: EngineConfig) -> Engine:
     """The engine of engine.name around a model that is on its device, with its optimizer."""
     optimizer = make_optimizer(model, config)
     if engine.name == "torch":
@@ -97,7 +97,7 @@ def make_engine(model: PreTrainedModel, config: TrainingConfig, engine: EngineCo
 
 def train(
     task: Task,
-    model: PreTrainedModel,
+    model: transformers.PreTrainedModel,
     config: TrainingConfig,
     engine_config: EngineConfig,
     seed: int,

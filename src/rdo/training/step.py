@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from transformers import PreTrainedModel
+import transformers
 
 from rdo.objectives import losses
 from rdo.runtime import stopping
@@ -43,7 +43,7 @@ class Task(Protocol):
 
     def losses(
         self,
-        model: PreTrainedModel,
+        model: transformers.PreTrainedModel,
         layout: LayoutName,
         examples: Sequence[Any],
         denominators: Denominators,

@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
@@ -73,7 +73,7 @@ class SftTask:
 
     def losses(
         self,
-        model: PreTrainedModel,
+        model: transformers.PreTrainedModel,
         layout: LayoutName,
         examples: Sequence[Demonstration],
         denominators: Denominators,
@@ -151,7 +151,7 @@ class ScorerTask:
 
     def losses(
         self,
-        model: PreTrainedModel,
+        model: transformers.PreTrainedModel,
         layout: LayoutName,
         examples: Sequence[ComparisonItem],
         denominators: Denominators,

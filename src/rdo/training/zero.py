@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed
-from transformers import PreTrainedModel
+import transformers
 
 from rdo.models.lora import trained_state
 from rdo.runtime.errors import UserError
@@ -48,11 +48,11 @@ class Root(torch.nn.Module):
     """The model as DeepSpeed sees it: every forward pass is one call of this module, so that weights which are used
     outside their own layer (the output head's) are there all the while."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: transformers.PreTrainedModel):
         super().__init__()
         self.model = model
 
-    def forward(self, function: Callable[[PreTrainedModel], T]) -> T:
+    def forward(self, function: Callable[[transformers.PreTrainedModel], T]) -> T:
         return function(self.model)
 
 
@@ -63,7 +63,7 @@ class ZeroEngine:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: transformers.PreTrainedModel,
         optimizer: torch.optim.Optimizer,
         max_gradient_norm: float | None,
         config: EngineConfig,
@@ -90,7 +90,7 @@ class ZeroEngine:
     def param_groups(self) -> list[dict[str, Any]]:
         return self.engine.optimizer.param_groups
 
-    def forward(self, function: Callable[[PreTrainedModel], T]) -> T:
+    def forward(self, function: Callable[[transformers.PreTrainedModel], T]) -> T:
         return self.engine(function)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:

@@ -7,20 +7,20 @@ several dtypes: under autocast, queries and keys leave the rotary embedding in f
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.attention import varlen
 
 from rdo.runtime.errors import UserError
 from rdo.sequences.layout import PrefixTree, to_device
 from rdo.sequences.readout import in_full_precision
 
 HALF = (torch.float16, torch.bfloat16)
-KNOWS_GROUPS = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters  # PyTorch 2.11 does not
+VARLEN = "torch.nn.attention.varlen"  # which takes seconds to import
 
 
 def why_not_varlen(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
@@ -38,7 +38,7 @@ def why_not_varlen(device: torch.device, dtype: torch.dtype, head_width: int) ->
     if head_width % 8 or head_width > widest:
         return f"takes heads whose width is a multiple of 8 up to {widest}, and the model's is {head_width}"
     # cuDNN's causal mask is aligned at the top left: a segment's first token would see the first of its path alone.
-    cudnn = getattr(varlen, "_should_use_cudnn", None)
+    cudnn = getattr(importlib.import_module(VARLEN), "_should_use_cudnn", None)
     if cudnn is not None and cudnn(device.index or 0):
         return "needs flash attention, and this PyTorch takes cuDNN's, whose causal mask is aligned at the top left"
     return None
@@ -76,12 +76,14 @@ class VarlenPlan:
         # [tokens, heads, width]
         q = query[0].transpose(0, 1).to(dtype).contiguous()
         k, v = (self.gathered(tensor[0].transpose(0, 1).to(dtype)) for tensor in (key, value))
-        grouped: dict[str, Any] = {"enable_gqa": True} if k.shape[1] != q.shape[1] and KNOWS_GROUPS else {}
-        if not KNOWS_GROUPS:
+        attention, grouped = importlib.import_module(VARLEN).varlen_attn, {}
+        if k.shape[1] != q.shape[1] and "enable_gqa" in inspect.signature(attention).parameters:
+            grouped = {"enable_gqa": True}
+        elif k.shape[1] != q.shape[1]:  # PyTorch 2.11
             k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
         # How many tokens before and after its own a token sees; -1: all of them.
         seen = (-1, 0) if window is None or window >= self.longest_path else (window - 1, 0)
-        out = varlen.varlen_attn(
+        out = attention(
             q,
             k,
             v,
@@ -93,7 +95,7 @@ class VarlenPlan:
             window_size=seen,
             **grouped,
         )
-        return out[None]  # type: ignore[call-overload]
+        return out[None]
 
     def gathered(self, tensor: torch.Tensor) -> torch.Tensor:
         """What the paths read of [tokens, heads, width], one after the other."""
