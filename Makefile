@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/python train.py
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 15
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 15
 
 quick: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow"

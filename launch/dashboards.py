@@ -26,32 +26,19 @@ TRAINING = ("sft", "rm", "diffmodel", "align")
 CURVES: dict[str, tuple[str, ...]] = {
     "Loss": ("loss", "alignment_loss", "sft_loss", "comparison_loss", "duplication", "reverse"),
     "Implicit reward": (
-        "implicit_reward_accuracy",
-        "implicit_reward_margin",
-        "implicit_reward_desirable",
-        "implicit_reward_undesirable",
-        "policy_margin",
-        "kl_estimate",
-        "log_ratio_chosen",
-        "log_ratio_rejected",
+        "implicit_reward_accuracy", "implicit_reward_margin", "implicit_reward_desirable",
+        "implicit_reward_undesirable", "policy_margin", "kl_estimate", "log_ratio_chosen", "log_ratio_rejected",
     ),
     "Coefficients": ("weight_mean", "weight_zero_share", "effective_sample_share"),
     "Scorers": ("accuracy", "difference_size"),
     "Lengths": ("chosen_length", "rejected_length", "response_length", "sequence_length"),
     "Optimization": ("learning_rate", "head_learning_rate", "gradient_norm", "epoch"),
     "Machine": ("tokens_per_second", "unique_token_share", "memory_bytes", "seconds"),
-}
+}  # fmt: skip
 COMPARED_CURVES = (
-    "implicit_reward_accuracy",
-    "implicit_reward_margin",
-    "log_ratio_chosen",
-    "log_ratio_rejected",
-    "effective_sample_share",
-    "weight_mean",
-    "loss",
-    "gradient_norm",
-    "chosen_length",
-)
+    "implicit_reward_accuracy", "implicit_reward_margin", "log_ratio_chosen", "log_ratio_rejected",
+    "effective_sample_share", "weight_mean", "loss", "gradient_norm", "chosen_length",
+)  # fmt: skip
 # What evaluations show: tables in their history, numbers in their summary.
 TABLES = ("tables/evaluation", "tables/against_base", "tables/by_confidence", "tables/samples")
 RESULTS = ("reward", "kl", "log_ratio", "length")
@@ -148,31 +135,24 @@ def coefficients(options: argparse.Namespace) -> Any:
     return view("rdo: coefficients", sections, ["align", "eval"], options, groupby=grouping)
 
 
-DASHBOARDS = (training, sweep, coefficients)
-
-
 def main(arguments: list[str]) -> None:
-    """Checks or saves, and shows a mistake as one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="build only")
     parser.add_argument("--project", default=TrackerConfig.project)
     parser.add_argument("--entity", help="user or team; your own by default")
     parser.add_argument("--group", help="runs of this group alone: the name of a run_dir, if tracker.group is not set")
     options = parser.parse_args(arguments)
-    if not options.check and not wandb.login(prompt=False, verify=False):
-        sys.exit("error: saving needs a login: run `wandb login` first (--check needs none)")
-    try:
+    if not options.check:
+        if not wandb.login(prompt=False, verify=False):
+            sys.exit("error: saving needs a login: run `wandb login` first (--check needs none)")
+        options.entity = options.entity or wandb.Api().default_entity
+    for build in (training, sweep, coefficients):
+        workspace = build(options)
+        count = sum(len(part.panels) for part in workspace.sections)
+        print(f"{workspace.name}: {count} panels in {len(workspace.sections)} sections")
         if not options.check:
-            options.entity = options.entity or wandb.Api().default_entity
-        for build in DASHBOARDS:
-            workspace = build(options)
-            if not options.check:
-                workspace.save_as_new_view()
-            where = "" if options.check else f", {workspace.url}"
-            count = sum(len(part.panels) for part in workspace.sections)
-            print(f"{workspace.name}: {count} panels in {len(workspace.sections)} sections{where}")
-    except Exception as error:  # wandb's and its transport's errors have no common class
-        sys.exit(f"error: wandb did not take the dashboards: {' '.join(str(error).split())}")
+            workspace.save_as_new_view()
+            print(f"  {workspace.url}")
 
 
 if __name__ == "__main__":

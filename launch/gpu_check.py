@@ -4,25 +4,23 @@
     launch/gpu_check.py [--seconds 520] [--out FOLDER] [--device cuda] [--only TEXT]
 
 One line a check (tests/gpu_checks.py has them): what, its error, how large that may be. All of it is in
-FOLDER/gpu_check.json after every line, so that a kill loses nothing. What no longer fits into the time is left out, and
-said. Exit status: 1 where a check failed, 2 where there is no such device. `--device cpu` runs what a CPU can, varlen
-under an emulation.
+FOLDER/gpu_check.json after every line, and the benchmark in FOLDER/bench.json, so that a kill loses nothing. What no
+longer fits into the time is left out, and said. Exit status: 1 where a check failed, 2 where there is no such device.
+`--device cpu` runs what a CPU can, varlen under an emulation.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
@@ -34,14 +32,13 @@ from launch.bench.suite import measure_all
 from launch.bench.works import RIVALS, WORKS, make_bench
 
 import gpu_checks as suite
+from rdo.runtime.files import write_json
 from rdo.sequences.attention import KERNELS, OBSTACLES
 from rdo.sequences.readout import LOGITS_BUDGET
 from rdo.settings import EngineConfig, ModelConfig
 
 MODELS = ("llama-grouped", "llama", "mistral-window", "gpt2", "gpt-neox", "qwen2", "gemma", "gemma3", "gpt2-by-layer")
 TASKS = ("dpo", "rrhf", "kto", "pointwise", "paper")
-CHECK_SHARE = 0.6  # of the time, that the checks may take; what they leave is the benchmark's
-USUAL = 6.0  # seconds that must be left for a check to begin
 # Seconds that making the benchmark's models, and one work, may take at the most.
 MODELS_SECONDS, WORK_SECONDS = 90.0, 40.0
 LARGE = ModelConfig(  # 1.1B parameters, grouped queries
@@ -50,133 +47,87 @@ LARGE = ModelConfig(  # 1.1B parameters, grouped queries
 )  # fmt: skip
 
 
-class Checks:
-    """What was checked, printed and written as it goes."""
+def checks(device: torch.device) -> Iterator[tuple[str, Callable[[], suite.Lines] | str]]:
+    """Every check of a device by its name, or why it cannot run there."""
+    gpu = device.type == "cuda"
+    yield "transfers", partial(suite.check_transfers, device)
+    for mode in suite.MODES if gpu else ("float32",):
+        if gpu:  # any since 2020 runs varlen
+            varlen = torch.cuda.get_device_capability(device) >= (8, 0) and mode != "float32"
+            yield f"choice {mode}", partial(suite.check_choice, mode, "varlen" if varlen else None, device)
+        for name in MODELS:
+            yield f"{name} {mode} padded", partial(suite.check_padded, name, mode, device)
+        for kernel in KERNELS:
+            if why_not := suite.obstacle(kernel, mode, device):
+                yield f"{mode} {kernel}", why_not
+                continue
+            for name in MODELS:
+                yield f"{name} {mode} {kernel}", partial(suite.check_model, name, mode, kernel, device)
+        for budget in (LOGITS_BUDGET, 20_000, 1_000):
+            check = partial(suite.check_model, "llama-grouped", mode, "gathered", device, budget)
+            yield f"head {mode} {budget} logits", check
+    mode = "autocast" if gpu else "float32"
+    for kernel in KERNELS:
+        check = partial(suite.check_model, "llama-grouped", mode, kernel, device, recomputing=True)
+        yield f"recomputing {mode} {kernel}", suite.obstacle(kernel, mode, device) or check
+    for precision in ("float32", "bfloat16") if gpu else ("float32",):
+        for task in TASKS:
+            yield f"task {task} {precision}", partial(suite.check_task, task, precision, device)
+            if gpu:
+                yield f"waiting {task} {precision}", partial(suite.check_waiting, task, "auto", precision, device)
 
-    def __init__(self, out: Path, ends: float, only: str, machine: dict[str, Any]):
-        """ends: the time.monotonic() at which checks must be done. only: what must be in a check's name."""
-        self.file, self.ends, self.only = out / "gpu_check.json", ends, only
-        self.found: dict[str, Any] = {"machine": machine, "checks": [], "left_out": {}, "benchmark": None}
+
+class Found:
+    """What was found, printed and written as it comes."""
+
+    def __init__(self, out: Path, device: torch.device):
         out.mkdir(parents=True, exist_ok=True)
-        self.write()
+        self.file, self.lines, self.left_out, self.machine = out / "gpu_check.json", [], {}, described(device)
+        print(", ".join(f"{name} {value}" for name, value in self.machine.items()))
+        print(f"{'check':<58} {'error':>9} {'at most':>9}", flush=True)
 
-    @property
-    def failed(self) -> list[str]:
-        return [row["name"] for row in self.found["checks"] if not row["ok"]]
-
-    def run(self, name: str, check: Callable[[], suite.Lines], seconds: float = USUAL) -> None:
-        """Runs a check if there are so many seconds left; whatever it raises is its failure alone."""
-        if self.only not in name:
-            return
-        if time.monotonic() + seconds > self.ends:
-            return self.leave_out(name, "no time")
-        started = time.monotonic()
+    def run(self, name: str, check: Callable[[], suite.Lines] | str, ends: float = math.inf) -> None:
+        """Runs a check if it can be run and time.monotonic() is not past `ends`; what it raises is its failure alone,
+        for the checks that follow are worth as much."""
+        if time.monotonic() > ends:
+            check = "no time"
+        if isinstance(check, str):
+            self.left_out[name] = check
+            print(f"{name:<58} left out: {check}", flush=True)
+            return self.write()
         try:
             for part, error, tolerance in check():
-                self.record(f"{name}: {part}", error, tolerance, time.monotonic() - started)
+                self.add(f"{name}: {part}", error, tolerance)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # so that this check's failure is not the next one's
-        except Exception as error:  # the checks that follow are worth as much
-            self.record(name, math.nan, 0.0, time.monotonic() - started, traceback.format_exc())
-            print(f"    {type(error).__name__}: {str(error).strip()[:2000]}", flush=True)
+        except Exception:
+            self.add(name, math.nan, 0.0, trace=traceback.format_exc())
+            traceback.print_exc()
 
-    def record(self, name: str, error: float, tolerance: float, seconds: float, trace: str | None = None) -> None:
+    def add(self, name: str, error: float, tolerance: float, **more: str) -> None:
         """One line; an error that is no number has failed."""
-        ok = error <= tolerance
-        row = {"name": name, "error": error if math.isfinite(error) else str(error), "tolerance": tolerance, "ok": ok}
-        self.found["checks"].append({**row, "seconds": round(seconds, 2), **({"trace": trace} if trace else {})})
+        ok, shown = error <= tolerance, error if math.isfinite(error) else str(error)
+        self.lines.append({"name": name, "error": shown, "tolerance": tolerance, "ok": ok, **more})
         print(f"{name:<58} {error:9.2e} {tolerance:9.2e}  {'ok' if ok else 'FAIL'}", flush=True)
         self.write()
 
-    def leave_out(self, name: str, reason: str) -> None:
-        """Says what is not checked."""
-        if self.only in name:
-            self.found["left_out"][name] = reason
-            print(f"{name:<58} left out: {reason}", flush=True)
-            self.write()
-
     def write(self) -> None:
-        """The file is whole at any moment."""
-        part = self.file.with_suffix(".part")
-        part.write_text(json.dumps(self.found, indent=1))
-        part.replace(self.file)
+        write_json(self.file, {"machine": self.machine, "checks": self.lines, "left_out": self.left_out})
 
 
-def check_all(checks: Checks, device: torch.device) -> None:
-    """Every check that the device can run."""
-    gpu = device.type == "cuda"
-    modes = tuple(suite.MODES) if gpu else ("float32",)
-    checks.run("transfers", partial(suite.check_transfers, device))
-    if gpu:
-        check_choices(checks, device)
-    for mode in modes:
-        for name in MODELS:
-            checks.run(f"{name} {mode} padded", partial(suite.check_padded, name, mode, device))
-    for mode in modes:
-        for kernel in KERNELS:
-            check_kernel(checks, mode, kernel, MODELS, device)
-    for mode in modes:
-        for budget in (LOGITS_BUDGET, 20_000, 1_000):
-            check = partial(suite.check_model, "llama-grouped", mode, "gathered", device, budget)
-            checks.run(f"head {mode} {budget} logits", check)
-    for precision in ("float32", "bfloat16") if gpu else ("float32",):
-        for task in TASKS:
-            checks.run(f"task {task} {precision}", partial(suite.check_task, task, precision, device))
-    for kernel in KERNELS:
-        check_recomputing(checks, "autocast" if gpu else "float32", kernel, device)
-    if gpu:
-        check_waiting(checks, device)
-
-
-def check_kernel(checks: Checks, mode: str, kernel: str, models: Sequence[str], device: torch.device) -> None:
-    """Models in a tree under a kernel, where the device has it."""
-    why_not = suite.obstacle(kernel, mode, device)
-    if why_not is not None:
-        return checks.leave_out(f"{mode} {kernel}", why_not)
-    for name in models:
-        checks.run(f"{name} {mode} {kernel}", partial(suite.check_model, name, mode, kernel, device))
-
-
-def check_recomputing(checks: Checks, mode: str, kernel: str, device: torch.device) -> None:
-    """Gradient checkpointing under a kernel, where the device has it."""
-    if suite.obstacle(kernel, mode, device) is None:
-        check = partial(suite.check_model, "llama-grouped", mode, kernel, device, recomputing=True)
-        checks.run(f"recomputing {mode} {kernel}", check)
-
-
-def check_choices(checks: Checks, device: torch.device) -> None:
-    """What engine.attention=auto takes: any GPU since 2020 runs varlen."""
-    recent = torch.cuda.get_device_capability(device) >= (8, 0)
-    for mode in suite.MODES:
-        expected = "varlen" if recent and mode != "float32" else None
-        checks.run(f"choice {mode}", partial(suite.check_choice, mode, expected, device))
-
-
-def check_waiting(checks: Checks, device: torch.device) -> None:
-    """What only a GPU can get wrong."""
-    for precision in ("float32", "bfloat16"):
-        for task in TASKS:
-            check = partial(suite.check_waiting, task, "auto", precision, device)
-            checks.run(f"waiting {task} {precision} auto", check)
-
-
-def benchmark(device: torch.device, seconds: float, out: Path, model: ModelConfig = LARGE) -> dict[str, Any] | None:
-    """Everything of bench.json that fits into the time; it is in out/bench.json as it comes. TRL takes part if it is
-    installed. None where there is no time at all."""
-    ends = time.monotonic() + seconds - WORK_SECONDS
-    if seconds < MODELS_SECONDS + WORK_SECONDS:
-        print(f"no benchmark: {seconds:.0f} s are left, and it needs {MODELS_SECONDS + WORK_SECONDS:.0f}", flush=True)
-        return None
+def benchmark(device: torch.device, out: Path, ends: float, model: ModelConfig = LARGE) -> suite.Lines:
+    """Every work that can begin before the end, in out/bench.json. TRL takes part if it is installed."""
     engine = EngineConfig(precision="auto", device=device.type, tokens_per_micro_batch=16384)
     against = [name for name in RIVALS if find_spec("trl") or not name.startswith("trl")]
+    works = [name for name in WORKS if name != "generation"]  # which needs pyarrow
     chosen = {"against": against, "threads": [torch.get_num_threads()], "rounds": 5, "pairs": 16}
-    with make_bench(model, engine, device, say=partial(print, flush=True), **chosen) as bench:
-        works = [name for name in WORKS if name != "generation"]  # which needs pyarrow
-        return measure_all(bench, out / "bench.json", works, growth=True, ends=ends)
+    with make_bench(model, engine, device, **chosen) as bench:
+        measure_all(bench, out / "bench.json", works, growth=True, ends=ends)
+    yield "measured", 0.0, 0.0
 
 
 def described(device: torch.device) -> dict[str, str]:
-    """What the checks ran on."""
+    """What the checks run on."""
     found = {"device": str(device), "torch": torch.__version__, "transformers": transformers.__version__}
     if device.type == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
@@ -197,28 +148,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("there is no CUDA device here; --device cpu runs what a CPU can")
         return 2
     started = time.monotonic()
+    ends = started + options.seconds
     device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
     if device.type == "cpu":
         suite.emulate()
     else:
         torch.set_num_threads(os.cpu_count() or 1)  # what is wanted is computed on the CPU
-    share = CHECK_SHARE if device.type == "cuda" and not options.only else 1.0
-    checks = Checks(options.out, started + share * options.seconds, options.only, described(device))
-    print(", ".join(f"{name} {value}" for name, value in checks.found["machine"].items()))
-    print(f"{'check':<58} {'error':>9} {'at most':>9}", flush=True)
-    check_all(checks, device)
+    found = Found(options.out, device)
+    for name, check in checks(device):
+        if options.only in name:
+            found.run(name, check, ends)
     if device.type == "cuda" and not options.only:
-        try:
-            checks.found["benchmark"] = benchmark(device, started + options.seconds - time.monotonic(), options.out)
-        except Exception:  # what was checked stands
-            checks.record("benchmark", math.nan, 0.0, 0.0, traceback.format_exc())
-            traceback.print_exc()
-        checks.write()
-    lines, left_out, took = len(checks.found["checks"]), len(checks.found["left_out"]), time.monotonic() - started
-    for name in checks.failed:
+        works = partial(benchmark, device, options.out, ends - WORK_SECONDS)
+        found.run("benchmark", works, ends - MODELS_SECONDS - WORK_SECONDS)
+    failed = [line["name"] for line in found.lines if not line["ok"]]
+    for name in failed:
         print(f"FAIL {name}")
-    print(f"{lines} lines, {len(checks.failed)} failed, {left_out} left out, {took:.0f} s; {checks.file}")
-    return 1 if checks.failed else 0
+    took = time.monotonic() - started
+    print(f"{len(found.lines)} lines, {len(failed)} failed, {len(found.left_out)} left out, {took:.0f} s; {found.file}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import get_args
 
 import pandas as pd
 import pytest
+import torch
 
 from rdo.checks import CONF, compose_config
 from rdo.main import score
@@ -19,6 +20,7 @@ from rdo.runtime.errors import UserError
 from rdo.settings import Stage
 from rdo.stages.align import aligned_policy
 from rdo.stages.scorer import scorer
+from rdo.stages.sft import base_policy
 from tiny import TINY, tiny_run, weights
 
 ROOT = Path(__file__).parents[1]
@@ -111,13 +113,11 @@ def test_manifests_name_the_command_of_their_row(pipeline):
 
 def test_two_runs_on_several_threads_end_with_the_same_bits(tmp_path):
     """Without deterministic algorithms threads add up gradients in the order in which they come."""
-    found = set()
-    for name in ("one", "another"):
-        settings = [setting for setting in TINY if not setting.startswith("engine.threads")]
-        done = train_apart(*settings, "stage=sft", "sft.max_steps=20", "engine.threads=2", f"run_dir={tmp_path / name}")
-        assert done.returncode == 0, done.stderr
-        found |= {file.read_bytes() for file in tmp_path.glob(f"{name}/sft/*/model/model.safetensors")}
-    assert len(found) == 1
+    runs = [tiny_run(tmp_path / name, "engine.threads=2", "sft.max_steps=20") for name in ("one", "another")]
+    try:
+        assert weights(base_policy(runs[0])) == weights(base_policy(runs[1]))
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_a_second_pipeline_makes_nothing_again(copied, train_here):
@@ -180,13 +180,6 @@ def test_seeds_are_swept_like_rows(tmp_path, train_here, capsys):
     assert len(policies) == 8
     assert {"kto, loss.beta=0.1", "kto, loss.beta=0.3", "dpo, loss.beta=0.2"} <= set(policies["name"])
     assert "loss.beta, by rewards.gold: " in capsys.readouterr().out
-
-
-def test_neither_data_nor_training_loads_what_only_the_report_needs():
-    code = "import rdo.main, rdo.stages.comparison, sys; print({'matplotlib', 'pandas', 'wandb'} & sys.modules.keys())"
-    path = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True)
-    assert done.stdout == "set()\n", done.stderr
 
 
 def test_a_sweep_over_alpha_scores_once_and_alpha_0_changes_nothing(pipeline, tmp_path, train_here):

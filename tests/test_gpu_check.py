@@ -6,17 +6,17 @@ import json
 import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from launch import gpu_check
+from launch.bench import suite as bench_suite
 
 from rdo.sequences.attention import KERNELS
 from rdo.settings import ModelConfig
 
-ROOT = Path(__file__).parents[1]
+SCRIPT = Path(__file__).parents[1] / "launch" / "gpu_check.py"
 # A machine with a GPU that is lent for minutes may have no more than PyTorch and transformers.
 ABSENT = (
     "hydra", "omegaconf", "wandb", "deepspeed", "datasets", "pyarrow", "peft", "matplotlib", "pytest", "hypothesis",
@@ -25,27 +25,27 @@ WITHOUT = f"""
 import runpy, sys
 sys.modules.update(dict.fromkeys({ABSENT!r}))
 sys.argv = ["gpu_check.py", *sys.argv[1:]]
-runpy.run_path({str(ROOT / "launch" / "gpu_check.py")!r}, run_name="__main__")
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", WITHOUT, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def on_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs it here: its exit status, and what it has written."""
+    monkeypatch.setattr(gpu_check.suite, "emulate", lambda: None)  # it is for the whole process
 
+    def run(*arguments: str) -> tuple[int, dict]:
+        code = gpu_check.main(["--device", "cpu", "--out", str(tmp_path), *arguments])
+        return code, json.loads((tmp_path / "gpu_check.json").read_text())
 
-def lines(ends: float, only: str, folder: Path) -> gpu_check.Checks:
-    return gpu_check.Checks(folder, time.monotonic() + ends, only, {})
-
-
-def written(folder: Path) -> dict:
-    return json.loads((folder / "gpu_check.json").read_text())
+    return run
 
 
 def test_a_cpu_runs_what_it_can_of_it_with_next_to_nothing_installed(tmp_path: Path):
-    done = run("--device", "cpu", "--out", str(tmp_path))
+    command = [sys.executable, "-c", WITHOUT, "--device", "cpu", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = written(tmp_path)
+    found = json.loads((tmp_path / "gpu_check.json").read_text())
     assert found["left_out"] == {}
     names = {row["name"] for row in found["checks"]}
     for kernel in KERNELS:
@@ -57,73 +57,55 @@ def test_a_cpu_runs_what_it_can_of_it_with_next_to_nothing_installed(tmp_path: P
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so():
-    done = run()
-    assert (done.returncode, done.stderr) == (2, "")
-    assert done.stdout == "there is no CUDA device here; --device cpu runs what a CPU can\n"
+def test_without_a_gpu_it_says_so(capsys):
+    assert gpu_check.main([]) == 2
+    assert capsys.readouterr().out == "there is no CUDA device here; --device cpu runs what a CPU can\n"
 
 
-def test_it_goes_on_after_a_failure_and_ends_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    def broken(*arguments: object, **others: object) -> gpu_check.suite.Lines:
+def test_it_goes_on_after_a_failure_and_ends_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, on_cpu):
+    def broken(*arguments: object) -> gpu_check.suite.Lines:
         yield "first", 0.0, 0.0
+        assert len(json.loads((tmp_path / "gpu_check.json").read_text())["checks"]) == 1  # line by line
         raise RuntimeError("no kernel image")
 
-    monkeypatch.setattr(gpu_check.suite, "emulate", lambda: None)  # it is for the whole process
     monkeypatch.setattr(gpu_check.suite, "check_transfers", broken)
-    monkeypatch.setattr(gpu_check.suite, "check_model", lambda *arguments, **others: iter([("numbers", math.nan, 1.0)]))
-    monkeypatch.setattr(gpu_check.suite, "check_padded", lambda *arguments: iter([("numbers", 0.5, 0.5)]))
-    monkeypatch.setattr(gpu_check.suite, "check_task", lambda *arguments: iter([("numbers", 0.6, 0.5)]))
-    assert gpu_check.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
-    rows = {row["name"]: row for row in written(tmp_path)["checks"]}
-    assert rows["transfers: first"]["ok"]
+    for name, error in (("check_model", math.nan), ("check_padded", 0.5), ("check_task", 0.6)):
+        found = [("numbers", error, 0.5)]
+        monkeypatch.setattr(gpu_check.suite, name, lambda *_, found=found, **__: iter(found))
+    code, written = on_cpu()
+    rows = {row["name"]: row for row in written["checks"]}
+    assert code == 1
+    assert {name: rows[name]["ok"] for name in ("transfers: first", "transfers")} == {
+        "transfers: first": True, "transfers": False
+    }  # fmt: skip
     assert "no kernel image" in rows["transfers"]["trace"]
-    assert not rows["transfers"]["ok"]
     assert rows["gpt2 float32 padded: numbers"]["ok"]
     assert rows["gpt2 float32 varlen: numbers"]["error"] == "nan"
     assert not rows["gpt2 float32 varlen: numbers"]["ok"]
     assert not rows["task dpo float32: numbers"]["ok"]
-    said = capsys.readouterr().out
-    assert "RuntimeError: no kernel image" in said
-    assert "FAIL transfers\n" in said
+    assert "FAIL transfers\n" in capsys.readouterr().out
 
 
-def test_what_no_longer_fits_is_left_out_and_said(tmp_path: Path, capsys):
-    checks = lines(30.0, "", tmp_path)
-    checks.run("long", lambda: iter([("numbers", 0.0, 0.0)]), seconds=60.0)
-    checks.run("short", lambda: iter([("numbers", 0.0, 0.0)]), seconds=1.0)
-    assert written(tmp_path)["left_out"] == {"long": "no time"}
-    assert [row["name"] for row in written(tmp_path)["checks"]] == ["short: numbers"]
+def test_what_no_longer_fits_is_left_out_and_said(capsys, on_cpu):
+    code, written = on_cpu("--seconds", "-1")
+    assert (code, written["checks"], set(written["left_out"].values())) == (0, [], {"no time"})
+    assert "gpt2 float32 padded" in written["left_out"]
     assert "left out: no time" in capsys.readouterr().out
 
 
-def test_results_are_written_line_by_line(tmp_path: Path):
-    def check() -> gpu_check.suite.Lines:
-        yield "first", 0.0, 0.0
-        assert len(written(tmp_path)["checks"]) == 1
-        yield "second", 0.0, 0.0
-
-    checks = lines(30.0, "", tmp_path)
-    checks.run("both", check)
-    assert checks.failed == []
-    assert len(written(tmp_path)["checks"]) == 2
+def test_only_what_is_asked_for_is_run(on_cpu):
+    code, written = on_cpu("--only", "transfers")
+    assert (code, [row["name"] for row in written["checks"]]) == (0, ["transfers: wrong arrays"])
 
 
-def test_the_benchmark_measures_what_fits_into_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None)  # without TRL
-    cpu, model = torch.device("cpu"), ModelConfig(vocabulary_size=300, hidden_size=32, intermediate_size=32, layers=1)
-    assert gpu_check.benchmark(cpu, 129.0, tmp_path) is None
-    assert "no benchmark: 129 s are left" in capsys.readouterr().out
-    monkeypatch.setattr(gpu_check, "WORK_SECONDS", gpu_check.WORK_SECONDS + 90.0)  # one work begins
-    monkeypatch.setattr(gpu_check, "MODELS_SECONDS", 0.0)
-    found = gpu_check.benchmark(cpu, 132.0, tmp_path, model)
-    assert found is not None
-    assert {row["work"] for row in found["rows"]}.isdisjoint(found["left_out"])
-    assert "score30" in found["left_out"]
-    assert json.loads((tmp_path / "bench.json").read_text())["left_out"] == found["left_out"]
-
-
-def test_only_what_is_asked_for_is_run(tmp_path: Path):
-    checks = lines(30.0, "varlen", tmp_path)
-    for name in ("llama spans", "llama varlen"):
-        checks.run(name, lambda: iter([("numbers", 0.0, 0.0)]))
-    assert [row["name"] for row in checks.found["checks"]] == ["llama varlen: numbers"]
+def test_the_benchmark_runs_without_trl_and_begins_nothing_after_the_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu_check, "WORKS", ["reference"])
+    monkeypatch.setattr(bench_suite, "GROWTH", {})
+    model = ModelConfig(vocabulary_size=300, hidden_size=32, intermediate_size=32, layers=1)
+    for ends in (-math.inf, math.inf):
+        list(gpu_check.benchmark(torch.device("cpu"), tmp_path, ends, model))
+        assert ("reference   left out: no time" in capsys.readouterr().out) == (ends < 0)
+        assert (tmp_path / "bench.json").exists() == (ends > 0)
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [(row["work"], row["against"]) for row in rows] == [("reference", "padded"), ("reference", "unpadded")]

@@ -1,5 +1,5 @@
 """How fast every computation is, against TRL, padding, and no sharing (docs/benchmarks.md). Prints its tables as it
-goes, and leaves bench.json (every number) and bench.txt (what was printed) in --folder."""
+goes, and leaves every number in bench.json in --folder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,7 +17,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 import torch
 from launch.bench.epoch import measure_epoch
 from launch.bench.suite import measure_all
-from launch.bench.theirs import imported
 from launch.bench.works import RIVALS, WORKS, make_bench
 
 from rdo.checks import compose_config
@@ -47,9 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/bench"))
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of train.py: model, engine")
     options = parser.parse_args(arguments)
+    if ({"trl", "trl_best"} & {*options.against} or options.epoch_pairs) and find_spec("trl") is None:
+        install = "pip install -r requirements-bench.txt, or --against padded unpadded --epoch-pairs 0"
+        raise UserError(f"TRL is not installed: {install}")
     warnings.filterwarnings("ignore", category=FutureWarning)  # of TRL's calls into transformers
-    if {"trl", "trl_best"} & {*options.against} or options.epoch_pairs:
-        imported()
+    sys.stdout.reconfigure(line_buffering=True)
     config = compose_config([*OVERRIDES, *options.set])
     prepare_process(config.engine)
     if options.products == "torch":
@@ -59,16 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(config.engine.device, config.engine.device)
     options.folder.mkdir(parents=True, exist_ok=True)
     file = options.folder / "bench.json"
-    with file.with_suffix(".txt").open("w") as printed:
-
-        def say(line: str) -> None:
-            print(line, flush=True)
-            print(line, file=printed, flush=True)
-
-        with make_bench(config.model, config.engine, torch.device(device), say=say, **chosen) as bench:
-            found = measure_all(bench, file, options.works, options.growth)
-            if options.epoch_pairs:
-                write_json(file, found | {"epoch": measure_epoch(bench, options.epoch_pairs)})
+    with make_bench(config.model, config.engine, torch.device(device), **chosen) as bench:
+        found = measure_all(bench, file, options.works, options.growth)
+        if options.epoch_pairs:
+            write_json(file, found | {"epoch": measure_epoch(bench, options.epoch_pairs)})
     print(f"bench: {file}")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import warnings
-from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -18,18 +17,19 @@ from typing import Any
 
 import torch
 from launch.bench.measure import timed
-from launch.bench.theirs import imported, rows, settings
+from launch.bench.theirs import rows, settings
 from launch.bench.works import BETA, Bench, made_records
 
 from rdo.checks import compose_config
 from rdo.main import run_config
+from rdo.runtime.files import read_json_lines
 
 BATCH, RATE = 8, 1e-6
 HEAD = f"{'an epoch of DPO':<20} {'th':>2} {'ours s':>8} {'TRL s':>8} {'ratio':>7}"
 
 
-def ours(file: Path, bench: Bench) -> list[dict[str, Any]]:
-    """stage=align, with all that it needs; the metrics of its steps."""
+def ours(file: Path, bench: Bench) -> list[float]:
+    """stage=align, with all that it needs; the losses of its steps."""
     engine = bench.engine
     overrides = [
         "stage=align", "loss=dpo", "rc=none", "model=hub", "sft.enabled=false", "dataset=file", f"dataset.path={file}",
@@ -41,55 +41,49 @@ def ours(file: Path, bench: Bench) -> list[dict[str, Any]]:
     ]  # fmt: skip
     run_config(compose_config(overrides), overrides)
     (metrics,) = file.parent.rglob("metrics.jsonl")
-    return [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [step["loss"] for step in read_json_lines(metrics)]
 
 
-def theirs(file: Path, bench: Bench) -> list[dict[str, Any]]:
-    """TRL's trainer as shipped; what it has logged of its steps."""
+def theirs(file: Path, bench: Bench) -> list[float]:
+    """TRL's trainer as shipped; the losses that it has logged."""
+    import trl
     from datasets import load_dataset
 
-    trl, policy = imported(), str(bench.folder / "policy")
     more = {"beta": BETA, "learning_rate": RATE, "num_train_epochs": 1, "logging_steps": 1, "save_strategy": "no"}
     given = load_dataset("json", data_files=str(file), split="train", cache_dir=str(file.parent / "cache"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         arguments = trl.DPOConfig(**settings(bench, False, BATCH), **more, model_init_kwargs={"dtype": "float32"})
-        trainer = trl.DPOTrainer(model=policy, args=arguments, train_dataset=given, processing_class=bench.tokenizer)
+        trainer = trl.DPOTrainer(
+            model=str(bench.folder / "policy"), args=arguments, train_dataset=given, processing_class=bench.tokenizer
+        )
         trainer.train()
     trainer.save_model(str(file.parent / "policy"))
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def measure_epoch(bench: Bench, pairs: int) -> list[dict[str, Any]]:
-    """Rows by number of threads: ours, TRL's, ours again. What they print would part the table."""
-    records, found = made_records(pairs, 2, bench.policy.config.vocab_size), []
-    bench.say(f"\n{HEAD}")
+    """Rows by number of threads: ours, TRL's, ours again. Both must have taken as many steps, at losses about ln 2,
+    where DPO starts."""
+    records, found = rows(made_records(pairs, 2, bench.policy.config.vocab_size)), []
+    print(f"\n{HEAD}")
     for count in bench.threads:
         torch.set_num_threads(count)
-        seconds, steps = [], []
+        seconds, losses = [], []
         for turn, train in enumerate((ours, theirs, ours)):
             file = bench.folder / f"epoch-{count}-{turn}" / "pairs.jsonl"
             file.parent.mkdir()
-            file.write_text("".join(f"{json.dumps(row)}\n" for row in rows(records)))
+            file.write_text("".join(f"{json.dumps(row)}\n" for row in records))
             gc.collect()
-            with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # progress bars would part the table
                 took, made = timed(lambda train=train, file=file: train(file, bench), bench.device)
             seconds.append(took)
-            steps.append(made)
-        row = compare(mean(seconds[::2]), seconds[1], steps[2], steps[1]) | {"threads": count, "pairs": pairs}
-        ratio = f"{row['time_ratio']:7.2f}" if row["time_ratio"] else "no ratio: steps or losses differ"
-        bench.say(f"{pairs:>14} pairs {count:>2} {row['seconds_ours']:8.2f} {seconds[1]:8.2f} {ratio}")
+            losses.append(made)
+        own, other = mean(seconds[::2]), seconds[1]
+        row = {"threads": count, "pairs": pairs, "seconds_ours": own, "seconds_other": other, "time_ratio": other / own}
+        if len(losses[0]) != len(losses[1]) or abs(mean(losses[0]) - mean(losses[1])) > 1e-3:
+            row = {"threads": count, "pairs": pairs, "refused": f"losses of steps differ: {losses[0]}, {losses[1]}"}
+        ratio = f"{own:8.2f} {other:8.2f} {other / own:7.2f}"
+        print(f"{pairs:>14} pairs {count:>2} {row.get('refused', ratio)}")
         found.append(row)
     return found
-
-
-def compare(
-    own: float, other: float, mine: Sequence[dict[str, Any]], logged: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    """A row of bench.json. Both must have taken as many steps, at losses about ln 2, where DPO starts."""
-    losses = [mean(entry["loss"] for entry in entries) for entries in (mine, logged)]
-    same = len(mine) == len(logged) and abs(losses[0] - losses[1]) < 1e-3
-    return {
-        "work": "epoch", "against": "trl", "time_ratio": other / own if same else None, "seconds_ours": own,
-        "seconds_other": other, "loss_ours": losses[0], "loss_other": losses[1],
-    }  # fmt: skip

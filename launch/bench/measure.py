@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,9 +40,8 @@ def warm_up(one: Contestant, device: torch.device) -> None:
     one.bytes = max(0, peak_memory(device) - before)
     norms = [weight.grad.norm() for weight in one.model.parameters() if weight.grad is not None]
     one.model.zero_grad(set_to_none=True)
-    one.numbers = torch.cat(
-        [outputs.double().cpu(), *([torch.stack(norms).norm()[None].double().cpu()] if norms else [])]
-    )
+    norm = [torch.stack(norms).norm()[None]] if norms else []
+    one.numbers = torch.cat([numbers.double().cpu() for numbers in (outputs, *norm)])
 
 
 def take_turns(contestants: Sequence[Contestant], rounds: int, device: torch.device) -> None:
@@ -91,15 +91,14 @@ def peak_memory(device: torch.device) -> int:
 
 def status_bytes(name: str) -> int:
     """A number of /proc/self/status, which is in KiB there."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    return 1024 * int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def gemm_gflops(width: int, inner: int, device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """GFLOP/s of the layers' own kind of matrix product, [2048, width] x [width, inner], and whose product it is."""
+def gemm_gflops(width: int, inner: int, device: torch.device, dtype: torch.dtype) -> float:
+    """GFLOP/s of the layers' own kind of matrix product, [2048, width] x [width, inner]."""
     layer = torch.nn.Linear(width, inner, bias=False, device=device, dtype=dtype)
     prepare_products(layer)
     states = torch.randn(2048, width, device=device, dtype=dtype)
     with torch.no_grad():
         seconds = median([timed(lambda: layer(states), device)[0] for _ in range(9)][2:])
-    return 2 * 2048 * width * inner / seconds / 1e9, "onednn" if "forward" in vars(layer) else "torch"
+    return 2 * 2048 * width * inner / seconds / 1e9

@@ -28,12 +28,13 @@ import torch
 import transformers
 from launch.bench.measure import Contestant, differ, gemm_gflops, take_turns, warm_up
 from launch.bench.theirs import trl_contestant
-from launch.bench.works import NEW_TOKENS, QUERY, WORKS, Bench, Work, made_records, make_work, one_by_one
+from launch.bench.works import QUERY, WORKS, Bench, Pass, Work, made_records, make_work, one_by_one
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from rdo.runtime.files import write_json
-from rdo.sequences.forward import is_decoder_scorer
+from rdo.sequences import processor
+from rdo.sequences.forward import decoder_head
 from rdo.sequences.layout import PrefixTree, TokenIds, count_unique
 from rdo.sequences.preparation import computing_in
 from rdo.sequences.readout import in_full_precision
@@ -54,24 +55,19 @@ GROWTH_HEAD = f"{'grows':<20} {'':>6}  {'unique tokens':>13} {'seconds':>8} {'ms
 
 
 def measure_all(bench: Bench, file: Path, works: Sequence[str], growth: bool, ends: float = math.inf) -> dict[str, Any]:
-    """Measures the works and writes the file. ends: the time.monotonic() after which no work is begun."""
-    found: dict[str, Any] = {"machine": machine(bench), "rows": [], "growth": [], "left_out": []}
-    bench.say(HEAD)
+    """Measures the works and writes the file. ends: the time.monotonic() after which nothing is begun."""
+    found: dict[str, Any] = {"machine": machine(bench), "rows": [], "growth": []}
+    print(HEAD)
     for name in works:
         if time.monotonic() > ends:
-            bench.say(f"{name:<11} left out: no time")
-            found["left_out"].append(name)
+            print(f"{name:<11} left out: no time")
             continue
-        started = time.perf_counter()
         found["rows"] += measure_work(make_work(name, bench), bench)
-        found["machine"]["seconds"][name] = round(time.perf_counter() - started, 1)
         write_json(file, found)
         gc.collect()  # TRL's trainers refer to themselves in circles
-    torch.set_num_threads(bench.threads[-1])
     if growth and time.monotonic() < ends:
-        bench.say(f"\n{GROWTH_HEAD}")
         found["growth"] = measure_growth(bench)
-    write_json(file, found)
+        write_json(file, found)
     return found
 
 
@@ -82,7 +78,7 @@ def contestant(name: str, work: Work, bench: Bench) -> Contestant:
     layout = "tree" if name == "ours" else "padded"
 
     def run() -> torch.Tensor:
-        work.model.set_attn_implementation(bench.attention[layout if work.sequences else "padded"])
+        work.model.set_attn_implementation(bench.attention[layout])
         with one_by_one() if name == "unpadded" else nullcontext():
             return work.run(layout)
 
@@ -92,35 +88,33 @@ def contestant(name: str, work: Work, bench: Bench) -> Contestant:
 def measure_work(work: Work, bench: Bench) -> list[dict[str, Any]]:
     """The rows of one work: for each number of threads, one a contestant. A contestant that computes anything else
     than we do gets no ratio, but the reason."""
-    ours, passes = contestant("ours", work, bench), dense_passes(work, bench)
+    ours = contestant("ours", work, bench)
     others = [contestant(name, work, bench) for name in WORKS[work.name][2] if name in bench.against]
+    dense = [dense_pass(one, work.model, bench) for one in work.passes]
     torch.set_num_threads(bench.threads[0])
-    for one in [ours, *passes.values(), *others]:
+    for one in [ours, *dense, *others]:
         warm_up(one, bench.device)
-    tolerance = SAME[bench.precision] if work.sequences else 0.0  # first tokens are the same or not
+    tolerance = SAME[bench.precision] if work.passes else 0.0  # first tokens are the same or not
     same = [other for other in others if differ(ours, other) <= tolerance]
     rows = []
     for count in bench.threads:
         torch.set_num_threads(count)
-        take_turns([ours, *passes.values(), *same], bench.rounds, bench.device)
+        take_turns([ours, *dense, *same], bench.rounds, bench.device)
         for other in others:
-            row = compared(ours, other, tolerance) | counted(work, ours, passes)
-            rows.append({"work": work.name, "threads": count, **row})
-            bench.say(line(rows[-1]))
+            row = {"work": work.name, "against": other.name, "threads": count, "difference": differ(ours, other)}
+            row |= compared(ours, other) if other in same else {"refused": f"more than {tolerance}"}
+            rows.append(row | counted(work, ours, dense))
+            print(line(rows[-1]))
     return rows
 
 
-def compared(ours: Contestant, other: Contestant, tolerance: float) -> dict[str, Any]:
-    """What a row of bench.json says of the two."""
-    row: dict[str, Any] = {
-        "against": other.name, "time_ratio": None, "seconds_ours": median(ours.seconds), "seconds_other": None,
-        "difference": differ(ours, other), "memory_ours": ours.bytes, "memory_other": other.bytes,
+def compared(ours: Contestant, other: Contestant) -> dict[str, Any]:
+    """What a row of bench.json says of two who compute the same."""
+    ratios = [theirs / own for own, theirs in zip(ours.seconds, other.seconds, strict=True)]
+    return {
+        "time_ratio": median(ratios), "ratios": ratios, "seconds_ours": median(ours.seconds),
+        "seconds_other": median(other.seconds), "memory_ours": ours.bytes, "memory_other": other.bytes,
     }  # fmt: skip
-    if not other.seconds:
-        return row | {"refused": f"its numbers differ by {row['difference']:.1e}, more than {tolerance}"}
-    each = [theirs / own for own, theirs in zip(ours.seconds, other.seconds, strict=True)]
-    row |= {"seconds_other": median(other.seconds), "time_ratio": median(each), "ratios": each}
-    return row | ({"memory_ratio": other.bytes / ours.bytes} if ours.bytes and other.bytes else {})
 
 
 def path_length(sequences: Sequence[TokenIds]) -> int:
@@ -128,30 +122,21 @@ def path_length(sequences: Sequence[TokenIds]) -> int:
     return 1 + round(2 * float(PrefixTree(sequences).positions.double().mean()))
 
 
-def dense_passes(work: Work, bench: Bench) -> dict[str, Contestant]:
-    """Dense passes over rows of the path's length, of the mean length, and without gradients."""
-    if not work.sequences:
-        return {}
-    path, mean = path_length(work.sequences), round(sum(map(len, work.sequences)) / len(work.sequences))
-    passes = {"path": dense_pass(work, bench, path, work.trained), "mean": dense_pass(work, bench, mean, work.trained)}
-    return passes | ({"beforehand": dense_pass(work, bench, path, False)} if work.beforehand else {})
-
-
-def dense_pass(work: Work, bench: Bench, length: int, trained: bool) -> Contestant:
-    """The dense pass over rows of a length."""
-    model, unique = work.model, count_unique(work.sequences)
-    count = max(1, round(min(unique, bench.engine.tokens_per_micro_batch) / length))
-    read = min(length, max(1, round(length * work.reads / unique)))
-    ids = torch.randint(2, model.config.vocab_size, (count, length), generator=torch.Generator().manual_seed(0))
-    ids, head = ids.to(model.device), head_of(model)
+def dense_pass(one: Pass, model: PreTrainedModel, bench: Bench) -> Contestant:
+    """What a pass would be without anything to share, which its bound is made of."""
+    length, unique = path_length(one.sequences), count_unique(one.sequences)
+    rows = max(1, round(min(unique, bench.engine.tokens_per_micro_batch) / length))
+    read, head = min(length, max(1, round(length * one.reads / unique))), head_of(model)
+    ids = torch.randint(2, model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(model.device)
 
     def run() -> torch.Tensor:
         model.set_attn_implementation(bench.attention["padded"])
-        with torch.set_grad_enabled(trained), computing_in(bench.precision, model):
+        with torch.set_grad_enabled(one.trained), computing_in(bench.precision, model):
             states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             outputs = in_full_precision(head(states[:, -read:].flatten(0, 1)))
         loss = outputs.mean() if len(head.weight) == 1 else cross_entropy(outputs, ids[:, -read:].flatten())
-        if trained:
+        if one.trained:
             loss.backward()
         return loss.detach()
 
@@ -160,66 +145,61 @@ def dense_pass(work: Work, bench: Bench, length: int, trained: bool) -> Contesta
 
 def head_of(model: PreTrainedModel) -> torch.nn.Module:
     """What is read off the hidden states: a scorer's scalar head, or a policy's language-model head."""
-    return model.score if is_decoder_scorer(model) else model.get_output_embeddings()
+    return decoder_head(model) or model.get_output_embeddings()
 
 
-def counted(work: Work, ours: Contestant, passes: dict[str, Contestant]) -> dict[str, Any]:
+def counted(work: Work, ours: Contestant, dense: Sequence[Contestant]) -> dict[str, Any]:
     """What a row of bench.json says of the tokens of a work, of our share of its bound, and of our operations."""
-    if not work.sequences:
-        return {"tokens_generated": len(work.records) * NEW_TOKENS, "bound_share": None, "gflops": None}
-    unique, before = count_unique(work.sequences), count_unique(work.beforehand)
-
-    def share(kind: str) -> float:
-        work_of = {kind: unique, "beforehand": before} if before else {kind: unique}
-        rounds = zip(ours.seconds, *(passes[name].seconds for name in work_of), strict=True)
-        times = [tokens / passes[name].tokens for name, tokens in work_of.items()]
-        return median(sum(map(mul, times, dense)) / own for own, *dense in rounds)
-
+    if not work.passes:
+        return {}
     config = work.model.config.get_text_config()
     named = work.model.base_model.named_parameters()
     layers = sum(weight.numel() for name, weight in named if weight.dim() > 1 and "embed" not in name)
-    # A token attends to its path: scores and values, two operations each.
-    attention = 4.0 * unique * path_length(work.sequences) / 2 * config.hidden_size * config.num_hidden_layers
-    once = 2.0 * layers * unique + 2.0 * head_of(work.model).weight.numel() * work.reads + attention
-    operations = (3.0 if work.trained else 1.0) * once + 2.0 * layers * before
-    every = [sequences for sequences in (work.sequences, work.beforehand) if sequences]
+    unique = [count_unique(one.sequences) for one in work.passes]
+    operations = 0.0  # two a weight that a token meets
+    for one, tokens in zip(work.passes, unique, strict=True):
+        # A token attends to half of a row: scores and values, two operations each.
+        attention = 4.0 * tokens * path_length(one.sequences) / 2 * config.hidden_size * config.num_hidden_layers
+        forward = 2.0 * layers * tokens + 2.0 * head_of(work.model).weight.numel() * one.reads + attention
+        operations += (3.0 if one.trained else 1.0) * forward
+    weights = [tokens / other.tokens for tokens, other in zip(unique, dense, strict=True)]
+    bounds = [sum(map(mul, weights, seconds)) for seconds in zip(*(other.seconds for other in dense), strict=True)]
     return {
-        "tokens_naive": sum(len(ids) for sequences in every for ids in sequences),
-        "tokens_padded": sum(len(sequences) * max(map(len, sequences)) for sequences in every),
-        "tokens_unique": unique + before, "bound_share": share("path"), "bound_share_mean_length": share("mean"),
-        "gflops": operations / median(ours.seconds) / 1e9,
+        "tokens_naive": sum(len(ids) for one in work.passes for ids in one.sequences),
+        "tokens_padded": sum(len(one.sequences) * max(map(len, one.sequences)) for one in work.passes),
+        "tokens_unique": sum(unique), "gflops": operations / median(ours.seconds) / 1e9,
+        "bound_share": median(bound / own for bound, own in zip(bounds, ours.seconds, strict=True)),
     }  # fmt: skip
 
 
 def line(row: dict[str, Any]) -> str:
     """A row as the terminal shows it."""
     where = f"{row['work']:<11} {row['against']:<9} {row['threads']:>2}"
-    if row["time_ratio"] is None:
-        return f"{where}  no ratio: {row['refused']}"
+    if "refused" in row:
+        return f"{where}  no ratio: its numbers differ by {row['difference']:.1e}, {row['refused']}"
     spread = f"({min(row['ratios']):.2f}-{max(row['ratios']):.2f})"
-    memory = f"{row['memory_ours'] / 1e6:,.0f} / {row['memory_other'] / 1e6:,.0f}" if row.get("memory_ratio") else "-"
-    bound = "-" if row["bound_share"] is None else f"{row['bound_share']:.1%}"
-    gflops = "-" if row["gflops"] is None else f"{row['gflops']:.0f}"
-    return (
-        f"{where}  {row['seconds_ours']:8.3f} {row['seconds_other']:8.3f}  {row['time_ratio']:6.2f} {spread:<13}"
-        f"{bound:>7} {gflops:>8}  {memory:>15}"
-    )
+    bound = f"{row['bound_share']:>7.1%} {row['gflops']:>8.0f}" if "bound_share" in row else f"{'-':>7} {'-':>8}"
+    memory = f"{row['memory_ours'] / 1e6:,.0f} / {row['memory_other'] / 1e6:,.0f}"
+    seconds = f"{row['seconds_ours']:8.3f} {row['seconds_other']:8.3f}"
+    return f"{where}  {seconds}  {row['time_ratio']:6.2f} {spread:<13}{bound}  {memory:>15}"
 
 
 def measure_growth(bench: Bench) -> list[dict[str, Any]]:
-    """Rows of the growth table: ours alone, all records alike."""
+    """Rows of the growth table: ours alone, on all threads, all records alike."""
+    torch.set_num_threads(bench.threads[-1])
+    print(f"\n{GROWTH_HEAD}")
     rows, config = [], bench.policy.config
     for grows, (name, values) in GROWTH.items():
         for value, (count, responses, query) in values.items():
             if query + 2 * QUERY > config.max_position_embeddings:
                 continue
             work = make_work(name, bench, made_records(count, responses, config.vocab_size, query=query))
-            ours, tokens = contestant("ours", work, bench), count_unique(work.sequences)
+            ours, tokens = contestant("ours", work, bench), count_unique(work.passes[0].sequences)
             warm_up(ours, bench.device)
             take_turns([ours], 3, bench.device)
             seconds, memory = median(ours.seconds), ours.bytes
             each = f"{seconds:>8.3f} {1e3 * seconds / tokens:>10.3f} {memory / 1e6:>7,.0f}"
-            bench.say(f"{grows:<20} {value:>6}  {tokens:>13,} {each}")
+            print(f"{grows:<20} {value:>6}  {tokens:>13,} {each}")
             rows.append({"grows": grows, "value": value, "tokens_unique": tokens, "seconds": seconds, "memory": memory})
     return rows
 
@@ -227,26 +207,20 @@ def measure_growth(bench: Bench) -> list[dict[str, Any]]:
 def machine(bench: Bench) -> dict[str, Any]:
     """What the figures were made on, and with; says so."""
     config = bench.policy.config.get_text_config()
-    gemm, products = {}, "torch"
+    inner, gemm = getattr(config, "intermediate_size", None) or 4 * config.hidden_size, {}
     for count in bench.threads:
         torch.set_num_threads(count)
-        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        gflops, products = gemm_gflops(config.hidden_size, inner, bench.device, bench.precision)
-        gemm[str(count)] = round(gflops, 1)
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    device = found[1] if found else platform.processor()
-    device = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else device
-    size, budget = sum(weight.numel() for weight in bench.policy.parameters()), bench.engine.tokens_per_micro_batch
-    date, precision = time.strftime("%Y-%m-%d"), str(bench.precision).removeprefix("torch.")
-    trl = metadata.version("trl") if find_spec("trl") else None
-    bench.say(
-        f"{device}, {date}: {size / 1e6:.0f}M parameters, {precision}, {budget} tokens a micro-batch\n"
-        f"torch {torch.__version__}, transformers {transformers.__version__}, TRL {trl}; products by {products}, "
-        f"GFLOP/s of a GEMM by threads: {', '.join(f'{gflops:.0f} on {count}' for count, gflops in gemm.items())}\n"
-    )
-    return {
-        "device": device, "threads": list(bench.threads), "date": date, "torch": torch.__version__,
-        "transformers": transformers.__version__, "trl": trl, "precision": precision, "parameters": size,
-        "tokens_per_micro_batch": budget, "products": products, "attention": bench.engine.attention,
-        "gemm_gflops": gemm, "seconds": {},
+        gemm[count] = round(gemm_gflops(config.hidden_size, inner, bench.device, bench.precision))
+    named = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    found = {
+        "device": named[1] if named else platform.machine(), "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__, "transformers": transformers.__version__,
+        "TRL": metadata.version("trl") if find_spec("trl") else "none",
+        "parameters": sum(weight.numel() for weight in bench.policy.parameters()),
+        "precision": str(bench.precision), "tokens a micro-batch": bench.engine.tokens_per_micro_batch,
+        "oneDNN's products": processor.onednn_pays(), "GFLOP/s of a GEMM by threads": gemm,
     }  # fmt: skip
+    if bench.device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(bench.device)
+    print(*(f"{name}: {value}" for name, value in found.items()), "", sep="\n")
+    return found

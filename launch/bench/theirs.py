@@ -16,17 +16,6 @@ from launch.bench.works import BETA, Bench, Work
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rdo.data.encoding import EncodedRecord
-from rdo.runtime.errors import UserError
-
-
-def imported() -> Any:
-    """TRL. Raises UserError where it is not installed."""
-    try:
-        import trl
-    except ImportError as error:
-        install = "pip install -r requirements-bench.txt, or --against padded unpadded --epoch-pairs 0"
-        raise UserError(f"TRL is not installed ({error}): {install}") from error
-    return trl
 
 
 def rows(records: Sequence[EncodedRecord]) -> list[dict[str, Any]]:
@@ -36,42 +25,35 @@ def rows(records: Sequence[EncodedRecord]) -> list[dict[str, Any]]:
 
 
 def settings(bench: Bench, best: bool, batch: int) -> dict[str, Any]:
-    """Arguments of a trainer: TRL's own defaults but for what makes the two sides comparable (precision, no cut, no
-    files); at its best without recomputing activations."""
+    """Arguments of a trainer: TRL's own defaults but for what makes the two sides comparable (precision, order, no cut,
+    no files); at its best without recomputing activations."""
     return {
         "output_dir": str(bench.folder / "trl"), "per_device_train_batch_size": batch, "report_to": "none",
         "bf16": bench.precision == torch.bfloat16, "use_cpu": bench.device.type == "cpu", "max_length": None,
-        "disable_tqdm": True, **({"gradient_checkpointing": False} if best else {}),
+        "disable_tqdm": True, "train_sampling_strategy": "sequential",
+        **({"gradient_checkpointing": False} if best else {}),
     }  # fmt: skip
 
 
 def make_trainer(work: Work, best: bool, bench: Bench) -> Any:
     """TRL's trainer for a work, its model in training mode, as its own `train` would set it up."""
-    trl = imported()
+    import trl
     from datasets import Dataset
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    examples = rows(work.records)
-    if work.name == "kto":  # all chosen responses, then all rejected ones
-        examples = [
-            {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
-            for name in ("chosen", "rejected")
-            for row in examples
-        ]
-    arguments = settings(bench, best, len(examples))
-    given: dict[str, Any] = {"train_dataset": Dataset.from_list(examples), "processing_class": bench.tokenizer}
+    arguments = settings(bench, best, 2 * len(work.records))  # KTO parts the pairs
+    given = {"train_dataset": Dataset.from_list(rows(work.records)), "processing_class": bench.tokenizer}
     if work.name == "rm":
         model = AutoModelForSequenceClassification.from_pretrained(bench.folder / "reward", num_labels=1)
         trainer = trl.RewardTrainer(model=model, args=trl.RewardConfig(**arguments), **given)
     else:
         load = AutoModelForCausalLM.from_pretrained
         model, reference = load(bench.folder / "policy"), load(bench.folder / "reference")
-        # At its best the reference's log-probabilities are there before training, and its weights are gone.
-        arguments |= {"beta": BETA, "precompute_ref_log_probs": best}
-        kind = (trl.KTOTrainer, trl.KTOConfig) if work.name == "kto" else (trl.DPOTrainer, trl.DPOConfig)
-        trainer = kind[0](model=model, ref_model=reference, args=kind[1](**arguments), **given)
-        if best:
+        kind, config = (trl.KTOTrainer, trl.KTOConfig) if work.name == "kto" else (trl.DPOTrainer, trl.DPOConfig)
+        args = config(**arguments, beta=BETA, precompute_ref_log_probs=best)
+        trainer = kind(model=model, ref_model=reference, args=args, **given)
+        if best:  # the reference's log-probabilities are there before training, and its weights are gone
             trainer.ref_model = None
     if not best:
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
@@ -84,20 +66,15 @@ def trl_contestant(name: str, work: Work, bench: Bench) -> Contestant:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = make_trainer(work, name == "trl_best", bench)
-    trainer._set_signature_columns_if_needed()
-    kept = set(trainer._signature_columns)
-    examples = [{key: row[key] for key in row if key in kept} for row in trainer.train_dataset]
-
-    def inputs() -> dict[str, torch.Tensor]:
-        return {key: value.to(bench.device) for key, value in trainer.data_collator(examples).items()}
+    batches = trainer.get_train_dataloader()
 
     def step() -> torch.Tensor:
         with trainer.accelerator.autocast():
-            loss = trainer.compute_loss(trainer.model, inputs())
+            loss = trainer.compute_loss(trainer.model, next(iter(batches)))
         loss.backward()
         return loss.detach()
 
     def references() -> torch.Tensor:
-        return torch.stack(trainer.compute_ref_log_probs(trainer.ref_model, inputs()), dim=1)
+        return torch.stack(trainer.compute_ref_log_probs(trainer.ref_model, next(iter(batches))), dim=1)
 
     return Contestant(name, references if work.name == "reference" else step, trainer.model)

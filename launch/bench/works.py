@@ -1,15 +1,14 @@
-"""What everybody is measured on: records, models, and the work of every stage as this project does it."""
+"""What is measured: records like HH's, models, and one function a work that does it as this project does."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import combinations, permutations, product
+from dataclasses import dataclass, replace
+from itertools import combinations, permutations
 from pathlib import Path
 from statistics import NormalDist
-from types import SimpleNamespace as Bench  # see make_bench
 from typing import Any
 from unittest.mock import patch
 
@@ -24,11 +23,11 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, P
 
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
-from rdo.models.pretrained import load_policy, load_scorer, new_policy, new_scorer, save_model
+from rdo.models.pretrained import load_policy, new_policy, new_scorer, save_model
 from rdo.models.scorers import ComparisonTemplate, add_value
 from rdo.models.traits import head_parameters
 from rdo.objectives.choice import choose_loss
-from rdo.objectives.losses import best_response, rrhf_pairs
+from rdo.objectives.losses import rrhf_pairs
 from rdo.sequences import forward
 from rdo.sequences.forward import Reads, read_all
 from rdo.sequences.layout import LayoutName, Padded, TokenIds
@@ -69,28 +68,77 @@ QUERY_SPREAD, RESPONSE_SPREAD = 1.1, 1.0
 QUERY_MEDIAN, RESPONSE_MEDIAN = 125.55285, 116.63772
 
 
-def made_records(
-    count: int, responses: int, vocabulary: int, seed: int = 0, query: int | None = None
-) -> list[EncodedRecord]:
-    """Records of random words with log-normal lengths, cut to LONGEST tokens; or all alike, with a query of so many.
+@dataclass(frozen=True)
+class Bench:
+    """What all measurements share. reference: the policy with noise on its weights, or DPO's loss would be ln 2
+    whatever anybody computes. folder: has the three models, for TRL. attention: transformers' name of each layout's."""
 
-    Lengths are evenly spaced quantiles in random order, so that a few records are as long and as uneven as many would
-    be; the query of a record alone has the mean length, for the median of a skewed distribution is far below.
+    engine: EngineConfig
+    device: torch.device
+    precision: torch.dtype
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    policy: PreTrainedModel
+    reference: PreTrainedModel
+    reward: PreTrainedModel
+    attention: dict[LayoutName, str]
+    against: Sequence[str] = RIVALS
+    threads: Sequence[int] = (1,)
+    rounds: int = 3
+    pairs: int = 8
+
+
+@contextmanager
+def make_bench(model: ModelConfig, engine: EngineConfig, device: torch.device, **options: Any) -> Iterator[Bench]:
+    """Models from model.path, or with random weights. options: the last four fields of Bench."""
+    vocabulary = AutoConfig.from_pretrained(model.path).vocab_size if model.path else model.vocabulary_size
+    tokenizer, precision, attention = word_tokenizer(vocabulary), precision_of(engine, device), {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        policy = load_policy(model.path, model) if model.path else new_policy(model, tokenizer, seed=0)
+        save_model(policy, tokenizer, folder / "policy")
+        reference = load_policy(folder / "policy", model)
+        reward = new_scorer(folder / "policy", "pointwise", model, seed=0)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for weight in (weight for weight in reference.parameters() if weight.dim() > 1):
+                weight.add_(0.1 * weight.std() * torch.randn(weight.shape, generator=generator).to(weight.dtype))
+            for weight in head_parameters(reward):  # which is zero
+                weight.copy_(0.02 * torch.randn(weight.shape, generator=generator))
+        save_model(reference, tokenizer, folder / "reference")
+        save_model(reward, tokenizer, folder / "reward")
+        for subject in (policy, reference, reward):
+            for wanted in ("auto", "padded"):
+                layout = set_layout(subject.to(device), wanted, engine.attention, precision)
+                attention[layout] = str(subject.config._attn_implementation)
+        yield Bench(engine, device, precision, folder, tokenizer, policy, reference, reward, attention, **options)
+
+
+def hh_lengths(count: int, responses: int, generator: np.random.Generator) -> np.ndarray:
+    """Tokens of queries and responses as on HH, [records, 1 + responses]: log-normal, cut to LONGEST together.
+
+    They are evenly spaced quantiles in random order, so that a few records are as long and as uneven as many would be;
+    the query of a record alone has the mean length, for the median of a skewed distribution is far below.
     """
-    generator = np.random.default_rng(seed)
 
     def drawn(size: int, median: float, spread: float) -> np.ndarray:
         normal = [NormalDist().inv_cdf((n + 0.5) / size) for n in range(size)]
         return np.round(median * np.exp(spread * generator.permutation(normal)))
 
-    queries, answers = np.full(count, query or QUERY), np.full((count, responses), RESPONSE)
-    if query is None:
-        lengths = np.clip(drawn(count, QUERY_MEDIAN, QUERY_SPREAD), 2, LONGEST - RESPONSE)
-        queries = lengths if count > 1 else queries
-        answers = drawn(count * responses, RESPONSE_MEDIAN, RESPONSE_SPREAD).reshape(count, responses)
-        answers = np.clip(answers, 2, LONGEST - queries[:, None])
+    queries = np.clip(drawn(count, QUERY_MEDIAN, QUERY_SPREAD), 2, LONGEST - RESPONSE)
+    queries = queries if count > 1 else np.array([QUERY])
+    answers = drawn(count * responses, RESPONSE_MEDIAN, RESPONSE_SPREAD).reshape(count, responses)
+    return np.column_stack([queries, np.clip(answers, 2, LONGEST - queries[:, None])]).astype(int)
+
+
+def made_records(
+    count: int, responses: int, vocabulary: int, seed: int = 0, query: int | None = None
+) -> list[EncodedRecord]:
+    """Records of random words, of HH's lengths; or all alike, with a query of so many tokens."""
+    generator = np.random.default_rng(seed)
+    alike = [[query, *[RESPONSE] * responses]] * count
     records = []
-    for n, row in enumerate(np.column_stack([queries, answers]).astype(int)):
+    for n, row in enumerate(hh_lengths(count, responses, generator) if query is None else alike):
         prompt, *others = (tuple(generator.integers(WORDS, vocabulary, size).tolist()) for size in row)
         records.append(EncodedRecord(f"{n:06d}", prompt, tuple((*answer[:-1], END) for answer in others)))
     return records
@@ -105,56 +153,25 @@ def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
-@contextmanager
-def make_bench(model: ModelConfig, engine: EngineConfig, device: torch.device, **options: Any) -> Iterator[Bench]:
-    """What all measurements share: policy, reference and reward (from model.path, or with random weights), the
-    tokenizer, a folder with copies of the three, for TRL, transformers' name of each layout's attention, and the
-    options: against, threads, rounds, pairs, say(line).
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass over sequences (trained: and a backward pass), and at how many positions a head is read."""
 
-    The reference is the policy with noise on its weights, or DPO's loss would be ln 2 whatever anybody computes; the
-    scorer's head, which would start at zero, is random.
-    """
-    vocabulary = AutoConfig.from_pretrained(model.path).vocab_size if model.path else model.vocabulary_size
-    tokenizer, precision, attention = word_tokenizer(vocabulary), precision_of(engine, device), {}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        policy = load_policy(model.path, model) if model.path else new_policy(model, tokenizer, seed=0)
-        save_model(policy, tokenizer, folder / "policy")
-        reference = load_policy(folder / "policy", model)
-        reward = new_scorer(folder / "policy", "pointwise", model, seed=0)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for weight in (weight for weight in reference.parameters() if weight.dim() > 1):
-                weight.add_(0.1 * weight.std() * torch.randn(weight.shape, generator=generator).to(weight.dtype))
-            for weight in head_parameters(reward):
-                weight.copy_(0.02 * torch.randn(weight.shape, generator=generator))
-        save_model(reference, tokenizer, folder / "reference")
-        save_model(reward, tokenizer, folder / "reward")
-        subjects = {"policy": policy, "reference": reference, "reward": load_scorer(folder / "reward", model)}
-        for subject, wanted in product(subjects.values(), ("auto", "padded")):
-            layout = set_layout(subject.to(device), wanted, engine.attention, precision)
-            attention[layout] = str(subject.config._attn_implementation)
-        shared = {"engine": engine, "device": device, "folder": folder, "precision": precision, "attention": attention}
-        yield Bench(**shared, tokenizer=tokenizer, **subjects, **options)
+    sequences: Sequence[TokenIds]
+    reads: int
+    trained: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class Work:
-    """One kind of work on some records.
-
-    run(layout): its numbers, [any number]: the loss, or all outputs. reads: at how many positions of `sequences` a head
-    is read. beforehand: sequences that a forward pass reads before (KTO's mismatched pairs), all of whose responses'
-    tokens are read. Generation reads on and on, and has no sequences.
-    """
+    """One kind of work on some records (which TRL is given). run(layout): the loss [1], or all outputs [any number].
+    passes: all that it takes; none for generation, which reads on and on."""
 
     name: str
     model: PreTrainedModel
-    records: list[EncodedRecord]  # for TRL
+    records: list[EncodedRecord]
     run: Callable[[LayoutName], torch.Tensor]
-    sequences: Sequence[TokenIds] = ()
-    reads: int = 0
-    trained: bool = False
-    beforehand: Sequence[TokenIds] = ()
+    passes: Sequence[Pass] = ()
 
 
 def make_work(name: str, bench: Bench, records: list[EncodedRecord] | None = None) -> Work:
@@ -163,9 +180,8 @@ def make_work(name: str, bench: Bench, records: list[EncodedRecord] | None = Non
         share, responses, _ = WORKS[name]
         count = max(2 if name == "kto" else 1, round(bench.pairs * share))  # KTO's estimate needs another's responses
         records = made_records(count, responses, bench.policy.config.vocab_size, seed=list(WORKS).index(name))
-    if name in (*LOSSES, "rm", "difference"):
-        return training_work(name, bench, records)
-    return (generation_work if name == "generation" else reading_work)(name, bench, records)
+    makers = {"rm": scorer_work, "difference": scorer_work, "reference": reference_work, "generation": generation_work}
+    return makers.get(name, alignment_work if name in LOSSES else scoring_work)(name, bench, records)
 
 
 @contextmanager
@@ -181,87 +197,85 @@ def one_by_one() -> Iterator[None]:
         yield
 
 
-def training_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Work:
-    """Forward and backward pass of one step, through the product's own: of a loss; of the reward model; or of the
-    difference model with both regularisers, three f a pair."""
-    model, before = bench.policy, []
-    if name in LOSSES:
-        task, before = alignment_task(name, bench, records)
-    else:
-        model, template = bench.reward, ComparisonTemplate(COMPARISON, bench.tokenizer)
-        form, beta = ("pointwise", 0.0) if name == "rm" else ("paper", 0.1)
-        pairs = ById([(record.id, 0, 1) for record in records], lambda n: (records[n], Preference(0, 1)))
-        task = ScorerTask(pairs, form, template, beta, beta, seed=0)
-    examples = [task.example(n, 0) for n in range(len(records))]
-    sequences = [ids for example in examples for ids in example.sequences]
+def alignment_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Work:
+    """A step of DPO, of KTO on the same pairs, or of RRHF on ranked responses, the first of a record being the best."""
+    loss, mismatched = choose_loss(LOSSES[name]), [()] * len(records)
+    if loss.needs_kl:  # as TRL has them: of all chosen responses, then all rejected ones, the one before
+        samples = [record.responses[n] for n in (0, 1) for record in records]
+        shifted = [samples[-1], *samples[:-1]]
+        mismatched = list(zip(shifted[: len(records)], shifted[len(records) :], strict=True))
+    others = [replace(record, responses=more) for record, more in zip(records, mismatched, strict=True)]
+    bench.reference.set_attn_implementation(bench.attention["padded"])
+    both = [replace(one, responses=one.responses + more) for one, more in zip(records, mismatched, strict=True)]
+    known = references(bench, "padded", both)
+    examples = []
+    for record, other, values in zip(records, others, known, strict=True):
+        count = len(record.responses)
+        pairs = tuple(Pair(i, j) for i, j in rrhf_pairs(range(0, -count, -1)))
+        best, more = 0 if loss.sft_weight else None, tuple(zip(other.responses, values[count:], strict=True))
+        examples.append(AlignmentRecord(record, pairs, tuple(values[:count]), best=best, mismatched=more))
+    task = AlignmentTask(ById([record.id for record in records], examples.__getitem__), loss)
+    passes = [reading(records, trained=True), *([reading(others)] if loss.needs_kl else [])]
+    return Work(name, bench.policy, records, step_of(task, bench.policy, bench), passes)
+
+
+def scorer_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Work:
+    """A step of the reward model, or of the difference model with both regularisers: three f a pair."""
+    form, beta = ("pointwise", 0.0) if name == "rm" else ("paper", 0.1)
+    pairs = ById([(record.id, 0, 1) for record in records], lambda n: (records[n], Preference(0, 1)))
+    task = ScorerTask(pairs, form, ComparisonTemplate(COMPARISON, bench.tokenizer), beta, beta, seed=0)
+    sequences = [ids for n in range(len(records)) for ids in task.example(n, 0).sequences]
+    passes = [Pass(sequences, len(sequences), trained=True)]
+    return Work(name, bench.reward, records, step_of(task, bench.reward, bench), passes)
+
+
+def step_of(task: Any, model: PreTrainedModel, bench: Bench) -> Callable[[LayoutName], torch.Tensor]:
+    """Forward and backward pass of one step over all records of a task, through the product's own; its loss [1]."""
+    examples = [task.example(n, 0) for n in range(len(task.record_ids))]
     engine = TorchEngine(model, torch.optim.SGD(model.parameters()), None, bench.engine)
 
     def run(layout: LayoutName) -> torch.Tensor:
         dealt = deal_step(examples, layout, bench.engine.tokens_per_micro_batch)
         return torch.tensor([training_step(task, engine, layout, dealt)["loss"]])
 
-    of_losses = (len(example.encoded.responses[r]) for example in examples for r in example.responses)
-    reads = sum(of_losses) if name in LOSSES else len(sequences)
-    return Work(name, model, records, run, sequences, reads, True, before)
+    return run
 
 
-def alignment_task(
-    name: str, bench: Bench, records: list[EncodedRecord]
-) -> tuple[AlignmentTask, list[tuple[int, ...]]]:
-    """DPO or KTO on pairs, or RRHF on ranked responses; and the sequences of KTO's mismatched pairs. These are as TRL
-    has them: of all chosen responses, then all rejected ones, the one before."""
-    loss = choose_loss(LOSSES[name])
-    mismatched: list[tuple[tuple[int, ...], ...]] = [()] * len(records)
-    if loss.needs_kl:
-        samples = [record.responses[n] for n in (0, 1) for record in records]
-        shifted = [samples[-1], *samples[:-1]]
-        mismatched = list(zip(shifted[: len(records)], shifted[len(records) :], strict=True))
-    known = [[0.0] * len(record.responses) for record in records]
-    if loss.needs_reference:
-        bench.reference.set_attn_implementation(bench.attention["padded"])
-        items = [responses_of(record, others) for record, others in zip(records, mismatched, strict=True)]
-        known = read_all(tqdm(disable=True), bench.reference, "padded", items, bench.engine.tokens_per_micro_batch)
-    examples = []
-    for record, others, values in zip(records, mismatched, known, strict=True):
-        count = len(record.responses)
-        ranks = [float(len(response) % 7) + n / 10 for n, response in enumerate(record.responses)]
-        pairs = tuple(Pair(i, j) for i, j in (rrhf_pairs(ranks) if loss.pairs == "ranking" else [(0, 1)]))
-        best = best_response(ranks) if loss.sft_weight else None
-        more = tuple(zip(others, values[count:], strict=True))
-        examples.append(AlignmentRecord(record, pairs, tuple(values[:count]), best=best, mismatched=more))
-    before = [(*record.prompt, *ids) for record, two in zip(records, mismatched, strict=True) for ids in two]
-    return AlignmentTask(ById([example.record_id for example in examples], examples.__getitem__), loss), before
+def reading(records: list[EncodedRecord], trained: bool = False) -> Pass:
+    """The pass that reads every token of every response."""
+    sequences = [(*record.prompt, *ids) for record in records for ids in record.responses]
+    return Pass(sequences, sum(len(ids) for record in records for ids in record.responses), trained)
 
 
-def reading_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Work:
-    """Without gradients: log-probabilities of all responses (reference), or f of all pairs of a record's responses, in
-    one order (score15 of six) or both (score30)."""
-    if name == "reference":
-        model, items = bench.reference, [responses_of(record) for record in records]
-        reads = sum(len(ids) for record in records for ids in record.responses)
-    else:
-        model, items = bench.reward, [Reads() for _ in records]
-        template = ComparisonTemplate(COMPARISON, bench.tokenizer)
-        ordered = combinations if name == "score15" else permutations
-        for record, listed in zip(records, items, strict=True):
-            for i, j in ordered(range(len(record.responses)), 2):
-                add_value(listed, "paper", template, record, i, j)
-        reads = sum(map(len, items))
-    sequences = [ids for item in items for ids in item.sequences]
+def references(bench: Bench, layout: LayoutName, records: list[EncodedRecord]) -> list[list[float]]:
+    """Log-probabilities of all responses of each record under the reference."""
+    items = [Reads() for _ in records]
+    for listed, record in zip(items, records, strict=True):
+        for response in record.responses:
+            listed.add_response(record.prompt, response)
+    return read_all(tqdm(disable=True), bench.reference, layout, items, bench.engine.tokens_per_micro_batch)
+
+
+def reference_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Work:
+    def run(layout: LayoutName) -> torch.Tensor:
+        return torch.tensor(references(bench, layout, records)).flatten()
+
+    return Work(name, bench.reference, records, run, [reading(records)])
+
+
+def scoring_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Work:
+    """f of all pairs of a record's responses, in one order (score15 of six) or both (score30)."""
+    template, items = ComparisonTemplate(COMPARISON, bench.tokenizer), [Reads() for _ in records]
+    for record, listed in zip(records, items, strict=True):
+        for i, j in (combinations if name == "score15" else permutations)(range(len(record.responses)), 2):
+            add_value(listed, "paper", template, record, i, j)
 
     def run(layout: LayoutName) -> torch.Tensor:
-        found = read_all(tqdm(disable=True), model, layout, items, bench.engine.tokens_per_micro_batch)
-        return torch.tensor([number for values in found for number in values])
+        budget = bench.engine.tokens_per_micro_batch
+        return torch.tensor(read_all(tqdm(disable=True), bench.reward, layout, items, budget)).flatten()
 
-    return Work(name, model, records, run, sequences, reads)
-
-
-def responses_of(record: EncodedRecord, others: Sequence[Sequence[int]] = ()) -> Reads:
-    """The log-probabilities of a record's responses, and of others to its prompt."""
-    reads = Reads()
-    for response in (*record.responses, *others):
-        reads.add_response(record.prompt, response)
-    return reads
+    sequences = [ids for item in items for ids in item.sequences]
+    return Work(name, bench.reward, records, run, [Pass(sequences, len(sequences))])
 
 
 def generation_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Work:
