@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -28,7 +27,7 @@ from rdo.runtime import processes, stopping
 from rdo.runtime.errors import UserError, described
 from rdo.runtime.failing import FAILED, fail, show
 from rdo.runtime.files import read_json
-from rdo.runtime.store import Artifact, MissingInput, Provenance
+from rdo.runtime.store import Artifact, Provenance
 from rdo.sequences.preparation import keep_memory
 from rdo.settings import Config, EngineConfig
 from rdo.stages.align import aligned_policy, needed_scores
@@ -88,8 +87,6 @@ def run_stage(composed: DictConfig) -> float | None:
         value = run_config(config, overrides)
         processes.barrier()  # one that ends early may take the others with it
         return value
-    except MissingInput as error:
-        failure: Exception = with_command(error, overrides)
     except Exception as error:
         stopping.check(described(error))  # a library may make another error of a stop
         failure = error
@@ -160,28 +157,6 @@ def prepare_process(config: EngineConfig) -> None:
     keep_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def with_command(error: MissingInput, overrides: Sequence[str]) -> UserError:
-    """The error with the command that makes the input which is missing: of its own stage, the user's settings kept."""
-    found = re.match(r"the input (\w+) \((.*?)\) is not there", str(error))
-    if found is None:
-        return error
-    stage, label = found.groups()
-    kept = [text for text in overrides if text.partition("=")[0] not in ("build_inputs", "stage")]
-    if stage in ("sft", "rm", "diffmodel", "align") or (stage == "score" and label.endswith("-train")):
-        kept = [f"stage={stage}", *kept]
-    elif stage == "reference":  # of a policy's training, and made with it
-        kept = ["stage=align", *kept]
-    else:
-        kept = [*(text for text in overrides if text.startswith("stage=")), *kept]
-    program = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
-    return UserError(f"{found[0]}; make it: {shlex.join(['python', program, *kept])}")
 
 
 def refuse(error: Exception) -> NoReturn:

@@ -17,9 +17,7 @@ from hypothesis import strategies as st
 
 from rdo import main
 from rdo.checks import CONF, compose_config, setting_names
-from rdo.main import with_command
 from rdo.runtime.errors import NotFiniteError, UserError
-from rdo.runtime.store import MissingInput
 from tiny import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -176,23 +174,10 @@ def test_the_command_that_is_printed_makes_the_input(tmp_path, train_here, capsy
         except SystemExit:
             line = only_line(capsys.readouterr().err)
         command = shlex.split(line.partition("make it: ")[2])
-        assert command[:2] == ["python", str(ROOT / "train.py")]
+        assert command[:2] == ["python", "train.py"]
         assert "build_inputs=false" not in command
         made += [text for text in command if text.startswith("stage=")]
         assert len(made) < 9
         train_here(*command[2:])
         capsys.readouterr()
     assert made == ["stage=sft", "stage=rm", "stage=score", "stage=align"]
-
-
-@pytest.mark.parametrize(
-    ("missing", "told"),
-    [
-        ("the input reference (responses) is not there; make it: x", "stage=align rc=diff"),
-        ("the input score (reward-test) is not there; make it: x", "stage=eval rc=diff"),
-        ("the input diffmodel (paper) is not there; make it: x", "stage=diffmodel rc=diff"),
-    ],
-)
-def test_inputs_without_a_stage_of_their_own_are_made_by_the_one_that_reads_them(missing, told):
-    message = str(with_command(MissingInput(missing), ["stage=eval", "rc=diff", "build_inputs=false"]))
-    assert message.endswith(f"python train.py {told}")

@@ -13,7 +13,7 @@ import pytest
 from rdo.models.given import given
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import read_json_lines, replace_file, replace_folder, write_json
-from rdo.runtime.store import ARTIFACT_VERSION, Artifact, MissingInput, Provenance, fingerprint, produce
+from rdo.runtime.store import ARTIFACT_VERSION, Artifact, Provenance, fingerprint, produce
 from tiny import append_json_line, is_finished
 
 SETTINGS = {"learning_rate": 0.1, "data": {"split": "train", "records": "abc"}}
@@ -107,7 +107,7 @@ def test_a_manifest_says_where_the_artifact_comes_from_and_what_it_is(tmp_path):
 def test_build_inputs_false_refuses_to_make_an_input_and_names_the_command(tmp_path):
     without = provenance(tmp_path, build_inputs=False)
     maker = Maker()
-    with pytest.raises(MissingInput, match=r"the input rm \(pointwise\) is not there; make it: python train\.py"):
+    with pytest.raises(UserError, match=r"the input rm \(pointwise\) is not there; make it: python train\.py stage=rm"):
         produce(without, "rm", "pointwise", SETTINGS, {}, maker, requested=False)
     assert not (tmp_path / "rm").exists()
     # What was asked for is made all the same, and is then found as an input.

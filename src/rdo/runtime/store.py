@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import time
@@ -34,10 +35,6 @@ MANIFEST = "manifest.json"
 ARTIFACT_VERSION = 4
 # What a stage that was interrupted goes on from; removed when it is finished.
 PARTIAL = ("checkpoints", "shards")
-
-
-class MissingInput(UserError):
-    """An input is not there, and the run was told not to make it."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def produce(
 
     `make` may find a part-way state of its own in the folder and go on from it; what it returns goes into the
     manifest, which is written last and alone marks the folder as finished. `requested` is false for the inputs of
-    the stage that was asked for. Raises MissingInput where an input is missing and build_inputs is off, and Stopped
+    the stage that was asked for. Raises UserError where an input is missing and build_inputs is off, and Stopped
     when the process is asked to stop.
     """
     described = {"version": ARTIFACT_VERSION, "stage": stage, "settings": settings}
@@ -94,8 +91,9 @@ def produce(
             remove_partial(folder)
         return artifact
     if not requested and not provenance.build_inputs:
-        command = provenance.command.replace(" build_inputs=false", "")
-        raise MissingInput(f"the input {stage} ({label}) is not there; make it: {command}")
+        kept = [text for text in shlex.split(provenance.command) if not text.startswith(("build_inputs=", "stage="))]
+        command = shlex.join([*kept[:2], f"stage={stage}", *kept[2:]])
+        raise UserError(f"the input {stage} ({label}) is not there; make it: {command}")
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder) if first else nullcontext():
         if broadcast(lambda: found(folder)):

@@ -29,9 +29,6 @@ from rdo.settings import Config, TrainingConfig
 from rdo.tracking import Tracker
 from rdo.training.engine import precision_of
 
-# Results that no stage makes by itself, and the stage that each belongs to.
-PART_OF = {"reference": "align", "generate": "eval"}
-
 
 @dataclass
 class Cache:
@@ -193,8 +190,10 @@ class Run:
         inputs: Mapping[str, Artifact],
         make: Callable[[Path], dict[str, Any]],
     ) -> Artifact:
-        """`store.produce` as this run has it; what one stage alone reads is made with it."""
-        part = PART_OF.get(stage) == self.requested
+        """`store.produce` as this run has it. What only stage=align or eval reads is a part of it, never missing."""
+        part = stage == {"align": "reference", "eval": "generate"}.get(self.requested)
+        if stage == "score" and settings["data"]["split"] != "train":
+            part = self.requested == "eval"
         provenance = replace(self.provenance, build_inputs=True) if part else self.provenance
         return produce(provenance, stage, label, settings, inputs, make, self.requested == stage)
 
