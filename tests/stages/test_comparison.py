@@ -62,8 +62,6 @@ def test_every_row_of_a_comparison_is_a_config(points, tmp_path, name):
     rows = composed(f"experiment={name}").rows.split(",")
     ran = [text for point in found for text in point.split() if text.startswith("row=")]
     assert ran == [f"row={row}" for row in rows]
-        f"row={row}" for row in rows
-    ]
 
 
 def test_values_on_the_command_line_take_the_place_of_the_experiments(points, tmp_path):
