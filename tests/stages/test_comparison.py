@@ -43,7 +43,7 @@ def points(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     def run(*arguments: str) -> list[str]:
         found: list[str] = []
         monkeypatch.setattr(main, "run_stage", lambda _: found.append(" ".join(HydraConfig.get().overrides.task)))
-        monkeypatch.setattr("rdo.stages.report.make_report", lambda *_: None)
+        monkeypatch.setattr("rdo.stages.comparison.make_report", lambda *_, **__: None)
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
         return found
