@@ -11,7 +11,6 @@ import pytest
 import torch
 from peft import LoraConfig as PeftLora
 from peft import PeftModel, get_peft_model
-from rdo.training.engine.torch_engine import TorchEngine
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -33,6 +32,7 @@ from rdo.stages.align import aligned_policy
 from rdo.stages.evaluate import evaluate_policy
 from rdo.stages.scorer import scorer as scorer_artifact
 from rdo.stages.sft import base_policy
+from rdo.training.engine import TorchEngine
 from saved import FLAT, TOKENIZER, Touch, close, outputs, plain_logits, read, saved
 from tiny import tiny_run
 

@@ -118,7 +118,7 @@ def train(
     if engine_config.gradient_checkpointing:
         recompute_activations(model)
     plan = make_plan(config, len(task.record_ids), seed)
-    check_positions(model, max(len(ids) for n in range(plan.records) for ids in task.example(n, 0).sequences))
+    check_positions(model, max(len(ids) for n in range(plan.records) for ids in task.example(n, 0).reads.sequences))
     engine = make_engine(model, config, engine_config)
     checkpoints = Checkpoints(folder / "checkpoints", engine_config, tracker.synchronize)
     done = checkpoints.restore(engine)
