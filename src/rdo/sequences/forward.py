@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from rdo.runtime import stopping
 from rdo.runtime.errors import UserError
-from rdo.sequences.attention import make_plan
+from rdo.sequences.attention import KERNELS, kernel_of
 from rdo.sequences.layout import Layout, LayoutName, Padded, TokenIds, make_layout, pack, to_device
 from rdo.sequences.readout import Scalar, Span, combine, in_full_precision, scalar_values, span_log_probabilities
 
@@ -77,7 +77,8 @@ def forward_pass(module: torch.nn.Module, model: transformers.PreTrainedModel, l
         ids, mask = to_device(layout.ids, device), to_device(layout.mask, device)
         return module(input_ids=ids, attention_mask=mask, **options)
     ids, positions = to_device(layout.ids[None], device), to_device(layout.positions[None], device)
-    plan = make_plan(model.config._attn_implementation or "", layout, device)
+    kernel = kernel_of(model)
+    plan = None if kernel is None else KERNELS[kernel](layout, device)
     return module(input_ids=ids, position_ids=positions, tree=plan, **options)
 
 
