@@ -163,7 +163,7 @@ def engine_of(task: str, precision: str, device: torch.device, scale: int) -> To
 def examples_of(task: str) -> tuple[Any, list[Any]]:
     """A task on random records, and all of its examples."""
     made_up = make_task(task, encoded(6, 6 if task == "rrhf" else 2, scale=6))
-    return made_up, [made_up.example(n, 0) for n in range(len(made_up.record_ids))]
+    return made_up, [made_up.example(n, 0) for n in range(len(made_up))]
 
 
 def steps(task: str, layout: str, precision: str, device: torch.device, scale: int) -> dict[str, list[torch.Tensor]]:

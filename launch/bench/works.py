@@ -232,7 +232,7 @@ def scorer_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Work:
 
 def step_of(task: Any, model: PreTrainedModel, bench: Bench) -> Callable[[LayoutName], torch.Tensor]:
     """Forward and backward pass of one step over all records of a task, through the product's own; its loss [1]."""
-    examples = [task.example(n, 0) for n in range(len(task.record_ids))]
+    examples = [task.example(n, 0) for n in range(len(task))]
     engine = TorchEngine(model, torch.optim.SGD(model.parameters()), None, bench.engine)
 
     def run(layout: LayoutName) -> torch.Tensor:

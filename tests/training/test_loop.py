@@ -72,7 +72,7 @@ def step(
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """The same of a task, over all records."""
     task = make_task(name, records)
-    examples = [task.example(index, 0) for index in range(len(task.record_ids))]
+    examples = [task.example(index, 0) for index in range(len(task))]
     return step_of(task, model_of(name), examples, layout, budget)
 
 

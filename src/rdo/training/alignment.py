@@ -14,7 +14,7 @@ from rdo.objectives import losses
 from rdo.objectives.choice import LossChoice
 from rdo.sequences.forward import Reads
 from rdo.sequences.layout import tensor_on
-from rdo.training.step import Denominators, Metrics
+from rdo.training.step import Denominators, Metrics, Task
 from rdo.training.tasks import ById
 
 # Log-ratios that differ by less than this, in nats, are equal: sums of a few hundred float32 numbers round by as much.
@@ -86,15 +86,12 @@ class AlignmentRecord:
         return Reads.of(self.encoded.prompt, [self.encoded.responses[r] for r in self.responses])
 
 
-class AlignmentTask:
+class AlignmentTask(Task):
     """Trains a policy on alignment records; see step.Task."""
 
     def __init__(self, records: ById[AlignmentRecord], loss: LossChoice):
-        self.records, self.record_ids, self.loss = records, records.keys, loss
-        self.needs_kl = loss.needs_kl
-
-    def example(self, index: int, epoch: int) -> AlignmentRecord:
-        return self.records[index]
+        super().__init__(records)
+        self.loss, self.needs_kl = loss, loss.needs_kl
 
     def denominators(self, examples: Sequence[AlignmentRecord]) -> Denominators:
         pairs = sum(len(example.pairs) for example in examples)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -24,20 +24,25 @@ Denominators = dict[str, float]
 Metrics = dict[str, tuple[torch.Tensor, float]]  # name -> (sum, count), of a mean
 
 
-class Task(Protocol):
+class Task:
     """What a stage trains: records to examples, which list what is read of them; what was read to losses."""
 
-    needs_kl: bool  # whether the losses read KTO's estimate; examples then have `mismatched`
+    needs_kl = False  # whether the losses read KTO's estimate; examples then have `mismatched`
 
-    @property
-    def record_ids(self) -> Sequence[str]:
-        """Ids of the training records, sorted, so that the order of a file changes nothing."""
+    def __init__(self, records: Any):
+        """records: what `example` makes examples of, in an order that no order of a file changes (see tasks.ById)."""
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
 
     def example(self, index: int, epoch: int) -> Any:
         """The example of one record in one epoch: anything with a `record_id` and its `reads`."""
+        return self.records[index]
 
     def denominators(self, examples: Sequence[Any]) -> Denominators:
         """Denominators of a step's means, from its examples alone."""
+        raise NotImplementedError
 
     def losses(
         self, examples: Sequence[Any], values: torch.Tensor, denominators: Denominators, kl: torch.Tensor | None
@@ -46,6 +51,7 @@ class Task(Protocol):
 
         values: what was read of the examples, one after the other. kl: KTO's estimate over the whole step.
         """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from rdo.objectives import losses
 from rdo.runtime.store import stable_seed
 from rdo.sequences.forward import Reads
 from rdo.sequences.layout import tensor_on
-from rdo.training.step import Denominators, Metrics
+from rdo.training.step import Denominators, Metrics, Task
 
 T = TypeVar("T")
 
@@ -29,7 +29,6 @@ class ById(Generic[T]):
     def __init__(self, keys: Sequence[Any], make: Callable[[int], T]):
         """keys: of each example its record's id, or a tuple that begins with it. make: example number n of `keys`."""
         self.order = sorted(range(len(keys)), key=keys.__getitem__)
-        self.keys = [keys[n] for n in self.order]
         self.make = make
 
     def __len__(self) -> int:
@@ -49,16 +48,8 @@ class Example:
     target: float = 1.0
 
 
-class SftTask:
+class SftTask(Task):
     """Cross-entropy of responses given their query: a mean over response tokens of the whole step."""
-
-    needs_kl = False
-
-    def __init__(self, records: ById[Example]):
-        self.records, self.record_ids = records, records.keys
-
-    def example(self, index: int, epoch: int) -> Example:
-        return self.records[index]
 
     def denominators(self, examples: Sequence[Example]) -> Denominators:
         return {"tokens": sum(length for example in examples for length in example.reads.lengths)}
@@ -76,14 +67,12 @@ def learns_from(form: str, preference: Preference) -> bool:
     return not (form == "pointwise" and preference.tie)
 
 
-class ScorerTask:
+class ScorerTask(Task):
     """Trains a scorer on labelled pairs: Bradley-Terry for the pointwise form, RDO's equation 6 for the others.
 
     The order of a pair is a fair coin, reseeded every epoch, as is the response that the duplication regulariser
     reads. Ties have target 0.5.
     """
-
-    needs_kl = False
 
     def __init__(
         self,
@@ -95,11 +84,11 @@ class ScorerTask:
         seed: int,
     ):
         """pairs: those that the form `learns_from`, with the keys (record id, chosen, rejected)."""
-        self.pairs, self.record_ids = pairs, [record_id for record_id, *_ in pairs.keys]
+        super().__init__(pairs)
         self.form, self.template, self.beta0, self.beta1, self.seed = form, template, beta0, beta1, seed
 
     def example(self, index: int, epoch: int) -> Example:
-        encoded, preference = self.pairs[index]
+        encoded, preference = self.records[index]
         add = partial(add_value, reads := Reads(), self.form, self.template, encoded)
         if self.form == "pointwise":
             add(preference.chosen)
