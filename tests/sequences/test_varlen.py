@@ -25,7 +25,7 @@ from rdo.runtime.errors import UserError
 from rdo.sequences import forward
 from rdo.sequences.attention import choose_kernel
 from rdo.sequences.forward import Reads, hidden_states
-from rdo.sequences.kernels.varlen import GatherRows, VarlenPlan, computed_dtype
+from rdo.sequences.kernels.varlen import GatherRows, VarlenPlan
 from rdo.sequences.layout import PrefixTree, make_layout
 from rdo.sequences.preparation import head_width, set_kernel, set_layout, why_not_tree
 from rdo.sequences.readout import span_log_probabilities
@@ -139,14 +139,6 @@ def test_gradients_of_a_row_that_many_read_are_added_in_float32():
         GatherRows.backward(SimpleNamespace(saved_tensors=(rows,), tokens=2), torch.ones_like(read))
         GatherRows.backward(SimpleNamespace(saved_tensors=(rows,), tokens=2), torch.ones_like(read).double())
     assert additions.dtypes == [torch.float32, torch.float64]
-
-
-def test_attention_computes_in_what_autocast_says_or_the_values_are_in():
-    values = {dtype: torch.ones(1, dtype=dtype) for dtype in EVERY_DTYPE}
-    assert {dtype: computed_dtype(value) for dtype, value in values.items()} == {dtype: dtype for dtype in EVERY_DTYPE}
-    with torch.autocast("cpu", torch.bfloat16):
-        assert computed_dtype(values[torch.float32]) == torch.bfloat16
-        assert computed_dtype(values[torch.float64]) == torch.float64  # which autocast leaves alone
 
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
