@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from helpers import policy, random_tree, relative_error, scorer, words
 from made_tasks import SETTINGS, encoded, make_task
 from rdo.models.traits import recompute_activations
 from rdo.sequences.attention import OBSTACLES, attention_name, choose_kernel
-from rdo.sequences.forward import hidden_states
+from rdo.sequences.forward import Reads, hidden_states, merge
 from rdo.sequences.kernels.varlen import HALF
 from rdo.sequences.layout import LayoutName, make_layout, to_device
 from rdo.sequences.preparation import head_width, set_layout
@@ -83,7 +83,8 @@ def numbers(
     spans = [Span(s, max(1, len(ids) // 2)) for s, ids in enumerate(sequences()) if len(ids) > 1]
     with computing(model.device, autocast):
         hidden = hidden_states(model, laid_out)
-        sums, counts = span_log_probabilities(hidden, model.get_output_embeddings(), laid_out, spans, budget)
+        sums = span_log_probabilities(hidden, model.get_output_embeddings(), laid_out, spans, budget)
+        counts = torch.tensor(Reads(sequences(), spans).lengths, device=sums.device)
         loss = (torch.linspace(-1.0, 1.5, len(sums), device=sums.device) / counts * sums).sum()
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     states = [hidden[laid_out.index(s, np.arange(len(ids)))] for s, ids in enumerate(sequences())]
@@ -162,7 +163,7 @@ def engine_of(task: str, precision: str, device: torch.device, scale: int) -> To
 def examples_of(task: str) -> tuple[Any, list[Any]]:
     """A task on random records, and all of its examples."""
     made_up = make_task(task, encoded(6, 6 if task == "rrhf" else 2, scale=6))
-    return made_up, [made_up.example(n, 0) for n in range(len(made_up.record_ids))]
+    return made_up, [made_up.example(n, 0) for n in range(len(made_up))]
 
 
 def steps(task: str, layout: str, precision: str, device: torch.device, scale: int) -> dict[str, list[torch.Tensor]]:
@@ -205,12 +206,12 @@ def check_waiting(task: str, kernel: str, precision: str, device: torch.device) 
     set_layout(engine.model, "tree", kernel, engine.precision)
     made_up, examples = examples_of(task)
     kl = torch.zeros((), device=device) if task == "kto" else None
-    work = partial(made_up.losses, layout="tree", examples=examples, denominators=made_up.denominators(examples), kl=kl)
+    reads, denominators = merge([example.reads for example in examples]), made_up.denominators(examples)
     for mode in ("default", "error"):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            loss, _ = engine.forward(work)
+            loss, _ = made_up.losses(examples, engine.read("tree", reads), denominators, kl)
             engine.backward(loss, last=True)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -10,8 +10,9 @@ from rdo.data.records import Preference
 from rdo.models.scorers import ComparisonTemplate
 from rdo.objectives.choice import LossChoice, choose_loss
 from rdo.objectives.losses import rrhf_pairs
-from rdo.training.alignment import AlignmentRecord, AlignmentTask, Pair, Sample
-from rdo.training.tasks import ById, Demonstration, ScorerTask, SftTask, learns_from
+from rdo.sequences.forward import Reads
+from rdo.training.alignment import AlignmentRecord, AlignmentTask, Mismatched, Pair, Sample
+from rdo.training.tasks import ById, Example, ScorerTask, SftTask, learns_from
 
 SETTINGS = {
     "dpo": {"name": "dpo", "beta": 0.2},
@@ -46,6 +47,11 @@ def references(records: Sequence[EncodedRecord]) -> dict[str, tuple[float, ...]]
     return {r.id: tuple(-4.0 * len(ids) + draw.random() for ids in r.responses) for r in ordered}
 
 
+def mismatch(record: EncodedRecord, responses: Sequence[tuple[int, ...]]) -> Mismatched:
+    """Another record's responses, with made-up log-probabilities under the reference."""
+    return Mismatched(Reads.of(record.prompt, responses), tuple(-4.1 * len(ids) for ids in responses))
+
+
 def alignment_task(name: str, records: list[EncodedRecord]) -> AlignmentTask:
     """The task of a loss, with made-up references, coefficients and (for KTO) mismatched responses.
 
@@ -58,7 +64,7 @@ def alignment_task(name: str, records: list[EncodedRecord]) -> AlignmentTask:
     for record in records:
         n, rank, reference = ordered.index(record), ranks[record.id], known[record.id]
         partner = ordered[(n + 1) % len(ordered)]
-        mismatched = tuple((ids, -4.1 * len(ids)) for ids in partner.responses) if loss.needs_kl else ()
+        mismatched = mismatch(record, partner.responses) if loss.needs_kl else None
         order = rrhf_pairs(rank) if name == "rrhf" else [(0, 1)]
         pairs = tuple(Pair(i, j, 0.5 + rank[i]) for i, j in order)
         best = rank.index(max(rank)) if loss.sft_weight else None
@@ -86,7 +92,7 @@ def make_task(name: str, records: list[EncodedRecord]) -> object:
     if name in SETTINGS:
         return alignment_task(name, records)
     if name == "sft":
-        shown = [Demonstration(record, (0, 1)) for record in records]
+        shown = [Example(record.id, Reads.of(record.prompt, record.responses[:2])) for record in records]
         return SftTask(ById([example.record_id for example in shown], shown.__getitem__))
     pairs = [(record, Preference(0, 1, tie=record.id == "r03")) for record in records]
     pairs = [pair for pair in pairs if learns_from(name, pair[1])]

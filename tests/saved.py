@@ -10,15 +10,16 @@ from transformers import PreTrainedModel
 
 from helpers import TEXTS, relative_error, tokenizer
 from rdo.models.pretrained import save_model
-from rdo.sequences.forward import read_log_probabilities, read_scalars
+from rdo.sequences import forward
+from rdo.sequences.forward import Reads
 from rdo.sequences.layout import make_layout
 from rdo.sequences.preparation import set_layout
 from rdo.sequences.readout import Scalar, Span
 
 TOKENIZER = tokenizer()
 SEQUENCES = [(*TOKENIZER(text).input_ids, 1) for text in TEXTS]
-SPANS = [Span(s, 5) for s in range(len(SEQUENCES))]
-ENDS = [[Scalar(s, len(ids) - 1)] for s, ids in enumerate(SEQUENCES)]
+SPANS = Reads(SEQUENCES, [Span(s, 5) for s in range(len(SEQUENCES))])
+ENDS = Reads(SEQUENCES, scalars=[[Scalar(s, len(ids) - 1)] for s, ids in enumerate(SEQUENCES)])
 FLAT = make_layout("padded", SEQUENCES)
 
 
@@ -39,10 +40,7 @@ def saved(model: Any, folder: Path, **how: Any) -> Path:
 
 def read(model: PreTrainedModel, layout: str = "auto") -> torch.Tensor:
     """What the model says of the sequences: log-probabilities, or a scorer's values."""
-    made = make_layout(set_layout(model, layout), SEQUENCES)
-    if hasattr(model.config, "rdo_form"):
-        return read_scalars(model, made, ENDS)
-    return read_log_probabilities(model, made, SPANS)[0]
+    return forward.read(model, set_layout(model, layout), ENDS if hasattr(model.config, "rdo_form") else SPANS)
 
 
 def outputs(model: PreTrainedModel, layout: str = "auto") -> torch.Tensor:

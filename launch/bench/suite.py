@@ -33,7 +33,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from rdo.runtime.files import write_json
-from rdo.sequences import processor
+from rdo.sequences import preparation
 from rdo.sequences.forward import decoder_head
 from rdo.sequences.layout import PrefixTree, TokenIds, count_unique
 from rdo.sequences.preparation import computing_in
@@ -218,7 +218,7 @@ def machine(bench: Bench) -> dict[str, Any]:
         "TRL": metadata.version("trl") if find_spec("trl") else "none",
         "parameters": sum(weight.numel() for weight in bench.policy.parameters()),
         "precision": str(bench.precision), "tokens a micro-batch": bench.engine.tokens_per_micro_batch,
-        "oneDNN's products": processor.onednn_pays(), "GFLOP/s of a GEMM by threads": gemm,
+        "oneDNN's products": preparation.onednn_pays(), "GFLOP/s of a GEMM by threads": gemm,
     }  # fmt: skip
     if bench.device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(bench.device)

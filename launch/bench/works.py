@@ -33,7 +33,7 @@ from rdo.sequences.forward import Reads, read_all
 from rdo.sequences.layout import LayoutName, Padded, TokenIds
 from rdo.sequences.preparation import set_layout
 from rdo.settings import EngineConfig, EvalConfig, ModelConfig
-from rdo.training.alignment import AlignmentRecord, AlignmentTask, Pair
+from rdo.training.alignment import AlignmentRecord, AlignmentTask, Mismatched, Pair
 from rdo.training.engine import TorchEngine, precision_of
 from rdo.training.step import deal_step, training_step
 from rdo.training.tasks import ById, ScorerTask
@@ -212,8 +212,9 @@ def alignment_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Wor
     for record, other, values in zip(records, others, known, strict=True):
         count = len(record.responses)
         pairs = tuple(Pair(i, j) for i, j in rrhf_pairs(range(0, -count, -1)))
-        best, more = 0 if loss.sft_weight else None, tuple(zip(other.responses, values[count:], strict=True))
-        examples.append(AlignmentRecord(record, pairs, tuple(values[:count]), best=best, mismatched=more))
+        best, more = 0 if loss.sft_weight else None, Reads.of(other.prompt, other.responses)
+        mismatch = Mismatched(more, tuple(values[count:]))
+        examples.append(AlignmentRecord(record, pairs, tuple(values[:count]), best=best, mismatched=mismatch))
     task = AlignmentTask(ById([record.id for record in records], examples.__getitem__), loss)
     passes = [reading(records, trained=True), *([reading(others)] if loss.needs_kl else [])]
     return Work(name, bench.policy, records, step_of(task, bench.policy, bench), passes)
@@ -224,14 +225,14 @@ def scorer_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Work:
     form, beta = ("pointwise", 0.0) if name == "rm" else ("paper", 0.1)
     pairs = ById([(record.id, 0, 1) for record in records], lambda n: (records[n], Preference(0, 1)))
     task = ScorerTask(pairs, form, ComparisonTemplate(COMPARISON, bench.tokenizer), beta, beta, seed=0)
-    sequences = [ids for n in range(len(records)) for ids in task.example(n, 0).sequences]
+    sequences = [ids for n in range(len(records)) for ids in task.example(n, 0).reads.sequences]
     passes = [Pass(sequences, len(sequences), trained=True)]
     return Work(name, bench.reward, records, step_of(task, bench.reward, bench), passes)
 
 
 def step_of(task: Any, model: PreTrainedModel, bench: Bench) -> Callable[[LayoutName], torch.Tensor]:
     """Forward and backward pass of one step over all records of a task, through the product's own; its loss [1]."""
-    examples = [task.example(n, 0) for n in range(len(task.record_ids))]
+    examples = [task.example(n, 0) for n in range(len(task))]
     engine = TorchEngine(model, torch.optim.SGD(model.parameters()), None, bench.engine)
 
     def run(layout: LayoutName) -> torch.Tensor:
@@ -249,10 +250,7 @@ def reading(records: list[EncodedRecord], trained: bool = False) -> Pass:
 
 def references(bench: Bench, layout: LayoutName, records: list[EncodedRecord]) -> list[list[float]]:
     """Log-probabilities of all responses of each record under the reference."""
-    items = [Reads() for _ in records]
-    for listed, record in zip(items, records, strict=True):
-        for response in record.responses:
-            listed.add_response(record.prompt, response)
+    items = [Reads.of(record.prompt, record.responses) for record in records]
     return read_all(tqdm(disable=True), bench.reference, layout, items, bench.engine.tokens_per_micro_batch)
 
 

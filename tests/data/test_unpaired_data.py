@@ -236,11 +236,11 @@ def test_every_item_has_its_own_reference_and_another_query_s_response(
     """The numbers that the task hands out are the base policy's, of these very tokens after this very prompt."""
     tasks: list[AlignmentTask] = []
 
-    def hand(task: AlignmentTask, *others: Any) -> None:
+    def hand(run: Any, task: AlignmentTask, *others: Any) -> None:
         tasks.append(task)
         raise Handed
 
-    monkeypatch.setattr("rdo.stages.align.train", hand)
+    monkeypatch.setattr("rdo.stages.align.train_and_save", hand)
     rows = [{**row, "completion": f"{row['completion']}{n % 5 * ' more'}"} for n, row in enumerate(ROWS)]
     run = file_run(tmp_path, rows)
     with pytest.raises(Handed):
@@ -248,13 +248,16 @@ def test_every_item_has_its_own_reference_and_another_query_s_response(
     (task,) = tasks
     model, tokenizer = run.policy(base_policy(run))
     by_id = {record.id: record for record in run.records("train")}
-    assert task.record_ids == sorted(task.record_ids)
-    assert len(task.record_ids) == 32  # align.max_records
-    for place, record_id in enumerate(task.record_ids):
-        item, record = task.example(place, 0), by_id[record_id]
+    items = [task.example(place, 0) for place in range(len(task))]
+    assert [item.record_id for item in items] == sorted(item.record_id for item in items)
+    assert len(items) == 32  # align.max_records
+    for item in items:
+        record = by_id[item.record_id]
         assert item.encoded.prompt == tuple(tokenizer(record.query).input_ids)
         assert item.samples == (Sample(0, record.desirable[0]),)
-        ((other, other_reference),) = item.mismatched
+        assert item.mismatched is not None
+        (other,), (other_reference,) = item.mismatched.reads.sequences, item.mismatched.reference
+        other = other[len(item.encoded.prompt) :]
         assert tokenizer.decode(other[:-1]) in {r.responses[0] for r in by_id.values() if r.query != record.query}
         known = [(item.encoded.responses[0], item.reference[0]), (other, other_reference)]
         for ids, reference in known:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from peft import LoraConfig as PeftLora
 from peft import PeftModel, get_peft_model
-from rdo.training.engine.torch_engine import TorchEngine
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -33,6 +32,7 @@ from rdo.stages.align import aligned_policy
 from rdo.stages.evaluate import evaluate_policy
 from rdo.stages.scorer import scorer as scorer_artifact
 from rdo.stages.sft import base_policy
+from rdo.training.engine import TorchEngine
 from saved import FLAT, TOKENIZER, Touch, close, outputs, plain_logits, read, saved
 from tiny import tiny_run
 
@@ -188,36 +188,26 @@ def test_a_run_folder_may_move_and_a_base_that_is_gone_is_named(tmp_path: Path, 
 # Adapters that others saved
 
 
-def test_an_adapter_by_peft_loads_without_a_tokenizer_of_its_own(base: Path, tmp_path: Path):
-    settings = {"use_rslora": True, "lora_dropout": 0.1, "task_type": "CAUSAL_LM"}
-    theirs = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), PeftLora(r=4, target_modules=["q_proj", "down_proj"], **settings)
-    )
-    shaken(theirs)
-    theirs.save_pretrained(tmp_path / "theirs")
-    model = load_policy(tmp_path / "theirs", CONFIG)
-    assert close(plain_logits(model), plain_logits(theirs))
-    assert load_tokenizer(tmp_path / "theirs", CONFIG).get_vocab() == TOKENIZER.get_vocab()
+THEIRS = [
+    ("llama", {"use_rslora": True, "lora_dropout": 0.1, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}),
+    # A head that is its model's embeddings, and that the adapter unties: as tokens are added, say.
+    ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "modules_to_save": ["lm_head"]}),
+]
 
 
-def shaken(model: PeftModel) -> None:
-    """Everything that is trained gets other numbers."""
-    for number, parameter in enumerate(model.parameters()):
+@pytest.mark.parametrize(("name", "settings"), THEIRS)
+def test_an_adapter_by_peft_loads_without_a_tokenizer_of_its_own(tmp_path: Path, name: str, settings: dict[str, Any]):
+    path, folder = saved(policy(name), tmp_path / "base"), tmp_path / "theirs"
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(path), PeftLora(r=4, **settings))
+    for number, parameter in enumerate(theirs.parameters()):
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter.data, std=0.2, generator=torch.Generator().manual_seed(number))
-
-
-def test_a_head_that_an_adapter_unties_stays_untied(tmp_path: Path):
-    """modules_to_save=[lm_head] on a model whose head is its embeddings: as tokens are added, say."""
-    path = saved(policy("gpt2"), tmp_path / "base")
-    settings = PeftLora(r=4, target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["lm_head"])
-    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(path), settings)
-    shaken(theirs)
-    theirs.save_pretrained(tmp_path / "theirs")
-    model = load_policy(tmp_path / "theirs", CONFIG)
+    theirs.save_pretrained(folder)
+    model = load_policy(folder, CONFIG)
     assert close(plain_logits(model), plain_logits(theirs))
-    folder = saved(model, tmp_path / "saved")
-    assert close(plain_logits(AutoModelForCausalLM.from_pretrained(folder)), plain_logits(theirs))
+    assert load_tokenizer(folder, CONFIG).get_vocab() == TOKENIZER.get_vocab()
+    again = AutoModelForCausalLM.from_pretrained(saved(model, tmp_path / "saved"))
+    assert close(plain_logits(again), plain_logits(theirs))
 
 
 def test_an_adapter_from_the_hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -286,23 +276,13 @@ def test_a_checkpoint_of_an_adapter_is_taken_up_and_another_ranks_refused(base: 
         other.load(tmp_path / "step.pt")
 
 
-@pytest.mark.parametrize(
-    ("name", "how"),
-    [
-        ("adapter", {}),
-        ("adapter", {"merge": True}),
-        ("scorer's adapter", {}),
-        ("scorer's adapter", {"merge": True}),
-        ("llama", {}),
-        ("gpt2", {}),
-        ("gemma3", {}),
-        ("scorer", {}),
-        ("encoder", {}),
-        ("sharded", {}),
-    ],
-)
+ADAPTED = [(name, merge) for name in ("adapter", "scorer's adapter") for merge in (False, True)]
+WHOLE = [(name, False) for name in ("llama", "gpt2", "gemma3", "scorer", "encoder", "sharded")]
+
+
+@pytest.mark.parametrize(("name", "merge"), [*ADAPTED, *WHOLE])
 def test_models_are_saved_from_a_given_state(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, how: dict[str, Any]
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, merge: bool
 ):
     """What a sharded engine gives: plain tensors, while the model holds rounded ones, or none."""
     if "adapter" in name:
@@ -315,15 +295,15 @@ def test_models_are_saved_from_a_given_state(
         set_layout(model, "auto")
     if name == "sharded":
         monkeypatch.setattr("rdo.models.pretrained.LARGEST_FILE", "20KB")
-    wanted = saved(kept, tmp_path / "wanted", **how)
+    wanted = saved(kept, tmp_path / "wanted", merge=merge)
     assert (wanted / "model.safetensors.index.json").exists() == (name == "sharded")
     # Each name a tensor of its own: those of tied weights are two here.
     state = {name: tensor.clone() for name, tensor in trained_state(model).items()}
-    if not how:
+    if not merge:
         model.to(torch.bfloat16)  # type: ignore[arg-type]
     for parameter in model.parameters():
         parameter.data = parameter.data.new_empty(0)
-    found = saved(kept, tmp_path / "found", state=state, **how)
+    found = saved(kept, tmp_path / "found", state=state, merge=merge)
     assert names_in(found) == names_in(wanted)
     for file in wanted.iterdir():
         assert (found / file.name).read_bytes() == file.read_bytes(), file.name
@@ -360,9 +340,9 @@ def test_stages_that_go_on_from_an_adapter(tmp_path: Path):
     run = tiny_run(tmp_path / "run", *FEW, f"model.path={given_model}", "rc=reward", "rc.negative=abs")
     sft, aligned, reward = base_policy(run), aligned_policy(run), scorer_artifact(run, "reward")
     assert names_in(sft.folder / "model") >= ADAPTER
-    for artifact, factory in ((sft, AutoModelForCausalLM), (aligned, AutoModelForCausalLM)):
+    assert "model.safetensors" in names_in(aligned.folder / "model") & names_in(reward.folder / "model")
+    for artifact in (sft, aligned):
+        alone = AutoModelForCausalLM.from_pretrained(artifact.folder / "model")
         ids = torch.tensor([[2, 3, 4, 5]])
-        ours, _ = run.policy(artifact)
-        alone = factory.from_pretrained(artifact.folder / "model")
-        torch.testing.assert_close(alone(input_ids=ids).logits, ours(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
-    assert (reward.folder / "model" / "model.safetensors").exists()
+        found, wanted = (model(input_ids=ids).logits for model in (alone, run.policy(artifact)[0]))
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,14 +18,15 @@ from transformers import (
 )
 
 from helpers import COMMON, GROUPED, SIZES, configuration, policy, randomise, scorer, tokenizer
+from rdo.models.generation import generate_batch
 from rdo.models.pretrained import load_policy, load_scorer, load_tokenizer, new_policy, new_scorer, save_model
-from rdo.models.traits import check_vocabulary, head_names, without_dropout
+from rdo.models.traits import head_names, without_dropout
 from rdo.runtime.errors import UserError
-from rdo.sequences.forward import hidden_states, read_scalars
-from rdo.sequences.layout import make_layout
-from rdo.settings import ModelConfig
+from rdo.sequences.forward import Reads, hidden_states, read
+from rdo.sequences.readout import Scalar
+from rdo.settings import EvalConfig, ModelConfig
 from rdo.stages.evaluate import evaluate_policy
-from saved import ENDS, FLAT, SEQUENCES, TOKENIZER, outputs, plain_logits, saved
+from saved import FLAT, SEQUENCES, TOKENIZER, outputs, plain_logits, saved
 from tiny import tiny_run
 
 CONFIG = ModelConfig()
@@ -103,12 +103,11 @@ def test_a_tokenizer_without_padding_is_enough(tmp_path: Path):
 
 def test_ids_without_an_embedding_are_refused():
     """Which would otherwise end in an index out of range in the middle of training."""
-    for model, read in ((policy(), hidden_states), (scorer("bert"), partial(read_scalars, values=ENDS))):
+    for model in (policy(), scorer("bert")):
         with pytest.raises(UserError, match=r"the token id 300, but .* has 300 embeddings only"):
-            read(model, make_layout("padded", [(*SEQUENCES[0][:-1], 300), *SEQUENCES[1:]]))
-    check_vocabulary(policy(), TOKENIZER, "here")
-    with pytest.raises(UserError, match="301 ids, the model only 300"):
-        check_vocabulary(policy(), tokenizer(301), "here")
+            read(model, "padded", Reads([(5, 300), (6, 7)], scalars=[[Scalar(0, 1)]]))
+    with pytest.raises(UserError, match="the token id 300"):
+        generate_batch(policy(), TOKENIZER, [(5, 300)], EvalConfig(), seed=0)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def tensor(*values: float) -> Tensor:
         ("clip", [2.0, 0.0, 0.0, 0.0], [False] * 4),
         ("abs", [2.0, 0.0, 0.5, 3.0], [False] * 4),
         ("flip", [2.0, 0.0, 0.5, 3.0], [False, False, True, True]),
-        ("floor", [2.0, 0.1, 0.1, 0.1], [False] * 4),
+        ("floor", [2.0, 0.1, 0.1, 0.1], [False] * 4),  # nor does it fall as R grows
     ],
 )
 def test_negative_differences(negative: str, expected: list[float], flipped: list[bool]) -> None:
@@ -38,20 +38,10 @@ def test_negative_differences(negative: str, expected: list[float], flipped: lis
     assert result.flipped.tolist() == flipped
 
 
-def test_floor_does_not_fall_as_the_difference_grows() -> None:
-    weight = coefficients(tensor(-5, 0, 1e-4, 1e-3, 1), alpha=0.5, negative="floor", epsilon=1e-3).weight
-    assert weight.tolist() == pytest.approx([1e-3**0.5] * 4 + [1.0], rel=1e-6)
-
-
 def test_error_counts_the_negative_ones() -> None:
     with pytest.raises(UserError, match=r"^2 of 4 pairs .*rc\.negative"):
         coefficients(tensor(1, -1, 0, -2), alpha=0.5, negative="error")
     assert coefficients(tensor(1, 0, 4), alpha=0.5, negative="error").weight.tolist() == [1.0, 0.0, 2.0]
-
-
-def test_alpha_one_is_the_difference_itself() -> None:
-    values = tensor(0.1, 0.25, 3.7)
-    assert torch.equal(coefficients(values, alpha=1).weight, values)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
@@ -97,15 +87,9 @@ def test_weights_are_finite_and_never_negative(values: Tensor, alpha: float, neg
     assert weight.isfinite().all()
     assert (weight >= 0).all()
     assert negative == "flip" or not flipped.any()
+    assert torch.equal(coefficients(values.double(), alpha=alpha).weight > 0, values > 0)  # what clip keeps
     agreed = values >= 1e-3  # where the scorer agrees with the label, the rule makes no difference
     assert torch.equal(weight[agreed], coefficients(values[agreed], alpha=alpha).weight)
-
-
-@repeatable
-@given(differences, alphas)
-def test_clip_drops_exactly_the_pairs_without_a_positive_difference(values: Tensor, alpha: float) -> None:
-    weight = coefficients(values.double(), alpha=alpha).weight
-    assert torch.equal(weight > 0, values > 0)
 
 
 @repeatable
@@ -139,20 +123,10 @@ def test_there_is_nothing_to_train_on_without_a_positive_difference() -> None:
 
 def test_statistics() -> None:
     values = tensor(4, 1, -1, 0, -9)
-    assert statistics(values, coefficients(values, alpha=0.5).weight) == pytest.approx(
-        {
-            "negative_share": 0.4,
-            "mean": 0.6,
-            "effective_sample_size": 9 / 5,
-            "effective_sample_share": 9 / 25,
-        }
-    )
-
-
-def test_statistics_without_effect() -> None:
-    values = tensor(4, 1, -1)
+    wanted = {"negative_share": 0.4, "mean": 0.6, "effective_sample_size": 9 / 5, "effective_sample_share": 9 / 25}
+    assert statistics(values, coefficients(values, alpha=0.5).weight) == pytest.approx(wanted)
     assert statistics(values, coefficients(values, alpha=0).weight)["effective_sample_share"] == 1.0
-    assert statistics(values, tensor(0, 0, 0))["effective_sample_size"] == 0.0
+    assert statistics(values, 0 * values)["effective_sample_size"] == 0.0
 
 
 # Ablations

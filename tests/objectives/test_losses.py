@@ -51,11 +51,8 @@ def test_dpo_golden() -> None:
     close(golden_dpo(0.2), 0.513015, 0.913015)
     close(golden_dpo(0.1, label_smoothing=0.1), 0.618139, 0.778139)
     close(golden_dpo(0.1, label_smoothing=0.1, robust=True), 0.573139, 0.823139)
-
-
-def test_dpo_starts_at_ln_2_exactly() -> None:
-    loss = losses.dpo(CHOSEN, REJECTED, CHOSEN, REJECTED, beta=0.2)
-    assert torch.equal(loss, tensor(math.log(2), math.log(2)))
+    at_the_start = losses.dpo(CHOSEN, REJECTED, CHOSEN, REJECTED, beta=0.2)
+    assert torch.equal(at_the_start, tensor(math.log(2), math.log(2)))  # to the bit
 
 
 def test_dpo_with_coefficients_golden() -> None:
@@ -139,6 +136,7 @@ def normalised(token_log_probabilities: list[list[float]]) -> Tensor:
 def test_rrhf_golden() -> None:
     p, rewards = normalised([[-1, -1, -1], [-2, -2], [-0.5]]), [0.2, 1.0, -0.5]
     close(p, -1, -2, -0.5)
+    close(losses.length_normalised(tensor(-6, -6), torch.tensor([4, 9]), 0.5), -3, -2)
     close(rrhf(p, rewards)[0].sum(), 3.0)
     close(rrhf(p, rewards, alpha=0.5)[0].sum(), 3.149875)
     close(rrhf(p, rewards, alpha=1.0)[0].sum(), 3.4)
@@ -147,10 +145,14 @@ def test_rrhf_golden() -> None:
     close(losses.sft(tensor(-4), tensor(2), reduction="sum"), 4.0)
 
 
-def test_rrhf_golden_divides_by_the_response_s_own_length() -> None:
-    """RRHF's published code divides every candidate by the padded length and gets 0.8 here."""
-    p = normalised([[-1, -2, -3], [-1, -1], [-2]])
-    assert rrhf(p, [0.2, 1.0, -0.5])[0].sum() == 0.0
+@pytest.mark.parametrize(("normalise_by", "expected"), [("response", 0.0), ("row", 0.8)])
+def test_rrhf_golden_by_lengths(normalise_by: str, expected: float) -> None:
+    """RRHF's published code divides every candidate by the padded length, here a row of 5 predicted tokens."""
+    policy, length, rewards = tensor(-6, -2, -2), tensor(3, 2, 1), [0.2, 1.0, -0.5]
+    pairs = losses.rrhf_pairs(rewards)
+    better, worse = [i for i, _ in pairs], [j for _, j in pairs]
+    inputs = (policy[better], policy[worse], length[better], length[worse], torch.full((len(pairs),), 5.0))
+    close(losses.rrhf(*inputs, normalise_by=normalise_by).sum(), expected)  # type: ignore[arg-type]
 
 
 def test_rrhf_golden_six_candidates() -> None:
@@ -162,12 +164,6 @@ def test_rrhf_golden_six_candidates() -> None:
     close(rrhf(p, rewards, alpha=0.5)[0].sum(), 3.616190)
     close(rrhf(p, rewards, alpha=1.0)[0].sum(), 4.31)
     assert losses.best_response(rewards) == 4
-
-
-def test_length_penalty() -> None:
-    total, length = tensor(-6, -6), torch.tensor([4, 9])
-    close(losses.length_normalised(total, length, 0.0), -6, -6)
-    close(losses.length_normalised(total, length, 0.5), -3, -2)
 
 
 def test_rrhf_ranking_has_no_gradient_for_a_tie() -> None:
@@ -219,12 +215,8 @@ def test_kto_golden() -> None:
     close(losses.kto(LOG_RATIO, DESIRABLE, kl, beta=0.1, lambda_desirable=1.33).mean(), 0.604158)
     undesirable = losses.kto(LOG_RATIO, DESIRABLE, kl, beta=0.1, lambda_undesirable=2.0)
     close(undesirable, 0.493750, 0.543639, 2 * 0.456361, 2 * 0.580542, tolerance=1.2e-6)
-
-
-def test_kto_golden_divergence_is_never_negative() -> None:
-    kl = losses.kto_kl(-MISMATCHED)
-    assert kl == 0.0
-    close(losses.kto(LOG_RATIO, DESIRABLE, kl, beta=0.1).mean(), 0.518427)
+    assert losses.kto_kl(-MISMATCHED) == 0.0  # never negative
+    close(losses.kto(LOG_RATIO, DESIRABLE, losses.kto_kl(-MISMATCHED), beta=0.1).mean(), 0.518427)
 
 
 @pytest.mark.parametrize(("alpha", "expected"), [(0.5, 0.680854), (1.0, 1.183563)])
@@ -270,16 +262,13 @@ def test_difference_golden() -> None:
     close(losses.difference(FORWARD, TARGET, DUPLICATE, REVERSE, beta0=0.1, beta1=0.1).mean(), 0.422819)
 
 
-def test_difference_golden_constant_output() -> None:
+def test_difference_of_a_constant_output_and_of_a_tie() -> None:
     """A constant f = 5 looks perfect on rows that always show the chosen response first."""
     constant = tensor(5, 5, 5, 5)
     close(losses.difference(constant, torch.ones(4)).mean(), 0.0067, tolerance=5e-5)
     close(losses.difference(constant, tensor(1, 0, 0, 1)).mean(), 2.507, tolerance=5e-4)
-
-
-def test_difference_of_a_tie_is_least_at_zero() -> None:
     at, below, above = losses.difference(tensor(0, -0.1, 0.1), tensor(0.5, 0.5, 0.5))
-    assert at < below == above
+    assert at < below == above  # a tie's loss is least at 0
 
 
 def test_difference_needs_what_it_weighs() -> None:
@@ -348,14 +337,3 @@ def test_precision_inside(given_dtype: torch.dtype, expected: torch.dtype) -> No
         assert loss.dtype == expected, name
         assert loss.shape == first.shape, name
         assert torch.allclose(loss.double(), wide[name], rtol=1e-6, atol=1e-7), name
-
-
-def test_rrhf_as_its_published_code_computes_it() -> None:
-    """The discriminating golden row: 0 by the response's own length, 0.8 by a row of 5 predicted tokens."""
-    sums, lengths, rewards = [-6.0, -2.0, -2.0], [3.0, 2.0, 1.0], [0.2, 1.0, -0.5]
-    pairs = losses.rrhf_pairs(rewards)
-    better, worse = [i for i, _ in pairs], [j for _, j in pairs]
-    policy, length, row = torch.tensor(sums), torch.tensor(lengths), torch.full((len(pairs),), 5.0)
-    inputs = (policy[better], policy[worse], length[better], length[worse], row)
-    assert float(losses.rrhf(*inputs).sum()) == 0.0
-    assert float(losses.rrhf(*inputs, normalise_by="row").sum()) == pytest.approx(0.8, abs=5e-7)

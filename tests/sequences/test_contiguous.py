@@ -8,17 +8,16 @@ import random
 import numpy as np
 import pytest
 import torch
-from test_layouts import FLOAT32, FLOAT64, LISTS, check
+from test_layouts import DECODERS, FLOAT32, FLOAT64, LISTS, check
 from transformers import PreTrainedModel
 
 import rdo.sequences.kernels.contiguous
 from helpers import policy, random_tree, relative_error, words
-from rdo.sequences.forward import read_log_probabilities
+from rdo.sequences.forward import hidden_states
 from rdo.sequences.kernels.contiguous import ContiguousPlan, contiguous_rectangles
 from rdo.sequences.kernels.gathered import GatheredPlan
 from rdo.sequences.layout import PrefixTree
 from rdo.sequences.preparation import set_layout
-from rdo.sequences.readout import Span
 
 CPU = torch.device("cpu")
 
@@ -87,14 +86,15 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(lambda q, k, v: plan.attend(q, k, v, None, None), inputs)
 
 
-@pytest.mark.parametrize("name", LISTS)
-def test_models_agree_with_sequences_alone(name: str):
-    check(policy("llama-grouped", torch.float64), LISTS[name], FLOAT64)
-
-
-@pytest.mark.parametrize("model", ["mistral-window", "qwen2", "gpt2", "gpt-neox", "gemma", "gemma3"])
-def test_other_decoders_agree(model: str):
-    check(policy(model), LISTS["three differences"], FLOAT32)
+@pytest.mark.parametrize(
+    ("model", "dtype", "name"),
+    [
+        *(("llama-grouped", torch.float64, name) for name in LISTS),
+        *((model, torch.float32, "three differences") for model in DECODERS[2:] if model != "gpt2-by-layer"),
+    ],
+)
+def test_models_agree_with_sequences_alone(model: str, dtype: torch.dtype, name: str):
+    check(policy(model, dtype), LISTS[name], FLOAT64 if dtype == torch.float64 else FLOAT32)
 
 
 def computed_by(model: PreTrainedModel, sequences: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> set[str]:
@@ -109,7 +109,7 @@ def computed_by(model: PreTrainedModel, sequences: list[tuple[int, ...]], monkey
 
         monkeypatch.setattr(plan, "attend", noted)
     with torch.no_grad():
-        read_log_probabilities(model, PrefixTree(sequences), [Span(0, 1)])
+        hidden_states(model, PrefixTree(sequences))
     return ran
 
 

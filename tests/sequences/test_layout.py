@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import random_tree, words
-from rdo.sequences.layout import LayoutName, Padded, PrefixTree, common_prefix_length, cost, count_unique, pack
+from rdo.sequences.layout import LayoutName, Padded, PrefixTree, cost, count_unique, pack
 
 Sequences = list[tuple[int, ...]]
 
@@ -48,7 +48,7 @@ def distinct_prefixes(sequences: Sequences) -> set[tuple[int, ...]]:
 def check_tree(sequences: Sequences) -> None:
     tree = PrefixTree(sequences)
     prefixes = distinct_prefixes(sequences)
-    assert len(tree) == len(prefixes) == len(tree.ids) == len(tree.positions)
+    assert len(tree) == len(prefixes) == len(tree.ids) == len(tree.positions) == count_unique(sequences)
     row_of: dict[tuple[int, ...], int] = {}
     for s, ids in enumerate(sequences):
         assert len(tree.rows[s]) == len(ids)
@@ -84,11 +84,6 @@ def test_a_random_tree_holds_every_distinct_prefix_once(sequences: Sequences):
     check_tree(sequences)
 
 
-@given(random_trees())
-def test_the_count_needs_no_tree(sequences: Sequences):
-    assert count_unique(sequences) == len(PrefixTree(sequences)) == len(distinct_prefixes(sequences))
-
-
 @given(random_trees(), st.randoms(use_true_random=False))
 def test_the_order_of_the_list_does_not_matter(sequences: Sequences, coin: random.Random):
     order = list(range(len(sequences)))
@@ -104,7 +99,6 @@ def test_the_order_of_the_list_does_not_matter(sequences: Sequences, coin: rando
 def test_flat_rows_hold_their_sequences_and_nothing_else_counts(sequences: Sequences):
     flat = Padded(sequences)
     assert flat.ids.shape == flat.mask.shape == (len(sequences), max(map(len, sequences)))
-    assert len(flat) == flat.ids.numel()
     for s, ids in enumerate(sequences):
         assert flat.mask[s].tolist() == [1] * len(ids) + [0] * (flat.width - len(ids))
         assert flat.ids.flatten()[flat.index(s, np.arange(len(ids)))].tolist() == list(ids)
@@ -116,13 +110,6 @@ def test_a_pair_shares_its_query_and_a_difference_its_first_response_too():
     assert count_unique([a, b]) == 6 + 4 + 5
     # f(a, b) and f(a, a) read query and first response once; f(b, a) shares the query alone.
     assert count_unique([a + SECOND, a + FIRST, b + FIRST]) == 6 + (4 + 5 + 4) + (5 + 4)
-
-
-@given(st.lists(st.integers(0, 2), max_size=6), st.lists(st.integers(0, 2), max_size=6))
-def test_common_prefix_length(first: list[int], second: list[int]):
-    shared = common_prefix_length(np.array(first), np.array(second))
-    assert first[:shared] == second[:shared]
-    assert shared in (len(first), len(second)) or first[shared] != second[shared]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,7 +125,7 @@ def test_every_item_is_in_one_batch_and_no_batch_is_over_budget(made: list[Seque
     assert sorted(number for batch in batches for number in batch) == list(range(len(made)))
     for batch in batches:
         sequences = [ids for number in batch for ids in made[number]]
-        tokens = len(PrefixTree(sequences) if layout == "tree" else Padded(sequences))
+        tokens = (PrefixTree(sequences) if layout == "tree" else Padded(sequences)).ids.numel()
         assert tokens <= budget or len(batch) == 1
 
 

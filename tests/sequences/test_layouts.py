@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, MiniMaxConfig, PreTrainedModel
 import rdo.sequences.kernels.gathered
 from helpers import COMMON, GROUPED, configuration, policy, random_tree, relative_error, scorer, words
 from rdo.runtime.errors import UserError
-from rdo.sequences.forward import hidden_states, read_log_probabilities, read_scalars
+from rdo.sequences.forward import Reads, hidden_states, read
 from rdo.sequences.layout import PrefixTree, make_layout
 from rdo.sequences.preparation import set_layout
 from rdo.sequences.readout import Scalar, Span, span_log_probabilities
@@ -72,9 +72,7 @@ def laid_out(
     layout = make_layout(name, sequences)  # type: ignore[arg-type]
     hidden = hidden_states(model, layout)
     states = [hidden[layout.index(s, torch.arange(len(ids)).numpy())] for s, ids in enumerate(sequences)]
-    sums, counts = span_log_probabilities(hidden, model.get_output_embeddings(), layout, half_way(sequences), budget)
-    assert counts.tolist() == [len(sequences[span.sequence]) - span.start for span in half_way(sequences)]
-    return states, sums
+    return states, span_log_probabilities(hidden, model.get_output_embeddings(), layout, half_way(sequences), budget)
 
 
 def gradients(model: PreTrainedModel, sums: torch.Tensor) -> list[torch.Tensor]:
@@ -99,26 +97,17 @@ def check(model: PreTrainedModel, sequences: Sequences, tolerance: float, budget
                 assert (one - other).norm() <= tolerance * (other.norm() + 1e-3 * whole), name
 
 
-@pytest.mark.parametrize("name", LISTS)
-@pytest.mark.parametrize("model", ["llama", "llama-grouped"])
-def test_layouts_agree_with_sequences_alone(model: str, name: str):
-    check(policy(model), LISTS[name], FLOAT32)
+AGREE = [
+    *((model, torch.float32, name) for model in DECODERS[:2] for name in LISTS),
+    *(("llama-grouped", torch.float64, name) for name in LISTS),
+    *((model, torch.float32, name) for model in DECODERS[2:] for name in ("tree", "shared turns", "three differences")),
+    *((model, torch.float64, "shared turns") for model in DECODERS[2:]),
+]
 
 
-@pytest.mark.parametrize("name", LISTS)
-def test_layouts_agree_in_double_precision(name: str):
-    check(policy("llama-grouped", torch.float64), LISTS[name], FLOAT64)
-
-
-@pytest.mark.parametrize("model", DECODERS[2:])
-@pytest.mark.parametrize("name", ["tree", "shared turns", "three differences"])
-def test_layouts_agree_for_other_decoders(model: str, name: str):
-    check(policy(model), LISTS[name], FLOAT32)
-
-
-@pytest.mark.parametrize("model", DECODERS[2:])
-def test_other_decoders_agree_in_double_precision(model: str):
-    check(policy(model, torch.float64), LISTS["shared turns"], FLOAT64)
+@pytest.mark.parametrize(("model", "dtype", "name"), AGREE)
+def test_layouts_agree_with_sequences_alone(model: str, dtype: torch.dtype, name: str):
+    check(policy(model, dtype), LISTS[name], FLOAT64 if dtype == torch.float64 else FLOAT32)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -146,35 +135,20 @@ def test_chunks_of_the_head_change_nothing(budget: int):
 def test_only_the_asked_tokens_count():
     model, ids = policy(), QUERY + FIRST
     set_layout(model, "tree")
-    layout = make_layout("tree", [ids])
-    whole, parts = read_log_probabilities(model, layout, [Span(0, 1), Span(0, len(QUERY)), Span(0, len(ids) - 1)])
-    assert parts.tolist() == [len(ids) - 1, len(FIRST), 1]
+    whole = read(model, "tree", Reads([ids], [Span(0, 1), Span(0, len(QUERY)), Span(0, len(ids) - 1)]))
     # Log-probabilities are negative: the fewer tokens, the higher.
     assert whole[0] < whole[1] < whole[2] < 0
 
 
-def test_padding_changes_no_log_probability():
-    model = policy()
-    set_layout(model, "padded")
-    spans = [Span(0, len(QUERY))]
-    with torch.no_grad():
-        tight, _ = read_log_probabilities(model, make_layout("padded", [QUERY + FIRST]), spans)
-        loose, _ = read_log_probabilities(model, make_layout("padded", [QUERY + FIRST, QUERY * 5]), spans)
-    torch.testing.assert_close(tight, loose, rtol=FLOAT32, atol=0)
-
-
 def test_half_precision_is_read_in_full():
-    model = policy("llama", torch.bfloat16)
-    sequences = LISTS["pair"]
+    model, sequences = policy("llama", torch.bfloat16), LISTS["pair"]
     assert set_layout(model, "tree") == "tree"
-    found, _ = read_log_probabilities(model, make_layout("tree", sequences), half_way(sequences))
+    found = read(model, "tree", Reads(sequences, half_way(sequences)))
     assert found.dtype == torch.float32
     reward_model = scorer("llama", dtype=torch.bfloat16)
     assert set_layout(reward_model, "tree") == "tree"
-    values = read_scalars(reward_model, make_layout("tree", sequences), [[Scalar(0, 3)], [Scalar(1, 3)]])
-    assert values.dtype == torch.float32
+    assert read(reward_model, "tree", Reads(sequences, scalars=[[Scalar(0, 3)]])).dtype == torch.float32
     # Close to float32's own numbers, within what eight bits of mantissa allow.
-    set_layout(model, "padded")
     wanted = torch.stack(alone(model, sequences)[1])
     assert relative_error([found], [wanted]) < 0.05
 
@@ -184,18 +158,18 @@ def test_encoders_run_flat_and_padding_changes_no_score(model: str):
     encoder = scorer(model)
     assert set_layout(encoder, "auto") == "padded"
     sequences = [QUERY + FIRST, QUERY + SECOND + TURN, TURN]
-    values = [[Scalar(s, len(ids) - 1)] for s, ids in enumerate(sequences)]
+    reads = Reads(sequences, scalars=[[Scalar(s, len(ids) - 1)] for s, ids in enumerate(sequences)])
     with torch.no_grad():
-        found = read_scalars(encoder, make_layout("padded", sequences), values)
+        found = read(encoder, "padded", reads)
         wanted = torch.stack([encoder(input_ids=torch.tensor([ids])).logits[0, 0] for ids in sequences])
     assert relative_error([found], [wanted]) < FLOAT32
     with pytest.raises(UserError, match=r"engine\.layout"):
         set_layout(encoder, "tree")
     with pytest.raises(UserError, match=r"engine\.layout"):
-        read_scalars(encoder, make_layout("tree", sequences), values)
+        read(encoder, "tree", reads)
     # The refusal leaves it usable.
     with torch.no_grad():
-        assert torch.equal(read_scalars(encoder, make_layout("padded", sequences), values), found)
+        assert torch.equal(read(encoder, "padded", reads), found)
 
 
 def unsupported(name: str) -> PreTrainedModel:
@@ -218,7 +192,7 @@ def test_decoders_that_a_tree_would_falsify_are_refused_by_name(name: str, reaso
     assert model.config._attn_implementation == before
     sequences = LISTS["pair"]
     with torch.no_grad():
-        found, _ = read_log_probabilities(model, make_layout("padded", sequences), half_way(sequences))
+        found = read(model, "padded", Reads(sequences, half_way(sequences)))
         wanted = torch.stack(alone(model, sequences)[1])
     assert relative_error([found], [wanted]) < FLOAT32
 

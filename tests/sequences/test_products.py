@@ -10,14 +10,13 @@ from torch.nn.functional import linear
 
 from helpers import policy, random_tree, relative_error
 from rdo.sequences import preparation
-from rdo.sequences.forward import read_log_probabilities
-from rdo.sequences.layout import make_layout
+from rdo.sequences.forward import Reads, read
 from rdo.sequences.preparation import set_layout
 from rdo.sequences.readout import Span
 
 HERE = platform.machine() == "x86_64" and torch.backends.mkldnn.is_available()
 SEQUENCES = [ids for ids in random_tree(1, count=8) if len(ids) > 1]
-SPANS = [Span(s, 1) for s in range(len(SEQUENCES))]
+READS = Reads(SEQUENCES, [Span(s, 1) for s in range(len(SEQUENCES))])
 
 
 @pytest.fixture
@@ -52,7 +51,7 @@ def test_a_model_computes_the_same(pays: None, layout: str, monkeypatch: pytest.
         monkeypatch.setattr(preparation, "onednn_pays", lambda products=products: products == "onednn")
         model = policy("llama-grouped")
         assert set_layout(model, layout) == set_layout(model, layout) == layout
-        sums, _ = read_log_probabilities(model, make_layout(layout, SEQUENCES), SPANS)  # type: ignore[arg-type]
+        sums = read(model, layout, READS)  # type: ignore[arg-type]
         results[products] = [sums, *torch.autograd.grad(sums.sum(), list(model.parameters()))]
     assert relative_error(results["onednn"], results["torch"]) < 1e-6
 
@@ -65,10 +64,9 @@ def test_other_precisions_are_left_to_torch(pays: None, monkeypatch: pytest.Monk
     double, single = policy("llama", torch.float64), policy("llama")
     for model in (double, single):
         preparation.prepare_products(model)
-    layout = make_layout("padded", SEQUENCES)
     with torch.no_grad():
-        assert read_log_probabilities(double, layout, SPANS)[0].dtype == torch.float64
+        assert read(double, "padded", READS).dtype == torch.float64
         with torch.autocast("cpu", torch.bfloat16):
-            read_log_probabilities(single, layout, SPANS)
+            read(single, "padded", READS)
         with pytest.raises(AssertionError, match="ran"):
-            read_log_probabilities(single, layout, SPANS)
+            read(single, "padded", READS)

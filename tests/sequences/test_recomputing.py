@@ -14,8 +14,7 @@ from helpers import policy, random_tree, relative_error, scorer, tokenizer
 from rdo.models.lora import choose_trained
 from rdo.models.pretrained import load_policy, new_scorer, save_model
 from rdo.models.traits import recompute_activations, without_dropout
-from rdo.sequences.forward import read_log_probabilities, read_scalars
-from rdo.sequences.layout import make_layout
+from rdo.sequences.forward import Reads, read
 from rdo.sequences.preparation import set_layout
 from rdo.sequences.readout import Scalar, Span
 from rdo.settings import LoraConfig, ModelConfig
@@ -58,11 +57,10 @@ def measured(model: PreTrainedModel, layout: str) -> tuple[float, list[torch.Ten
 
     handles = [module.register_forward_hook(count(number)) for number, module in enumerate(inner)]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    laid_out = make_layout(layout, SEQUENCES)  # type: ignore[arg-type]
+    reads = Reads(SEQUENCES, [Span(s, 1) for s in range(len(SEQUENCES))])
     if hasattr(model.config, "rdo_form"):
-        values = read_scalars(model, laid_out, [[Scalar(s, len(ids) - 1)] for s, ids in enumerate(SEQUENCES)])
-    else:
-        values = read_log_probabilities(model, laid_out, [Span(s, 1) for s in range(len(SEQUENCES))])[0]
+        reads = Reads(SEQUENCES, scalars=[[Scalar(s, len(ids) - 1)] for s, ids in enumerate(SEQUENCES)])
+    values = read(model, layout, reads)  # type: ignore[arg-type]
     loss = (torch.linspace(-1.0, 1.5, len(values)) * values).sum()
     forward = list(runs)
     gradients = list(torch.autograd.grad(loss, trained))
@@ -117,10 +115,3 @@ def test_dropout_stays_off_in_layers_that_run_again():
     again, found, _ = measured(model, "padded")
     assert again == pytest.approx(loss, rel=1e-6)
     assert relative_error(found, gradients) < 1e-6
-
-
-def test_a_model_without_such_layers_is_refused(monkeypatch: pytest.MonkeyPatch):
-    model = policy()
-    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
-    with pytest.raises(ValueError, match="LlamaForCausalLM does not support activation checkpointing"):
-        recompute_activations(model)

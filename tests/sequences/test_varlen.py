@@ -22,9 +22,10 @@ import rdo.sequences.preparation
 from emulated import varlen_attn, varlen_attn_of_2_11
 from helpers import policy, relative_error
 from rdo.runtime.errors import UserError
+from rdo.sequences import forward
 from rdo.sequences.attention import choose_kernel
-from rdo.sequences.forward import hidden_states
-from rdo.sequences.kernels.varlen import GatherRows, VarlenPlan, computed_dtype
+from rdo.sequences.forward import Reads, hidden_states
+from rdo.sequences.kernels.varlen import GatherRows, VarlenPlan
 from rdo.sequences.layout import PrefixTree, make_layout
 from rdo.sequences.preparation import head_width, set_kernel, set_layout, why_not_tree
 from rdo.sequences.readout import span_log_probabilities
@@ -47,8 +48,7 @@ def read(model: PreTrainedModel, sequences: Sequences, kernel: str) -> tuple[lis
     layout = make_layout("padded" if kernel == "padded" else "tree", sequences)
     hidden = hidden_states(model, layout)
     states = [hidden[layout.index(s, np.arange(len(ids)))] for s, ids in enumerate(sequences)]
-    sums, _ = span_log_probabilities(hidden, model.get_output_embeddings(), layout, half_way(sequences))
-    return states, sums
+    return states, span_log_probabilities(hidden, model.get_output_embeddings(), layout, half_way(sequences))
 
 
 def check(model: PreTrainedModel, sequences: Sequences, kernel: str, tolerance: float) -> None:
@@ -61,24 +61,18 @@ def check(model: PreTrainedModel, sequences: Sequences, kernel: str, tolerance: 
     assert relative_error(gradients(model, found), wanted_gradients) < tolerance
 
 
-@pytest.mark.parametrize("model", DECODERS)
-@pytest.mark.parametrize("name", ["tree", "three differences"])
-def test_varlen_agrees_with_the_flat_layout(monkeypatch: pytest.MonkeyPatch, model: str, name: str):
-    emulate(monkeypatch)
-    check(policy(model), LISTS[name], "varlen", FLOAT32)
-
-
-@pytest.mark.parametrize("name", LISTS)
-@pytest.mark.parametrize("model", ["llama-grouped", "mistral-window"])
-def test_varlen_agrees_in_double_precision(monkeypatch: pytest.MonkeyPatch, model: str, name: str):
-    emulate(monkeypatch)
-    check(policy(model, torch.float64), LISTS[name], "varlen", FLOAT64)
-
-
-@pytest.mark.parametrize("model", ["llama", "llama-grouped", "mistral-window"])
-def test_varlen_agrees_where_pytorch_knows_no_groups(monkeypatch: pytest.MonkeyPatch, model: str):
-    emulate(monkeypatch, varlen_attn_of_2_11)
-    check(policy(model, torch.float64), LISTS["six responses"], "varlen", FLOAT64)
+@pytest.mark.parametrize(
+    ("model", "dtype", "name", "function"),
+    [
+        *((model, torch.float32, name, varlen_attn) for model in DECODERS for name in ("tree", "three differences")),
+        *((m, torch.float64, name, varlen_attn) for m in ("llama-grouped", "mistral-window") for name in LISTS),
+        # Where PyTorch knows no groups of heads.
+        *((m, torch.float64, "six responses", varlen_attn_of_2_11) for m in ("llama", "llama-grouped")),
+    ],
+)
+def test_varlen_agrees_with_the_padded_layout(monkeypatch: pytest.MonkeyPatch, model: str, dtype, name: str, function):
+    emulate(monkeypatch, function)
+    check(policy(model, dtype), LISTS[name], "varlen", FLOAT64 if dtype == torch.float64 else FLOAT32)
 
 
 def test_varlen_gathers_nothing_where_nothing_is_shared():
@@ -101,14 +95,13 @@ def test_varlen_computes_in_half_precision_under_autocast(monkeypatch: pytest.Mo
     assert why_not_tree(model, "varlen", torch.bfloat16) is None
     errors = {}
     for kernel in ("padded", "varlen"):
+        layout = "padded" if kernel == "padded" else "tree"
         if kernel == "padded":
             set_layout(model, "padded")
         else:
             assert why_not_tree(model, "varlen", torch.bfloat16) is None
-        layout = make_layout("padded" if kernel == "padded" else "tree", sequences)
         with torch.autocast("cpu", torch.bfloat16):
-            hidden = hidden_states(model, layout)
-            sums, _ = span_log_probabilities(hidden, model.get_output_embeddings(), layout, half_way(sequences))
+            sums = forward.read(model, layout, Reads(sequences, half_way(sequences)))
         errors[kernel] = relative_error(gradients(model, sums), exact)
     assert set(taken) == {torch.bfloat16}
     assert 0 < errors["varlen"] < 1.5 * errors["padded"] < 0.15
@@ -148,33 +141,26 @@ def test_gradients_of_a_row_that_many_read_are_added_in_float32():
     assert additions.dtypes == [torch.float32, torch.float64]
 
 
-def test_attention_computes_in_what_autocast_says_or_the_values_are_in():
-    values = {dtype: torch.ones(1, dtype=dtype) for dtype in EVERY_DTYPE}
-    assert {dtype: computed_dtype(value) for dtype, value in values.items()} == {dtype: dtype for dtype in EVERY_DTYPE}
-    with torch.autocast("cpu", torch.bfloat16):
-        assert computed_dtype(values[torch.float32]) == torch.bfloat16
-        assert computed_dtype(values[torch.float64]) == torch.float64  # which autocast leaves alone
-
-
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 FULL, BRAIN, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float16, torch.float64
-RULE: list[tuple[torch.device, torch.dtype, int, dict[str, Any], str]] = [
-    (CPU, FULL, 64, {}, "contiguous"),
-    (CPU, BRAIN, 64, {}, "contiguous"),
-    (CUDA, BRAIN, 64, {}, "varlen"),
-    (CUDA, HALF, 128, {}, "varlen"),
-    (CUDA, BRAIN, 256, {"capability": (9, 0)}, "varlen"),
-    (CUDA, BRAIN, 256, {"capability": (8, 9)}, "gathered"),
-    (CUDA, BRAIN, 192, {"capability": (8, 9)}, "varlen"),
-    (CUDA, BRAIN, 256, {"capability": (12, 0)}, "gathered"),
-    (CUDA, BRAIN, 260, {}, "gathered"),
-    (CUDA, BRAIN, 100, {}, "gathered"),
-    (CUDA, HALF, 64, {"capability": (7, 5)}, "gathered"),
-    (CUDA, BRAIN, 64, {"flash": False}, "gathered"),
-    (CUDA, BRAIN, 64, {"cudnn": True}, "gathered"),
-    (CUDA, BRAIN, 12, {}, "gathered"),
-    (CUDA, FULL, 64, {}, "gathered"),
-    (CUDA, DOUBLE, 64, {}, "gathered"),
+# What auto takes; where that is not varlen, why it is refused to whom demands it.
+RULE: list[tuple[torch.device, torch.dtype, int, dict[str, Any], str, str | None]] = [
+    (CPU, FULL, 64, {}, "contiguous", "needs an NVIDIA GPU"),
+    (CPU, BRAIN, 64, {}, "contiguous", "needs an NVIDIA GPU"),
+    (CUDA, BRAIN, 64, {}, "varlen", None),
+    (CUDA, HALF, 128, {}, "varlen", None),
+    (CUDA, BRAIN, 256, {"capability": (9, 0)}, "varlen", None),
+    (CUDA, BRAIN, 192, {"capability": (8, 9)}, "varlen", None),
+    (CUDA, BRAIN, 256, {"capability": (8, 6)}, "gathered", "up to 192, and the model's is 256"),
+    (CUDA, BRAIN, 256, {"capability": (12, 0)}, "gathered", "up to 192"),
+    (CUDA, BRAIN, 260, {}, "gathered", "multiple of 8 up to 256, and the model's is 260"),
+    (CUDA, BRAIN, 100, {}, "gathered", "multiple of 8"),
+    (CUDA, BRAIN, 12, {}, "gathered", "multiple of 8"),
+    (CUDA, HALF, 64, {"capability": (7, 5)}, "gathered", "compute capability"),
+    (CUDA, BRAIN, 64, {"flash": False}, "gathered", "flash attention"),
+    (CUDA, BRAIN, 64, {"cudnn": True}, "gathered", "cuDNN"),
+    (CUDA, FULL, 64, {}, "gathered", r"this is float32 \(see engine\.precision"),
+    (CUDA, DOUBLE, 64, {}, "gathered", "this is float64"),
 ]
 
 
@@ -190,31 +176,15 @@ def pretend(
     monkeypatch.setattr(varlen, "_should_use_cudnn", lambda index: cudnn, raising=False)
 
 
-@pytest.mark.parametrize(("device", "dtype", "width", "machine", "chosen"), RULE)
-def test_the_kernel_is_chosen_by_one_rule(monkeypatch, device, dtype, width, machine, chosen):
+@pytest.mark.parametrize(("device", "dtype", "width", "machine", "chosen", "said"), RULE)
+def test_the_kernel_is_chosen_by_one_rule(monkeypatch, device, dtype, width, machine, chosen, said):
     pretend(monkeypatch, **machine)
     assert choose_kernel("auto", device, dtype, width) == chosen
-    assert choose_kernel("gathered", device, dtype, width) == "gathered"
-    if chosen != "gathered":
-        assert choose_kernel(chosen, device, dtype, width) == chosen
-
-
-@pytest.mark.parametrize(
-    ("kernel", "device", "dtype", "width", "machine", "said"),
-    [
-        ("varlen", CPU, BRAIN, 64, {}, "needs an NVIDIA GPU"),
-        ("varlen", CUDA, FULL, 64, {}, r"this is float32 \(see engine\.precision"),
-        ("varlen", CUDA, BRAIN, 100, {}, "multiple of 8 up to 256, and the model's is 100"),
-        ("varlen", CUDA, BRAIN, 256, {"capability": (8, 6)}, "up to 192, and the model's is 256"),
-        ("varlen", CUDA, HALF, 64, {"capability": (7, 0)}, "compute capability"),
-        ("varlen", CUDA, HALF, 64, {"flash": False}, "flash attention"),
-        ("varlen", CUDA, HALF, 64, {"cudnn": True}, "cuDNN"),
-    ],
-)
-def test_a_kernel_that_is_demanded_in_vain_is_refused_by_name(monkeypatch, kernel, device, dtype, width, machine, said):
-    pretend(monkeypatch, **machine)
-    with pytest.raises(UserError, match=rf"^engine\.attention={kernel} .*{said}.*; use engine\.attention=auto$"):
-        choose_kernel(kernel, device, dtype, width)
+    for kernel in ("gathered", chosen):
+        assert choose_kernel(kernel, device, dtype, width) == kernel
+    if said:
+        with pytest.raises(UserError, match=rf"^engine\.attention=varlen .*{said}.*; use engine\.attention=auto$"):
+            choose_kernel("varlen", device, dtype, width)
 
 
 def test_on_a_cpu_the_gpu_kernel_is_refused():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from rdo.data.records import Preference, Record
-from rdo.objectives.choice import choose_loss
+from rdo.objectives.choice import LossChoice, choose_loss
 from rdo.objectives.losses import dpo
 from rdo.runtime.errors import UserError
 from rdo.settings import RcConfig, TrainingConfig
@@ -75,19 +77,13 @@ def test_ablations() -> None:
     assert shuffled in ({(3.0, 7.0)}, {(7.0, 3.0)})  # the same permutation every time
 
 
-def test_order_forward_and_antisymmetric() -> None:
-    """R(j, i) = -R(i, j) from the forward order, whether or not the other order was scored as well."""
-    forward = frozenset({("x", 0, 1)})
-    for outputs in ({("x", 0, 1): 3.0, ("x", 1, 0): 1.0}, {("x", 0, 1): 3.0}):
-        read = Scores({}, outputs, forward)
-        assert read.difference("x", 0, 1) == 3.0
-        assert read.difference("x", 1, 0) == -3.0
-    read = Scores({}, {("x", 0, 1): 3.0, ("x", 1, 0): 1.0}, forward)
-    assert read.difference("x", 0, 1, "antisymmetric") == 1.0
-    assert read.difference("x", 1, 0, "antisymmetric") == -1.0
-    assert read.output("x", 1, 0) == 1.0
-    rewards = Scores({("x", 0): 2.0, ("x", 1): 0.5}, {})
-    assert rewards.difference("x", 0, 1) == 1.5
+@pytest.mark.parametrize("outputs", [{("x", 0, 1): 3.0, ("x", 1, 0): 1.0}, {("x", 0, 1): 3.0}])
+def test_r_is_read_from_the_forward_order_whatever_else_was_scored(outputs: dict[tuple[str, int, int], float]) -> None:
+    read = Scores({}, outputs, frozenset({("x", 0, 1)}))
+    assert read.difference("x", 0, 1) == -read.difference("x", 1, 0) == 3.0
+    if len(outputs) == 2:
+        assert read.difference("x", 0, 1, "antisymmetric") == -read.difference("x", 1, 0, "antisymmetric") == 1.0
+        assert read.output("x", 1, 0) == 1.0
 
 
 def test_gold_reads_the_scores_of_the_data() -> None:
@@ -98,12 +94,11 @@ def test_gold_reads_the_scores_of_the_data() -> None:
 
 def test_settings_without_effect_do_not_make_another_run() -> None:
     assert rc_settings(RcConfig("none", alpha=0.1)) is None
-    assert rc_settings(RcConfig("reward", order="antisymmetric")) == rc_settings(RcConfig("reward"))
+    reward, filtered = RcConfig("reward"), RcConfig("reward", ablation="filter")
+    assert rc_settings(RcConfig("reward", order="antisymmetric")) == rc_settings(reward)
     assert rc_settings(RcConfig("diff", order="antisymmetric")) != rc_settings(RcConfig("diff"))
-    assert rc_settings(RcConfig("reward", alpha=1.0)) != rc_settings(RcConfig("reward"))
-    assert rc_settings(RcConfig("reward", alpha=1.0, ablation="filter")) == rc_settings(
-        RcConfig("reward", ablation="filter")
-    )
+    assert rc_settings(RcConfig("reward", alpha=1.0)) != rc_settings(reward)
+    assert rc_settings(RcConfig("reward", alpha=1.0, ablation="filter")) == rc_settings(filtered)
 
 
 def test_pairs_to_score() -> None:
@@ -117,48 +112,48 @@ def test_pairs_to_score() -> None:
     assert pairs_to_score(Record("bare", "q", ("a", "b")), False) == [(0, 1)]
 
 
-def rrhf(ranking: str) -> object:
+DPO = choose_loss({"name": "dpo", "beta": 0.1})
+
+
+def rrhf(ranking: str) -> LossChoice:
     return choose_loss({"name": "rrhf", "pairs": "ranking", "ranking": ranking, "mean_over": "queries"})
 
 
 def test_rankings() -> None:
     record = Record("x", "q", ("a", "b", "c"), (Preference(1, 0),), scores=(0.1, 0.9, 0.5))
-    by_scores = supervision(record, rrhf("scores"), {})  # type: ignore[arg-type]
-    assert set(by_scores.pairs) == {(1, 2), (1, 0), (2, 0)}
-    assert by_scores.best == 1
-    by_labels = supervision(record, rrhf("labels"), {})  # type: ignore[arg-type]
-    assert by_labels.pairs == ((1, 0),)
-    assert by_labels.best == 1
+    by_scores, by_labels = (supervision(record, rrhf(ranking), {}) for ranking in ("scores", "labels"))
+    assert (set(by_scores.pairs), by_scores.best) == ({(1, 2), (1, 0), (2, 0)}, 1)
+    assert (by_labels.pairs, by_labels.best) == (((1, 0),), 1)
     # g(i, j) = i - j + 5: a pure order bias of 5 that the antisymmetric mean removes.
     outputs = {("x", i, j): i - j + 5.0 for i in range(3) for j in range(3) if i != j}
     read = {"diff": Scores({}, outputs)}
-    assert supervision(record, rrhf("diff"), read).best == 2  # type: ignore[arg-type]
+    assert supervision(record, rrhf("diff"), read).best == 2
     assert read["diff"].ranking(record) == [-1.5, 0.0, 1.5]
     assert read["diff"].ranking(record, baseline=True) == [0.0, 1.0, 2.0]
-
-
-def data_run(records: list[Record], rc: str = "none") -> SimpleNamespace:
-    """What check_data reads of a run."""
-    config = SimpleNamespace(rc=RcConfig(rc), dataset=SimpleNamespace(name="made-up"), align=TrainingConfig())
-    return SimpleNamespace(config=config, records=lambda split: records)
-
-
-def test_data_that_cannot_serve_the_loss_is_refused_before_any_work() -> None:
-    scored_record = pair_record("scored", scores=(1.0, 0.25))
-    with pytest.raises(UserError, match=r"loss\.ranking=scores: record one"):
-        check_data(data_run([scored_record, RECORDS[0]]), rrhf("scores"))  # type: ignore[arg-type]
-    check_data(data_run([scored_record]), rrhf("scores"))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="rc=gold: record one"):
-        check_data(data_run(RECORDS, rc="gold"), rrhf("reward"))  # type: ignore[arg-type]
-    bare = Record("bare", "q", ("a", "b"), scores=(1.0, 0.0))
-    with pytest.raises(UserError, match="loss=dpo compares labelled pairs"):
-        check_data(data_run([bare]), choose_loss({"name": "dpo", "beta": 0.1}))  # type: ignore[arg-type]
-    check_data(data_run([bare]), rrhf("scores"))  # type: ignore[arg-type]
-
-
-def test_ties_are_no_pairs() -> None:
     tied = Record("x", "q", ("a", "b"), (Preference(0, 1, tie=True),))
-    assert supervision(tied, choose_loss({"name": "dpo", "beta": 0.1}), {}).pairs == ()
+    assert supervision(tied, DPO, {}).pairs == ()
+
+
+SCORED, BARE = pair_record("scored", scores=(1.0, 0.25)), Record("bare", "q", ("a", "b"), scores=(1.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("records", "loss", "rc", "said"),
+    [
+        ([SCORED, RECORDS[0]], rrhf("scores"), "none", r"loss\.ranking=scores: record one"),
+        ([SCORED], rrhf("scores"), "none", None),
+        (RECORDS, rrhf("reward"), "gold", "rc=gold: record one"),
+        ([BARE], DPO, "none", "loss=dpo compares labelled pairs"),
+        ([BARE], rrhf("scores"), "none", None),
+    ],
+)
+def test_data_that_cannot_serve_the_loss_is_refused_before_any_work(
+    records: list[Record], loss: LossChoice, rc: str, said: str | None
+) -> None:
+    config = SimpleNamespace(rc=RcConfig(rc), dataset=SimpleNamespace(name="made-up"), align=TrainingConfig())
+    run: Any = SimpleNamespace(config=config, records=lambda split: records)
+    with pytest.raises(UserError, match=said) if said else nullcontext():
+        check_data(run, loss)
 
 
 def test_selection_and_partners_do_not_depend_on_the_order_of_records() -> None:
@@ -169,6 +164,7 @@ def test_selection_and_partners_do_not_depend_on_the_order_of_records() -> None:
     first, second = select(records, config), select(shuffled, config)
     assert [records[n].id for n in first] == [shuffled[n].id for n in second]
     assert len(first) == 7
+    assert select([RECORDS[0], Record("six", "q", tuple("abcdef"))], TrainingConfig(min_responses=6)) == [1]
     by_id = [{rs[n].id: rs[m].id for n, m in partners(rs, chosen).items()} for rs, chosen in
              ((records, first), (shuffled, second))]  # fmt: skip
     assert by_id[0] == by_id[1]
@@ -184,8 +180,3 @@ def test_partner_has_another_query() -> None:
     assert all(records[n].query != records[m].query for n, m in found.items())
     with pytest.raises(UserError, match="only one query"):
         partners(same, [0, 1, 2])
-
-
-def test_min_responses() -> None:
-    records = [pair_record("two"), Record("six", "q", tuple("abcdef"))]
-    assert select(records, TrainingConfig(min_responses=6)) == [1]

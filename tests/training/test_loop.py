@@ -15,15 +15,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from engines import one_step
-from made_tasks import SETTINGS, TASKS, alignment_task, encoded, make_task, task_of
+from made_tasks import SETTINGS, TASKS, alignment_task, encoded, make_task, mismatch, references, task_of
 from rdo.data.encoding import EncodedRecord
 from rdo.models.pretrained import load_tokenizer
-from rdo.objectives import losses
 from rdo.objectives.choice import choose_loss
-from rdo.sequences.forward import read_log_probabilities
-from rdo.sequences.layout import make_layout
+from rdo.sequences.forward import Reads, read
 from rdo.sequences.preparation import set_layout
-from rdo.sequences.readout import Span
 from rdo.settings import EngineConfig, TrackerConfig, TrainingConfig
 from rdo.stages.align import aligned_policy
 from rdo.stages.reference import reference
@@ -31,9 +28,9 @@ from rdo.stages.run import Run, model_path
 from rdo.stages.scorer import scorer
 from rdo.stages.sft import base_policy
 from rdo.tracking import Tracker
-from rdo.training.alignment import AlignmentRecord, Pair
+from rdo.training.alignment import AlignmentRecord, Pair, Sample
 from rdo.training.loop import learning_rate_factor, make_plan, train
-from rdo.training.tasks import ById
+from rdo.training.step import Task
 from tiny import tiny_run
 
 torch.set_num_threads(1)
@@ -62,14 +59,21 @@ def model_of(name: str) -> torch.nn.Module:
     return llama(scorer_labels=2 if name == "residual" else 1)
 
 
-def step(name: str, records: list[EncodedRecord], layout: str, budget: int) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Measures and gradients of one step over all records."""
-    model = model_of(name)
+def step_of(
+    task: Task, model: torch.nn.Module, examples: Sequence[Any], layout: str, budget: int = 10**9
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Measures and gradients of one step over the examples."""
+    measures = one_step(task, model, set_layout(model, layout), examples, budget)
+    return measures, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def step(
+    name: str, records: list[EncodedRecord], layout: str, budget: int
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """The same of a task, over all records."""
     task = make_task(name, records)
-    chosen = set_layout(model, layout)
-    examples = [task.example(index, 0) for index in range(len(task.record_ids))]
-    measures = one_step(task, model, chosen, examples, budget)
-    return measures, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    examples = [task.example(index, 0) for index in range(len(task))]
+    return step_of(task, model_of(name), examples, layout, budget)
 
 
 def assert_same_gradient(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
@@ -127,15 +131,12 @@ def test_weights_after_training_do_not_depend_on_the_budget(name: str, tmp_path)
 
 def test_loss_is_ln2_where_policy_is_the_reference() -> None:
     """At step 0 every pair's DPO loss is ln 2, its implicit reward margin 0, and accuracy counts ties as half."""
-    records = encoded(6, 2)
     model = llama()
     layout = set_layout(model, "tree")
     examples = []
-    for record in records:
-        sequences = [(*record.prompt, *ids) for ids in record.responses]
-        spans = [Span(n, len(record.prompt)) for n in range(2)]
+    for record in encoded(6, 2):
         with torch.no_grad():
-            reference, _ = read_log_probabilities(model, make_layout(layout, sequences), spans)
+            reference = read(model, layout, Reads.of(record.prompt, record.responses))
         examples.append(AlignmentRecord(record, (Pair(0, 1),), tuple(reference.tolist())))
     task = task_of(examples, choose_loss(SETTINGS["dpo"]))
     for budget in (1, 10**9):
@@ -144,51 +145,77 @@ def test_loss_is_ln2_where_policy_is_the_reference() -> None:
         assert measures["implicit_reward_margin"] == pytest.approx(0, abs=2e-5)
 
 
-def test_kto_estimates_its_kl_over_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """z0 = max(0, mean over ALL mismatched responses), not a mean of each micro-batch's maximum."""
-    model = llama()
-    layout = set_layout(model, "padded")
-    task = alignment_task("kto", encoded(6, 2))
-    records = list(task.records)
-    seen: list[torch.Tensor] = []
-    assert task.kl_ratios is not None
+def naive_log_probability(model: torch.nn.Module, prompt: Sequence[int], ids: Sequence[int]) -> float:
+    """A response's, by a plain forward pass of the one sequence."""
+    row = torch.tensor([[*prompt, *ids]])
     with torch.no_grad():
-        parts = [task.kl_ratios(model, layout, [record]) for record in records]
-    whole = losses.kto_kl(torch.cat(parts))
-    monkeypatch.setattr(losses, "kto_kl", lambda ratios: seen.append(ratios) or whole)
-    for budget in (1, 10**9):
-        one_step(task, model, layout, records, budget)
-    assert [len(ratios) for ratios in seen] == [12, 12]
-    assert all(torch.allclose(ratios.sort().values, torch.cat(parts).sort().values, atol=1e-5) for ratios in seen)
-    assert float(whole) > 0.0
-    ratios = []
-    for record in records:
-        for ids, known in record.mismatched:
-            row = torch.tensor([[*record.encoded.prompt, *ids]])
-            with torch.no_grad():
-                logits = model(row).logits[0, :-1].log_softmax(-1)
-            tokens = logits.gather(-1, row[0, 1:, None])[len(record.encoded.prompt) - 1 :, 0]
-            ratios.append(float(tokens.sum()) - known)
-    assert float(whole) == pytest.approx(max(0.0, sum(ratios) / len(ratios)), abs=1e-4)
+        logits = model(row).logits[0, :-1].log_softmax(-1)
+    return float(logits.gather(-1, row[0, 1:, None])[len(prompt) - 1 :].sum())
 
 
 def test_dpo_step_equals_the_naive_formula() -> None:
     """The whole path (packing, tree, read-outs, weights, means) against a loop over plain forward passes."""
-    model = llama()
-    task = alignment_task("dpo", encoded(5, 2))
+    model, task = llama(), alignment_task("dpo", encoded(5, 2))
     expected = 0.0
     examples = list(task.records)
     for example in examples:
-        sums = []
-        for ids in example.encoded.responses:
-            row = torch.tensor([[*example.encoded.prompt, *ids]])
-            with torch.no_grad():
-                logits = model(row).logits[0, :-1].log_softmax(-1)
-            sums.append(float(logits.gather(-1, row[0, 1:, None])[len(example.encoded.prompt) - 1 :].sum()))
+        sums = [naive_log_probability(model, example.encoded.prompt, ids) for ids in example.encoded.responses]
         margin = (sums[0] - example.reference[0]) - (sums[1] - example.reference[1])
         expected += example.pairs[0].weight * math.log1p(math.exp(-0.2 * margin)) / 5
     layout = set_layout(model, "tree")
     assert one_step(task, model, layout, examples, 50)["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_kto_step_of_mixed_data_equals_the_naive_formula() -> None:
+    """Also z0 = max(0, mean over ALL mismatched responses), not a mean of each micro-batch's maximum; and the
+    cross-entropy of some responses."""
+    model, task = llama(), alignment_task("mixed", encoded(9, 2))
+    examples = list(task.records)
+    ratios = []
+    for reads, known in ((example.mismatched.reads, example.mismatched.reference) for example in examples):
+        for ids, span, value in zip(reads.sequences, reads.spans, known, strict=True):
+            ratios.append(naive_log_probability(model, ids[: span.start], ids[span.start :]) - value)
+    z0 = max(0.0, sum(ratios) / len(ratios))
+    assert z0 > 0
+    losses, imitated = [], []
+    for example in examples:
+        sums = [naive_log_probability(model, example.encoded.prompt, ids) for ids in example.encoded.responses]
+        taken = [(r, good, p.weight) for p in example.pairs for r, good in ((p.chosen, True), (p.rejected, False))]
+        for response, good, weight in [*taken, *((s.response, s.desirable, 1.0) for s in example.samples)]:
+            ratio = sums[response] - example.reference[response]
+            losses.append(weight / (1 + math.exp(0.1 * (ratio - z0) * (1 if good else -1))))
+        if example.best is not None:
+            imitated.append(-sums[example.best] / len(example.encoded.responses[example.best]))
+    assert (len(losses), len(imitated)) == (3 * 2 + 3 * 2 + 3, 3)
+    expected = sum(losses) / len(losses) + 0.5 * sum(imitated) / len(imitated)
+    layout = set_layout(model, "tree")
+    for budget in (1, 50, 10**9):
+        measures = one_step(task, model, layout, examples, budget)
+        assert measures["loss"] == pytest.approx(expected, rel=1e-5)
+        assert measures["kl_estimate"] == pytest.approx(z0, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["padded", "tree"])
+def test_pairs_split_up_give_the_step_of_the_pairs(layout: str) -> None:
+    """KTO with rc=none, each half paired with its half of the mismatched responses."""
+    records = encoded(6, 2)
+    known = references(records)
+    pairs, halves = [], []
+    for n, record in enumerate(records):
+        others = records[n - 1].responses
+        pairs.append(AlignmentRecord(record, (Pair(0, 1),), known[record.id], mismatched=mismatch(record, others)))
+        for response, desirable in ((0, True), (1, False)):
+            half = EncodedRecord(f"{record.id}-{response}", record.prompt, (record.responses[response],))
+            own, other = (known[record.id][response],), mismatch(record, others[response : response + 1])
+            halves.append(AlignmentRecord(half, (), own, (Sample(0, desirable),), mismatched=other))
+    kto = choose_loss(SETTINGS["kto"])
+    (expected, gradient), (measures, other) = (
+        step_of(task_of(examples, kto), llama(), examples, layout) for examples in (pairs, halves)
+    )
+    assert expected["kl_estimate"] > 0
+    for name in ("loss", "kl_estimate", "implicit_reward_desirable", "implicit_reward_undesirable"):
+        assert measures[name] == pytest.approx(expected[name], rel=1e-6)
+    assert_same_gradient(gradient, other)
 
 
 def test_difference_pairs_are_shown_in_random_order_reseeded_every_epoch() -> None:
@@ -199,21 +226,6 @@ def test_difference_pairs_are_shown_in_random_order_reseeded_every_epoch() -> No
         assert 70 < sum(target == 1.0 for target in drawn) < 130
     assert targets[0] != targets[1]
     assert targets[0] == [task.example(n, 0).target for n in range(len(records))]
-
-
-def test_items_are_made_when_they_are_asked_for_and_in_the_order_of_their_keys() -> None:
-    made: list[int] = []
-
-    def make(number: int) -> int:
-        made.append(number)
-        return 10 * number
-
-    examples = ById([("b", 1), ("a", 2), ("b", 0), ("a", 2)], make)
-    assert (len(examples), made) == (4, [])
-    assert examples.keys == [("a", 2), ("a", 2), ("b", 0), ("b", 1)]
-    assert list(examples) == [10, 30, 20, 0]  # equal keys in the order given
-    assert examples[2] == 20
-    assert made == [1, 3, 2, 0, 2]
 
 
 class Fleeting(Sequence[Any]):

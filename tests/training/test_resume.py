@@ -89,20 +89,6 @@ def test_a_stopped_run_ends_as_an_uninterrupted_one(name, run_dir, monkeypatch):
     assert not (whole.folder / "checkpoints").exists()
 
 
-def test_a_run_that_is_stopped_twice_and_before_any_checkpoint(run_dir, monkeypatch):
-    run = tiny_run(run_dir, OFTEN, "sft.max_steps=6")
-    whole = base_policy(run)
-    wanted, wanted_metrics = weights(whole), metrics(whole)
-    shutil.rmtree(whole.folder)
-    for step in (1, 3):
-        with monkeypatch.context() as patched:
-            stop_after(patched, step)
-            with pytest.raises(Stopped):
-                base_policy(run)
-    assert weights(base_policy(run)) == wanted
-    assert metrics(whole) == wanted_metrics
-
-
 @pytest.mark.parametrize("where", ["rdo.stages.training.save_model", "rdo.runtime.store.library_versions"])
 def test_a_run_that_is_stopped_after_training_does_not_train_again(where, run_dir, monkeypatch):
     """Between the last step and the manifest: the last checkpoint serves, and the result is the same."""
@@ -126,7 +112,7 @@ def save_when_due(checkpoints: Checkpoints, steps: Iterable[int]) -> None:
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(1, [8]), (3, [4, 6, 8])])
-def test_only_the_last_checkpoints_are_kept(tmp_path, keep, kept):
+def test_checkpoints_are_saved_every_few_steps_and_only_the_last_are_kept(tmp_path, keep, kept):
     checkpoints = Checkpoints(tmp_path / "checkpoints", EngineConfig(checkpoint_every_steps=2, keep_checkpoints=keep))
     save_when_due(checkpoints, range(1, 10))
     assert [file.name for file in checkpoints.files()] == [f"step_{step:08d}.pt" for step in kept]
@@ -135,7 +121,6 @@ def test_only_the_last_checkpoints_are_kept(tmp_path, keep, kept):
 def test_a_checkpoint_is_saved_when_enough_minutes_have_passed(tmp_path):
     config = EngineConfig(checkpoint_every_steps=1000, checkpoint_every_minutes=1.0)
     checkpoints = Checkpoints(tmp_path / "checkpoints", config)
-    save_when_due(checkpoints, [1])
     checkpoints.last_saved -= 61
     save_when_due(checkpoints, [2, 3])
     assert [file.name for file in checkpoints.files()] == ["step_00000002.pt"]
@@ -219,17 +204,8 @@ def test_a_damaged_checkpoint_never_displaces_a_good_one(tmp_path):
 def test_a_checkpoint_of_another_model_is_one_clear_error(tmp_path):
     checkpoints = Checkpoints(tmp_path, EngineConfig())
     checkpoints.save(4, torch_engine())
-    with pytest.raises(
-        UserError, match=r"another model \(weight: \(2, 2\) there, \(3, 3\) here\); delete .*: the same"
-    ):
+    with pytest.raises(UserError, match=r"(?s)another model .*size mismatch for weight.*; delete .*: the same"):
         checkpoints.restore(torch_engine(3))
     grouped = torch_engine(groups=lambda model: [{"params": [model.weight]}, {"params": [model.bias]}])
     with pytest.raises(UserError, match="another model"):
         checkpoints.restore(grouped)
-
-
-def test_a_checkpoint_is_a_file_that_torch_reads_alone(saved):
-    """And no pickle of it runs code."""
-    checkpoints, states = saved
-    state = torch.load(checkpoints.files()[-1], weights_only=True)
-    assert same(state["model"], states[3])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import transformers
 
+from rdo.sequences.forward import check_ids
 from rdo.sequences.layout import to_device
 from rdo.sequences.preparation import set_layout
 from rdo.settings import EvalConfig
@@ -40,6 +41,7 @@ def generate_batch(
         sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}  # type: ignore[dict-item]
     width = max(map(len, batch))
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in batch])
+    check_ids(model, ids)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
     with torch.no_grad(), no_generation_defaults(model):
         output = model.generate(  # type: ignore[operator]

@@ -21,7 +21,7 @@ import transformers
 
 from rdo.data.encoding import EncodedRecord, begin_id
 from rdo.runtime.errors import UserError
-from rdo.sequences.forward import Reads, is_decoder_scorer
+from rdo.sequences.forward import Reads, decoder_head
 from rdo.sequences.readout import Scalar
 
 DIFFERENCE_FORMS = ("paper", "antisymmetric", "residual")
@@ -72,6 +72,6 @@ def add_value(
 def check_form(model: transformers.PreTrainedModel) -> str:
     """The scorer's form; UserError where its architecture cannot have it."""
     form = str(model.config.rdo_form)
-    if form == "residual" and not is_decoder_scorer(model):
+    if form == "residual" and decoder_head(model) is None:
         raise UserError("form=residual reads the first response before the second is seen: it needs a decoder")
     return form

@@ -1,4 +1,4 @@
-"""What the rest must know of a model, or change in it: its head, its dropout, its vocabulary."""
+"""What the rest must know of a model, or change in it: its head, its dropout."""
 
 from __future__ import annotations
 
@@ -55,15 +55,6 @@ def head_names(model: transformers.PreTrainedModel) -> set[str]:
 def beside_backbone(model: transformers.PreTrainedModel, name: str) -> bool:
     """Whether a weight is a head's, or one that pools for it: what a pre-trained backbone brings not."""
     return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
-
-
-def check_vocabulary(
-    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, path: str | Path
-) -> None:
-    """Raises UserError where the tokenizer knows ids that the model has no embedding for."""
-    rows = len(input_embeddings(model))
-    if len(tokenizer) > rows:
-        raise UserError(f"{path}: the tokenizer has {len(tokenizer)} ids, the model only {rows} embeddings")
 
 
 def check_logits(model: transformers.PreTrainedModel, path: str | Path) -> None:

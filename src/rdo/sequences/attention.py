@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 import transformers
+from torch import Tensor
 
 from rdo.runtime.errors import UserError
 from rdo.sequences.kernels.contiguous import ContiguousPlan, why_not_contiguous
@@ -30,14 +31,7 @@ PREFIX = "rdo_tree_"
 class Plan(Protocol):
     """How a kernel runs the attention of one tree; made once for a micro-batch and shared by all layers."""
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float | None,
-        window: int | None,
-    ) -> torch.Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
         """Attention of one flat row: query [1, heads, tokens, width], key and value [1, kv heads, tokens, width] give
         [1, tokens, heads, width]. scaling: of the scores, null for 1 / sqrt(width). window: how many tokens of its own
         path a token sees, itself included; null for all. The dtypes may differ, under autocast."""
@@ -74,29 +68,24 @@ def attention_name(kernel: str) -> str:
     return f"{PREFIX}{kernel}"
 
 
-def kernel_of(implementation: str) -> str | None:
-    """The kernel of a model's attention implementation, or None where it is none of ours."""
+def kernel_of(model: transformers.PreTrainedModel) -> str | None:
+    """The kernel that a model's attention runs, or None where it is none of ours."""
+    implementation = model.config._attn_implementation or ""
     return implementation.removeprefix(PREFIX) if implementation.startswith(PREFIX) else None
-
-
-def make_plan(implementation: str, tree: PrefixTree, device: torch.device) -> Plan | None:
-    """The plan of a model's attention implementation, or None where it is none of ours."""
-    kernel = kernel_of(implementation)
-    return None if kernel is None else KERNELS[kernel](tree, device)
 
 
 def tree_attention(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     tree: Plan | None = None,
     **others: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """What attention layers call: shapes as in `Plan.attend`.
 
     Raises UserError where a model asks for something that tree attention does not do (soft caps, attention sinks,

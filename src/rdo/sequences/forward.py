@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from rdo.runtime import stopping
 from rdo.runtime.errors import UserError
-from rdo.sequences.attention import make_plan
-from rdo.sequences.layout import Layout, LayoutName, Padded, PrefixTree, TokenIds, make_layout, pack, to_device
+from rdo.sequences.attention import KERNELS, kernel_of
+from rdo.sequences.layout import Layout, LayoutName, Padded, TokenIds, make_layout, pack, to_device
 from rdo.sequences.readout import Scalar, Span, combine, in_full_precision, scalar_values, span_log_probabilities
 
 
@@ -36,9 +36,17 @@ class Reads:
         self.sequences.append(tuple(chain(*parts)))
         return len(self.sequences) - 1
 
-    def add_response(self, prompt: TokenIds, response: TokenIds) -> None:
-        """Lists the log-probability of a response given its prompt."""
-        self.spans.append(Span(self.add(prompt, response), len(prompt)))
+    @classmethod
+    def of(cls, prompt: TokenIds, responses: Iterable[TokenIds]) -> Reads:
+        """The log-probability of each response given its prompt."""
+        reads = cls()
+        reads.spans = [Span(reads.add(prompt, response), len(prompt)) for response in responses]
+        return reads
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each span reads."""
+        return [len(self.sequences[span.sequence]) - span.start for span in self.spans]
 
 
 def merge(items: Sequence[Reads]) -> Reads:
@@ -63,47 +71,30 @@ def hidden_states(model: transformers.PreTrainedModel, layout: Layout) -> torch.
 def forward_pass(module: torch.nn.Module, model: transformers.PreTrainedModel, layout: Layout, **options: Any) -> Any:
     """What a model, or its backbone, makes of a micro-batch. Raises UserError where that does not fit the model."""
     check_positions(model, max(map(len, layout.sequences)))
-    rows, largest, device = len(input_embeddings(model)), int(layout.ids.max()), model.device
-    if largest >= rows:
-        raise UserError(
-            f"the token id {largest}, but {model.name_or_path or type(model).__name__} has {rows} embeddings only: its "
-            "tokenizer belongs to another model"
-        )
+    check_ids(model, layout.ids)
+    device = model.device
     if isinstance(layout, Padded):
         ids, mask = to_device(layout.ids, device), to_device(layout.mask, device)
         return module(input_ids=ids, attention_mask=mask, **options)
     ids, positions = to_device(layout.ids[None], device), to_device(layout.positions[None], device)
-    plan = make_plan(model.config._attn_implementation or "", layout, device)
+    kernel = kernel_of(model)
+    plan = None if kernel is None else KERNELS[kernel](layout, device)
     return module(input_ids=ids, position_ids=positions, tree=plan, **options)
 
 
-def read_log_probabilities(
-    model: transformers.PreTrainedModel, layout: Layout, spans: Sequence[Span]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed log-probabilities [spans] and token counts [spans] under a causal language model."""
-    return span_log_probabilities(hidden_states(model, layout), model.get_output_embeddings(), layout, spans)
-
-
-def read_scalars(
-    model: transformers.PreTrainedModel, layout: Layout, values: Sequence[Sequence[Scalar]]
-) -> torch.Tensor:
-    """Values [values] of a scorer; an encoder pools by its own rule and is read once a sequence."""
-    head = decoder_head(model)
-    if head is not None:
-        return scalar_values(hidden_states(model, layout), head, layout, values)
-    if isinstance(layout, PrefixTree):
-        raise UserError(f"{type(model).__name__} cannot run in a tree; use engine.layout=padded")
-    outputs = forward_pass(model, model, layout).logits
-    rows = to_device(np.array([read.sequence for value in values for read in value]), model.device)
-    return combine(in_full_precision(outputs[rows]), values)
-
-
 def read(model: transformers.PreTrainedModel, layout: LayoutName, reads: Reads) -> torch.Tensor:
-    """What is read off a micro-batch, [values]."""
+    """What is read off a micro-batch, [values]; an encoder pools by its own rule and is read once a sequence."""
     laid_out = make_layout(layout, reads.sequences)
     if reads.spans:
-        return read_log_probabilities(model, laid_out, reads.spans)[0]
-    return read_scalars(model, laid_out, reads.scalars)
+        states, head = hidden_states(model, laid_out), model.get_output_embeddings()
+        return span_log_probabilities(states, head, laid_out, reads.spans)
+    if (scalar_head := decoder_head(model)) is not None:
+        return scalar_values(hidden_states(model, laid_out), scalar_head, laid_out, reads.scalars)
+    if layout == "tree":
+        raise UserError(f"{type(model).__name__} cannot run in a tree; use engine.layout=padded")
+    outputs = forward_pass(model, model, laid_out).logits
+    rows = to_device(np.array([scalar.sequence for value in reads.scalars for scalar in value]), model.device)
+    return combine(in_full_precision(outputs[rows]), reads.scalars)
 
 
 def read_all(
@@ -130,11 +121,6 @@ def decoder_head(model: transformers.PreTrainedModel) -> torch.nn.Linear | None:
     return head if isinstance(head, torch.nn.Linear) else None
 
 
-def is_decoder_scorer(model: transformers.PreTrainedModel) -> bool:
-    """Whether a scorer's head sits on a causal decoder."""
-    return decoder_head(model) is not None
-
-
 def check_positions(
     model: transformers.PreTrainedModel, longest: int, remedy: str = "lower dataset.max_length"
 ) -> None:
@@ -144,6 +130,16 @@ def check_positions(
         raise UserError(
             f"a sequence of {longest} tokens, but {type(model).__name__} takes {positions}; {remedy} (the difference "
             "model reads the query and both responses, up to twice dataset.max_length)"
+        )
+
+
+def check_ids(model: transformers.PreTrainedModel, ids: torch.Tensor) -> None:
+    """Raises UserError where the model has no embedding for a token id."""
+    rows, largest = len(input_embeddings(model)), int(ids.max())
+    if largest >= rows:
+        raise UserError(
+            f"the token id {largest}, but {model.name_or_path or type(model).__name__} has {rows} embeddings only: its "
+            "tokenizer belongs to another model"
         )
 
 

@@ -93,10 +93,6 @@ class Padded:
         self.ids = torch.from_numpy(padded)
         self.mask = torch.from_numpy(mask)
 
-    def __len__(self) -> int:
-        """Tokens that the model computes, padding included."""
-        return self.ids.numel()
-
     def index(self, sequence: int, positions: np.ndarray | int) -> np.ndarray:
         """Rows of the hidden states, flattened to [sequences * width, width of the model]."""
         return np.atleast_1d(sequence * self.width + np.asarray(positions))

@@ -100,7 +100,7 @@ def head_width(model: transformers.PreTrainedModel) -> int:
 
 def described_layout(model: transformers.PreTrainedModel, layout: LayoutName) -> str:
     """A layout as a person reads it: on a GPU with the kernel of a tree."""
-    kernel = kernel_of(model.config._attn_implementation or "")
+    kernel = kernel_of(model)
     return f"{layout} ({kernel})" if kernel is not None and model.device.type == "cuda" else layout
 
 

@@ -47,8 +47,8 @@ def span_log_probabilities(
     layout: Layout,
     spans: Sequence[Span],
     logits_budget: int = LOGITS_BUDGET,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed log-probabilities [spans] and numbers of tokens [spans] of the spans.
+) -> torch.Tensor:
+    """Summed log-probabilities of the spans, [spans].
 
     hidden: [rows, width] as the layout flattens them. Tokens before `start` (the query's) never count.
     """
@@ -61,10 +61,8 @@ def span_log_probabilities(
     device = hidden.device
     index, target = to_device(np.concatenate(rows), device), to_device(np.concatenate(targets), device)
     tokens = token_log_probabilities(hidden[index], head, target, logits_budget)
-    count = tensor_on(device, lengths, torch.int64)
     owner = to_device(np.repeat(np.arange(len(spans)), lengths), device)
-    total = torch.zeros(len(spans), dtype=tokens.dtype, device=device).index_add(0, owner, tokens)
-    return total, count
+    return torch.zeros(len(spans), dtype=tokens.dtype, device=device).index_add(0, owner, tokens)
 
 
 def token_log_probabilities(

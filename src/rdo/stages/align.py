@@ -19,6 +19,7 @@ from rdo.objectives.choice import LossChoice, choose_loss
 from rdo.objectives.losses import best_response, rrhf_pairs
 from rdo.runtime.errors import UserError
 from rdo.runtime.store import Artifact, stable_seed
+from rdo.sequences.forward import Reads
 from rdo.settings import RcConfig
 from rdo.stages.reference import Reference, partners, read_reference, reference
 from rdo.stages.run import Run, select
@@ -26,7 +27,7 @@ from rdo.stages.score import Scores, read_scores, scores
 from rdo.stages.scorer import STAGE_OF, check_labels
 from rdo.stages.sft import base_policy
 from rdo.stages.training import train_and_save
-from rdo.training.alignment import AlignmentRecord, AlignmentTask, Pair, Sample
+from rdo.training.alignment import AlignmentRecord, AlignmentTask, Mismatched, Pair, Sample
 from rdo.training.tasks import ById
 
 RANKING_SCORER: dict[str, str] = {"reward": "reward", "diff": "diff", "diff_baseline": "diff"}
@@ -167,9 +168,10 @@ def alignment_record(
     """A record with its reference log-probabilities, which are NaN where the loss reads none, and KTO's partner."""
     responses = range(len(encoded.responses))
     own = tuple(float("nan") if known is None else known.own[encoded.id, response] for response in responses)
-    mismatched: tuple[tuple[tuple[int, ...], float], ...] = ()
+    mismatched = None
     if partner is not None and known is not None:
-        mismatched = tuple((ids, known.mismatched[encoded.id, n]) for n, ids in enumerate(partner.responses))
+        values = tuple(known.mismatched[encoded.id, n] for n in range(len(partner.responses)))
+        mismatched = Mismatched(Reads.of(encoded.prompt, partner.responses), values)
     return AlignmentRecord(encoded, pairs, own, samples, best, mismatched)
 
 

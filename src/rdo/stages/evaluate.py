@@ -231,8 +231,7 @@ def log_ratios(
     read = []
     for name in ("policy", "base"):
         model, tokenizer = run.policy(inputs[name])
-        encoded, items = run.encoded(run.config.eval.split, tokenizer), [Reads() for _ in places]
-        for reads, place, response in zip(items, places, responses, strict=True):
-            reads.add_response(encoded[place].prompt, response.ids)
+        encoded = run.encoded(run.config.eval.split, tokenizer)
+        items = [Reads.of(encoded[n].prompt, [one.ids]) for n, one in zip(places, responses, strict=True)]
         read.append(run.read_all(model, items, f"log-probabilities {name}"))
     return [own - base for (own,), (base,) in zip(*read, strict=True)]

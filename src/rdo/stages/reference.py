@@ -66,12 +66,11 @@ def reference(run: Run, mismatched: bool) -> Artifact:
 
         def listed(part: range) -> Iterator[tuple[Reads, list[tuple[Any, ...]]]]:
             for place in chosen[part.start : part.stop]:
-                reads, own = Reads(), encoded[place]
+                own = encoded[place]
                 theirs = encoded[other[place]].responses if mismatched else ()
-                for response in (*own.responses, *theirs):
-                    reads.add_response(own.prompt, response)
                 keys = [(own.id, n, False) for n in range(len(own.responses))]
-                yield reads, keys + [(own.id, n, True) for n in range(len(theirs))]
+                keys += [(own.id, n, True) for n in range(len(theirs))]
+                yield Reads.of(own.prompt, (*own.responses, *theirs)), keys
 
         ids: list[Any] = records.only(np.array(chosen, int)).ids()
         if mismatched:

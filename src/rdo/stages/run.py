@@ -18,7 +18,6 @@ from rdo.data.loading import Splits, load_splits
 from rdo.data.records import Record
 from rdo.data.table import Records
 from rdo.models.pretrained import load_policy, load_scorer, load_tokenizer
-from rdo.models.traits import check_vocabulary
 from rdo.runtime.errors import NotFiniteError, UserError
 from rdo.runtime.processes import dealt, world
 from rdo.runtime.progress import progress_bar
@@ -156,7 +155,6 @@ class Run:
         self, artifact: Artifact, model: transformers.PreTrainedModel, trained: bool
     ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
         tokenizer = load_tokenizer(model_path(artifact), self.config.model)
-        check_vocabulary(model, tokenizer, model_path(artifact))
         if not trained and self.precision() != torch.float32:
             model = model.to(self.precision())  # type: ignore[arg-type]
         return self.on_device(model), tokenizer

@@ -17,7 +17,6 @@ from rdo.models.given import given
 from rdo.models.lora import choose_trained, lora_settings
 from rdo.models.pretrained import load_tokenizer, new_scorer
 from rdo.models.scorers import ComparisonTemplate, add_value, check_form
-from rdo.models.traits import check_vocabulary
 from rdo.runtime.errors import UserError
 from rdo.runtime.store import Artifact
 from rdo.sequences.forward import Reads
@@ -102,7 +101,6 @@ def train_scorer(run: Run, kind: str, base: Artifact, folder: Path) -> dict[str,
     form = form_of(section)
     tokenizer = load_tokenizer(model_path(base), config.model)
     model = new_scorer(model_path(base), form, config.model, config.seed)
-    check_vocabulary(model, tokenizer, model_path(base))
     check_form(model)
     trained = choose_trained(model, config.model, config.seed)
     records, encoded = run.records("train"), run.encoded("train", tokenizer)

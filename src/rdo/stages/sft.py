@@ -15,13 +15,13 @@ from rdo.models.given import given
 from rdo.models.lora import choose_trained, lora_settings
 from rdo.models.pretrained import load_policy, load_tokenizer, new_policy
 from rdo.models.tokenizers import make_tokenizer
-from rdo.models.traits import check_vocabulary
 from rdo.objectives.losses import best_response
 from rdo.runtime.errors import UserError
 from rdo.runtime.store import Artifact
+from rdo.sequences.forward import Reads
 from rdo.stages.run import Run, model_path, select
 from rdo.stages.training import train_and_save
-from rdo.training.tasks import ById, Demonstration, SftTask
+from rdo.training.tasks import ById, Example, SftTask
 
 
 def base_policy(run: Run) -> Artifact:
@@ -53,7 +53,6 @@ def train_base(run: Run, split: str, folder: Path) -> dict[str, Any]:
         path = model_path(given(config.model.path, config.model.revision))
         model = load_policy(path, config.model)
         tokenizer = load_tokenizer(path, config.model)
-        check_vocabulary(model, tokenizer, path)
         trained = choose_trained(model, config.model, config.seed)
     else:
         if config.model.lora.rank is not None:
@@ -62,8 +61,9 @@ def train_base(run: Run, split: str, folder: Path) -> dict[str, Any]:
         trained = model = new_policy(config.model, tokenizer, config.seed)
     encoded = run.encoded(split, tokenizer)
 
-    def make(number: int) -> Demonstration:
-        return Demonstration(encoded[places[number]], imitated[number])
+    def make(number: int) -> Example:
+        record = encoded[places[number]]
+        return Example(record.id, Reads.of(record.prompt, [record.responses[r] for r in imitated[number]]))
 
     task = SftTask(ById(ids, make))
     return train_and_save(run, task, run.on_device(model), trained, tokenizer, config.sft, split, folder, "sft")

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-import transformers
 from torch import Tensor
 
 from rdo.data.encoding import EncodedRecord
 from rdo.objectives import losses
 from rdo.objectives.choice import LossChoice
-from rdo.sequences.forward import read_log_probabilities
-from rdo.sequences.layout import LayoutName, make_layout, tensor_on
-from rdo.sequences.readout import Span
-from rdo.training.step import Denominators, Metrics
+from rdo.sequences.forward import Reads
+from rdo.sequences.layout import tensor_on
+from rdo.training.step import Denominators, Metrics, Task
 from rdo.training.tasks import ById
 
 # Log-ratios that differ by less than this, in nats, are equal: sums of a few hundred float32 numbers round by as much.
 TIE = 1e-4
+
+Name = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +41,21 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Mismatched:
+    """Responses to another query than their own, and their log-probabilities under the reference."""
+
+    reads: Reads
+    reference: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class AlignmentRecord:
     """What training needs to know of a record.
 
     reference: log-probability of each response under the reference (NaN where the loss reads none).
     samples: responses that are labelled alone, for a loss that takes them.
     best: the response that the cross-entropy term imitates, or None where the loss has no such term.
-    mismatched: the responses of another record for this query, and their reference log-probabilities: KTO's KL.
+    mismatched: another record's responses to this query, for KTO's KL.
     """
 
     encoded: EncodedRecord
@@ -54,7 +63,7 @@ class AlignmentRecord:
     reference: tuple[float, ...]
     samples: tuple[Sample, ...] = ()
     best: int | None = None
-    mismatched: tuple[tuple[tuple[int, ...], float], ...] = ()
+    mismatched: Mismatched | None = None
 
     @property
     def record_id(self) -> str:
@@ -65,27 +74,24 @@ class AlignmentRecord:
         """Tokens that a model predicts on the record's longest row: all but the first."""
         return len(self.encoded.prompt) + max(map(len, self.encoded.responses)) - 1
 
-    @property
+    @cached_property
     def responses(self) -> list[int]:
         """The responses that the loss reads, in order."""
         used = {r for pair in self.pairs for r in (pair.chosen, pair.rejected)}
         used |= {sample.response for sample in self.samples}
         return sorted(used | ({self.best} if self.best is not None else set()))
 
-    @property
-    def sequences(self) -> list[tuple[int, ...]]:
-        return [(*self.encoded.prompt, *self.encoded.responses[r]) for r in self.responses]
+    @cached_property
+    def reads(self) -> Reads:
+        return Reads.of(self.encoded.prompt, [self.encoded.responses[r] for r in self.responses])
 
 
-class AlignmentTask:
+class AlignmentTask(Task):
     """Trains a policy on alignment records; see step.Task."""
 
     def __init__(self, records: ById[AlignmentRecord], loss: LossChoice):
-        self.records, self.record_ids, self.loss = records, records.keys, loss
-        self.kl_ratios: Callable[..., Tensor] | None = mismatched_ratios if loss.needs_kl else None
-
-    def example(self, index: int, epoch: int) -> AlignmentRecord:
-        return self.records[index]
+        super().__init__(records)
+        self.loss, self.needs_kl = loss, loss.needs_kl
 
     def denominators(self, examples: Sequence[AlignmentRecord]) -> Denominators:
         pairs = sum(len(example.pairs) for example in examples)
@@ -94,54 +100,46 @@ class AlignmentTask:
         return {"pairs": max(1, pairs), "samples": max(1, samples), "queries": len(examples), "best": max(1, best)}
 
     def losses(
-        self,
-        model: transformers.PreTrainedModel,
-        layout: LayoutName,
-        examples: Sequence[AlignmentRecord],
-        denominators: Denominators,
-        kl: Tensor | None,
+        self, examples: Sequence[AlignmentRecord], values: Tensor, denominators: Denominators, kl: Tensor | None
     ) -> tuple[Tensor, Metrics]:
-        read = read_responses(model, layout, examples)
-        inputs, weight, desirable = self.inputs(examples, read)
+        read = Responses(examples, values)
+        inputs, weight, desirable = self.inputs(read)
         if kl is not None:
             inputs["kl"] = kl
         # One a pair, or one a sample.
-        values = self.loss.function(**{name: inputs[name] for name in self.loss.inputs}, **self.loss.settings)
-        loss = (weight * values).sum() / denominators[self.loss.mean_over]
-        metrics = self.measure(inputs, weight, values, desirable)
+        unreduced = self.loss.function(**{name: inputs[name] for name in self.loss.inputs}, **self.loss.settings)
+        loss = (weight * unreduced).sum() / denominators[self.loss.mean_over]
+        metrics = self.measure(inputs, weight, unreduced, desirable)
         if self.loss.sft_weight:
-            best = read.index((n, example.best) for n, example in enumerate(examples) if example.best is not None)
-            cross_entropy = losses.sft(read.policy[best], read.length[best], reduction=self.loss.sft_reduction)
+            best = [(n, example.best) for n, example in enumerate(examples) if example.best is not None]
+            cross_entropy = losses.sft(read.policy(best), read.length(best), reduction=self.loss.sft_reduction)
             loss = loss + self.loss.sft_weight * cross_entropy.sum() / denominators["best"]
             metrics["sft_loss"] = (cross_entropy.sum(), len(best))
         return loss, metrics
 
-    def inputs(
-        self, examples: Sequence[AlignmentRecord], read: Responses
-    ) -> tuple[dict[str, Tensor], Tensor, list[bool]]:
+    def inputs(self, read: Responses) -> tuple[dict[str, Tensor], Tensor, list[bool]]:
         """What losses ask for (see objectives/choice.py), the weights, [pairs] or [samples], and which samples are
         desirable, known on the host, which need not wait for a GPU to count them."""
-        pairs = [(n, pair) for n, example in enumerate(examples) for pair in example.pairs]
-        chosen = read.index((n, pair.chosen) for n, pair in pairs)
-        rejected = read.index((n, pair.rejected) for n, pair in pairs)
-        policy, device = read.policy, read.policy.device
-        weight = tensor_on(device, [pair.weight for _, pair in pairs], policy.dtype)
+        pairs = [(n, pair) for n, example in enumerate(read.examples) for pair in example.pairs]
+        chosen = [(n, pair.chosen) for n, pair in pairs]
+        rejected = [(n, pair.rejected) for n, pair in pairs]
+        weight = read.tensor([pair.weight for _, pair in pairs])
         inputs = {
-            "policy_chosen": policy[chosen],
-            "policy_rejected": policy[rejected],
-            "reference_chosen": read.reference[chosen],
-            "reference_rejected": read.reference[rejected],
-            "chosen_length": read.length[chosen],
-            "rejected_length": read.length[rejected],
-            "row_length": tensor_on(device, [examples[n].row_length for n, _ in pairs], read.length.dtype),
+            "policy_chosen": read.policy(chosen),
+            "policy_rejected": read.policy(rejected),
+            "reference_chosen": read.reference(chosen),
+            "reference_rejected": read.reference(rejected),
+            "chosen_length": read.length(chosen),
+            "rejected_length": read.length(rejected),
+            "row_length": read.tensor([read.examples[n].row_length for n, _ in pairs], torch.int64),
         }
         if self.loss.mean_over != "samples":
             return inputs, weight, []
-        alone = [(n, sample) for n, example in enumerate(examples) for sample in example.samples]
-        every = torch.cat([chosen, rejected, read.index((n, sample.response) for n, sample in alone)])
+        alone = [(n, sample) for n, example in enumerate(read.examples) for sample in example.samples]
+        every = [*chosen, *rejected, *((n, sample.response) for n, sample in alone)]
         desirable = [*(True for _ in pairs), *(False for _ in pairs), *(s.desirable for _, s in alone)]
-        inputs["log_ratio"] = policy[every] - read.reference[every]
-        inputs["desirable"] = tensor_on(device, desirable, torch.bool)
+        inputs["log_ratio"] = read.policy(every) - read.reference(every)
+        inputs["desirable"] = read.tensor(desirable, torch.bool)
         return inputs, torch.cat([weight, weight, weight.new_ones(len(alone))]), desirable
 
     def measure(self, inputs: dict[str, Tensor], weight: Tensor, values: Tensor, desirable: Sequence[bool]) -> Metrics:
@@ -177,48 +175,25 @@ class AlignmentTask:
         return metrics
 
 
-def mismatched_ratios(
-    model: transformers.PreTrainedModel, layout: LayoutName, examples: Sequence[AlignmentRecord]
-) -> Tensor:
-    """Log-ratios [mismatched responses] of which KTO's z0 = max(0, mean) is made, over the whole step."""
-    sequences: list[tuple[int, ...]] = []
-    spans, references = [], []
-    for example in examples:
-        for response, reference in example.mismatched:
-            spans.append(Span(len(sequences), len(example.encoded.prompt)))
-            sequences.append((*example.encoded.prompt, *response))
-            references.append(reference)
-    policy, _ = read_log_probabilities(model, make_layout(layout, sequences), spans)
-    return policy - tensor_on(policy.device, references, policy.dtype)
-
-
-@dataclass(frozen=True)
 class Responses:
-    """Read-outs of a micro-batch, [responses] each; `place` finds (example, response) in them, `index` many."""
+    """What is known of a micro-batch's responses, each named by the number of its example and its own; as tensors on
+    the policy's device, in the order of the names."""
 
-    policy: Tensor
-    reference: Tensor
-    length: Tensor
-    place: dict[tuple[int, int | None], int]
+    def __init__(self, examples: Sequence[AlignmentRecord], values: Tensor):
+        """values: log-probabilities under the policy, as `AlignmentRecord.reads` lists them."""
+        self.examples, self.values = examples, values
+        names = [(n, response) for n, example in enumerate(examples) for response in example.responses]
+        self.place = {name: place for place, name in enumerate(names)}
 
-    def index(self, wanted: Iterable[tuple[int, int | None]]) -> Tensor:
-        """Where the read-outs of (example, response) stand, [wanted]."""
-        return tensor_on(self.policy.device, [self.place[one] for one in wanted], torch.int64)
+    def policy(self, names: Sequence[Name]) -> Tensor:
+        return self.values[self.tensor([self.place[name] for name in names], torch.int64)]
 
+    def reference(self, names: Sequence[Name]) -> Tensor:
+        return self.tensor([self.examples[n].reference[response] for n, response in names])
 
-def read_responses(
-    model: transformers.PreTrainedModel, layout: LayoutName, examples: Sequence[AlignmentRecord]
-) -> Responses:
-    """Log-probabilities and lengths of every response that the examples' losses read."""
-    sequences: list[tuple[int, ...]] = []
-    spans: list[Span] = []
-    reference: list[float] = []
-    place: dict[tuple[int, int | None], int] = {}
-    for number, example in enumerate(examples):
-        for response, ids in zip(example.responses, example.sequences, strict=True):
-            place[number, response] = len(sequences)
-            spans.append(Span(len(sequences), len(example.encoded.prompt)))
-            sequences.append(ids)
-            reference.append(example.reference[response])
-    policy, length = read_log_probabilities(model, make_layout(layout, sequences), spans)
-    return Responses(policy, tensor_on(policy.device, reference, policy.dtype), length, place)
+    def length(self, names: Sequence[Name]) -> Tensor:
+        return self.tensor([len(self.examples[n].encoded.responses[response]) for n, response in names], torch.int64)
+
+    def tensor(self, numbers: Sequence[float] | Sequence[bool], dtype: torch.dtype | None = None) -> Tensor:
+        """Numbers beside those of the policy, and unless said otherwise of their dtype."""
+        return tensor_on(self.values.device, numbers, dtype or self.values.dtype)

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -18,9 +18,9 @@ from rdo.runtime.errors import UserError
 from rdo.runtime.files import Damaged, check_zip, replace_file
 from rdo.runtime.processes import barrier, broadcast, is_rank0
 from rdo.runtime.progress import say, warn
+from rdo.sequences.forward import Reads, read
+from rdo.sequences.layout import LayoutName
 from rdo.settings import EngineConfig
-
-T = TypeVar("T")
 
 
 class Engine(Protocol):
@@ -33,8 +33,9 @@ class Engine(Protocol):
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups, whose learning rates the loop sets."""
 
-    def forward(self, function: Callable[[transformers.PreTrainedModel], T]) -> T:
-        """What the function computes with the model. Every forward pass goes through here, on all processes alike."""
+    def read(self, layout: LayoutName, reads: Reads) -> torch.Tensor:
+        """What the model says of a micro-batch, [values]. Every forward pass goes through here, on all processes
+        alike."""
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Adds the gradient of a share of the step's loss; `last`: it is this process's last share of the step."""
@@ -74,9 +75,9 @@ class TorchEngine:
     def param_groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
 
-    def forward(self, function: Callable[[transformers.PreTrainedModel], T]) -> T:
+    def read(self, layout: LayoutName, reads: Reads) -> torch.Tensor:
         with torch.autocast(self.model.device.type, self.precision, enabled=self.precision != torch.float32):
-            return function(self.model)
+            return read(self.model, layout, reads)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         loss.backward()

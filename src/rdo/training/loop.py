@@ -117,8 +117,8 @@ def train(
     layout = set_layout(model, engine_config.layout, engine_config.attention, precision_of(engine_config, model.device))
     if engine_config.gradient_checkpointing:
         recompute_activations(model)
-    plan = make_plan(config, len(task.record_ids), seed)
-    check_positions(model, max(len(ids) for n in range(plan.records) for ids in task.example(n, 0).sequences))
+    plan = make_plan(config, len(task), seed)
+    check_positions(model, max(len(ids) for n in range(plan.records) for ids in task.example(n, 0).reads.sequences))
     engine = make_engine(model, config, engine_config)
     checkpoints = Checkpoints(folder / "checkpoints", engine_config, tracker.synchronize)
     done = checkpoints.restore(engine)

@@ -7,50 +7,51 @@ same for any budget, layout, number of processes and order of records.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import transformers
 
 from rdo.objectives import losses
 from rdo.runtime import stopping
 from rdo.runtime.processes import all_gather, all_reduce_sum, world
-from rdo.sequences.layout import LayoutName, cost, pack
+from rdo.sequences.forward import merge
+from rdo.sequences.layout import LayoutName, cost, pack, tensor_on
 from rdo.training.engine import Engine
 
 Denominators = dict[str, float]
 Metrics = dict[str, tuple[torch.Tensor, float]]  # name -> (sum, count), of a mean
 
 
-class Task(Protocol):
-    """What a stage trains: records to examples, examples to losses."""
+class Task:
+    """What a stage trains: records to examples, which list what is read of them; what was read to losses."""
 
-    @property
-    def record_ids(self) -> Sequence[str]:
-        """Ids of the training records, sorted, so that the order of a file changes nothing."""
+    needs_kl = False  # whether the losses read KTO's estimate; examples then have `mismatched`
 
-    # KTO's log-ratios of mismatched responses, [any number], of one micro-batch: kl_ratios(model, layout, examples).
-    kl_ratios: Callable[..., torch.Tensor] | None
+    def __init__(self, records: Any):
+        """records: what `example` makes examples of, in an order that no order of a file changes (see tasks.ById)."""
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
 
     def example(self, index: int, epoch: int) -> Any:
-        """The example of one record in one epoch: anything with a `record_id` and the `sequences` that are read."""
+        """The example of one record in one epoch: anything with a `record_id` and its `reads`."""
+        return self.records[index]
 
     def denominators(self, examples: Sequence[Any]) -> Denominators:
         """Denominators of a step's means, from its examples alone."""
+        raise NotImplementedError
 
     def losses(
-        self,
-        model: transformers.PreTrainedModel,
-        layout: LayoutName,
-        examples: Sequence[Any],
-        denominators: Denominators,
-        kl: torch.Tensor | None,
+        self, examples: Sequence[Any], values: torch.Tensor, denominators: Denominators, kl: torch.Tensor | None
     ) -> tuple[torch.Tensor, Metrics]:
-        """This micro-batch's share of the step's mean loss (a scalar), and sums and counts of what to log. kl: KTO's
-        estimate over the whole step, of a task with `kl_ratios`."""
+        """A micro-batch's share of the step's mean loss (a scalar), and sums and counts of what to log.
+
+        values: what was read of the examples, one after the other. kl: KTO's estimate over the whole step.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -70,19 +71,14 @@ def training_step(task: Task, engine: Engine, layout: LayoutName, step: Dealt) -
     stop.
     """
     batches, real = step.batches, step.real
-    denominators, kl = task.denominators(step.examples), None
-    if task.kl_ratios is not None:
-        with torch.no_grad():
-            parts = [engine.forward(partial(task.kl_ratios, layout=layout, examples=batch)) for batch in batches]
-        own = torch.cat(parts[:real]) if real else torch.zeros(0)
-        kl = losses.kto_kl(own if world().size == 1 else own.new_tensor(all_gather(own.tolist())))
-    sums = Sums()
+    denominators, sums = task.denominators(step.examples), Sums()
+    kl = kl_estimate(engine, layout, step) if task.needs_kl else None
     for number, batch in enumerate(batches):
         if world().size == 1:
             stopping.check()
-        work = partial(task.losses, layout=layout, examples=batch, denominators=denominators, kl=kl)
-        share, metrics = engine.forward(work)
-        ids = [ids for example in batch for ids in example.sequences]
+        reads = merge([example.reads for example in batch])
+        share, metrics = task.losses(batch, engine.read(layout, reads), denominators, kl)
+        ids = reads.sequences
         metrics["tokens"] = torch.tensor(float(sum(map(len, ids)))), 0.0
         metrics["tokens_unique"] = torch.tensor(float(cost(ids, layout)[0])), 0.0
         # A process with fewer micro-batches than another runs one more for nothing, for all must run equally many.
@@ -91,12 +87,24 @@ def training_step(task: Task, engine: Engine, layout: LayoutName, step: Dealt) -
     return sums.agreed()
 
 
+def kl_estimate(engine: Engine, layout: LayoutName, step: Dealt) -> torch.Tensor:
+    """KTO's z0 = max(0, mean log-ratio of the mismatched responses), over the whole step."""
+    parts = []
+    with torch.no_grad():
+        for batch in step.batches:
+            policy = engine.read(layout, merge([example.mismatched.reads for example in batch]))
+            known = [value for example in batch for value in example.mismatched.reference]
+            parts.append(policy - tensor_on(policy.device, known, policy.dtype))
+    own = torch.cat(parts[: step.real]) if step.real else torch.zeros(0)
+    return losses.kto_kl(own if world().size == 1 else own.new_tensor(all_gather(own.tolist())))
+
+
 def deal_step(examples: Sequence[Any], layout: LayoutName, budget: int) -> Dealt:
     """Deals a step's examples to the processes and packs this one's.
 
     The largest goes first, always to who has least to do (longest processing time first, Graham 1969).
     """
-    costs = [cost(example.sequences, layout) for example in examples]
+    costs = [cost(example.reads.sequences, layout) for example in examples]
     hands: list[list[int]] = [[] for _ in range(world().size)]
     loads = [0] * len(hands)
     for number in sorted(range(len(examples)), key=lambda number: -costs[number][0]):
@@ -105,7 +113,7 @@ def deal_step(examples: Sequence[Any], layout: LayoutName, budget: int) -> Dealt
         loads[least] += costs[number][0]
     packed = []
     for hand in ([examples[n] for n in sorted(hand)] for hand in hands):
-        packed.append([[hand[n] for n in batch] for batch in pack([e.sequences for e in hand], layout, budget)])
+        packed.append([[hand[n] for n in batch] for batch in pack([e.reads.sequences for e in hand], layout, budget)])
     own = packed[world().rank]
     smallest = examples[min(range(len(examples)), key=costs.__getitem__)]
     idle = max(map(len, packed)) - len(own)

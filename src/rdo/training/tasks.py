@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
-import transformers
 from torch import Tensor
 
 from rdo.data.encoding import EncodedRecord
@@ -17,10 +16,9 @@ from rdo.data.records import Preference
 from rdo.models.scorers import ComparisonTemplate, add_value
 from rdo.objectives import losses
 from rdo.runtime.store import stable_seed
-from rdo.sequences.forward import Reads, merge, read, read_log_probabilities
-from rdo.sequences.layout import LayoutName, TokenIds, make_layout, tensor_on
-from rdo.sequences.readout import Span
-from rdo.training.step import Denominators, Metrics
+from rdo.sequences.forward import Reads
+from rdo.sequences.layout import tensor_on
+from rdo.training.step import Denominators, Metrics, Task
 
 T = TypeVar("T")
 
@@ -31,7 +29,6 @@ class ById(Generic[T]):
     def __init__(self, keys: Sequence[Any], make: Callable[[int], T]):
         """keys: of each example its record's id, or a tuple that begins with it. make: example number n of `keys`."""
         self.order = sorted(range(len(keys)), key=keys.__getitem__)
-        self.keys = [keys[n] for n in self.order]
         self.make = make
 
     def __len__(self) -> int:
@@ -42,62 +39,27 @@ class ById(Generic[T]):
 
 
 @dataclass(frozen=True)
-class Demonstration:
-    """Responses of a record to be imitated."""
-
-    encoded: EncodedRecord
-    responses: tuple[int, ...]
-
-    @property
-    def record_id(self) -> str:
-        return self.encoded.id
-
-    @property
-    def sequences(self) -> list[tuple[int, ...]]:
-        return [(*self.encoded.prompt, *self.encoded.responses[r]) for r in self.responses]
-
-
-class SftTask:
-    """Cross-entropy of responses given their query: a mean over response tokens of the whole step."""
-
-    kl_ratios: Callable[..., Tensor] | None = None
-
-    def __init__(self, records: ById[Demonstration]):
-        self.records, self.record_ids = records, records.keys
-
-    def example(self, index: int, epoch: int) -> Demonstration:
-        return self.records[index]
-
-    def denominators(self, examples: Sequence[Demonstration]) -> Denominators:
-        return {"tokens": sum(len(example.encoded.responses[r]) for example in examples for r in example.responses)}
-
-    def losses(
-        self,
-        model: transformers.PreTrainedModel,
-        layout: LayoutName,
-        examples: Sequence[Demonstration],
-        denominators: Denominators,
-        kl: Tensor | None,
-    ) -> tuple[Tensor, Metrics]:
-        sequences = [ids for example in examples for ids in example.sequences]
-        starts = [len(example.encoded.prompt) for example in examples for _ in example.responses]
-        spans = [Span(number, start) for number, start in enumerate(starts)]
-        policy, length = read_log_probabilities(model, make_layout(layout, sequences), spans)
-        cross_entropy = losses.sft(policy, length, reduction="sum").sum()
-        return cross_entropy / denominators["tokens"], {"response_length": (length.sum(), len(spans))}
-
-
-@dataclass(frozen=True)
-class ComparisonItem:
-    """One preference, as the scorer sees it in one epoch: `reads` lists the values, `target` who is better."""
+class Example:
+    """What is read of one record in one epoch: responses to imitate, or a scorer's values of a pair, and who is better
+    in it."""
 
     record_id: str
     reads: Reads
-    target: float
+    target: float = 1.0
 
-    @property
-    def sequences(self) -> list[TokenIds]:
-        return self.reads.sequences
+
+class SftTask(Task):
+    """Cross-entropy of responses given their query: a mean over response tokens of the whole step."""
+
+    def denominators(self, examples: Sequence[Example]) -> Denominators:
+        return {"tokens": sum(length for example in examples for length in example.reads.lengths)}
+
+    def losses(
+        self, examples: Sequence[Example], values: Tensor, denominators: Denominators, kl: Tensor | None
+    ) -> tuple[Tensor, Metrics]:
+        length = tensor_on(values.device, [length for example in examples for length in example.reads.lengths])
+        cross_entropy = losses.sft(values, length, reduction="sum").sum()
+        return cross_entropy / denominators["tokens"], {"response_length": (length.sum(), len(values))}
 
 
 def learns_from(form: str, preference: Preference) -> bool:
@@ -105,14 +67,12 @@ def learns_from(form: str, preference: Preference) -> bool:
     return not (form == "pointwise" and preference.tie)
 
 
-class ScorerTask:
+class ScorerTask(Task):
     """Trains a scorer on labelled pairs: Bradley-Terry for the pointwise form, RDO's equation 6 for the others.
 
     The order of a pair is a fair coin, reseeded every epoch, as is the response that the duplication regulariser
     reads. Ties have target 0.5.
     """
-
-    kl_ratios: Callable[..., Tensor] | None = None
 
     def __init__(
         self,
@@ -124,16 +84,16 @@ class ScorerTask:
         seed: int,
     ):
         """pairs: those that the form `learns_from`, with the keys (record id, chosen, rejected)."""
-        self.pairs, self.record_ids = pairs, [record_id for record_id, *_ in pairs.keys]
+        super().__init__(pairs)
         self.form, self.template, self.beta0, self.beta1, self.seed = form, template, beta0, beta1, seed
 
-    def example(self, index: int, epoch: int) -> ComparisonItem:
-        encoded, preference = self.pairs[index]
+    def example(self, index: int, epoch: int) -> Example:
+        encoded, preference = self.records[index]
         add = partial(add_value, reads := Reads(), self.form, self.template, encoded)
         if self.form == "pointwise":
             add(preference.chosen)
             add(preference.rejected)
-            return ComparisonItem(encoded.id, reads, 1.0)
+            return Example(encoded.id, reads)
         coin = random.Random(stable_seed(self.seed, "pair", epoch, encoded.id, preference.chosen, preference.rejected))
         first, second, target = preference.chosen, preference.rejected, 1.0
         if coin.random() < 0.5:
@@ -144,21 +104,15 @@ class ScorerTask:
             add(twice, twice)
         if self.beta1:
             add(second, first)
-        return ComparisonItem(encoded.id, reads, 0.5 if preference.tie else target)
+        return Example(encoded.id, reads, 0.5 if preference.tie else target)
 
-    def denominators(self, examples: Sequence[ComparisonItem]) -> Denominators:
+    def denominators(self, examples: Sequence[Example]) -> Denominators:
         return {"pairs": len(examples)}
 
     def losses(
-        self,
-        model: transformers.PreTrainedModel,
-        layout: LayoutName,
-        examples: Sequence[ComparisonItem],
-        denominators: Denominators,
-        kl: Tensor | None,
+        self, examples: Sequence[Example], values: Tensor, denominators: Denominators, kl: Tensor | None
     ) -> tuple[Tensor, Metrics]:
-        reads = merge([example.reads for example in examples])
-        outputs = read(model, layout, reads).view(len(examples), -1)
+        outputs = values.view(len(examples), -1)
         target = tensor_on(outputs.device, [example.target for example in examples], outputs.dtype)
         if self.form == "pointwise":
             forward = outputs[:, 0] - outputs[:, 1]
@@ -179,5 +133,6 @@ class ScorerTask:
         right = torch.where(forward == 0, 0.5, right)
         metrics["accuracy"] = (right.sum(), len(examples))
         metrics["difference_size"] = (forward.abs().sum(), len(examples))
-        metrics["sequence_length"] = (torch.tensor(float(sum(map(len, reads.sequences)))), len(reads.sequences))
+        lengths = [len(ids) for example in examples for ids in example.reads.sequences]
+        metrics["sequence_length"] = (torch.tensor(float(sum(lengths))), len(lengths))
         return per_pair.sum() / denominators["pairs"], metrics

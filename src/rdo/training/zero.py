@@ -14,10 +14,9 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed
@@ -27,10 +26,10 @@ from rdo.models.lora import trained_state
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import Damaged, check_zip, move_folder, read_json, replace_file, synchronize, write_json
 from rdo.runtime.processes import barrier, broadcast, is_rank0, world
+from rdo.sequences.forward import Reads, read
+from rdo.sequences.layout import LayoutName
 from rdo.settings import EngineConfig
 from rdo.training.engine import foreign, precision_of
-
-T = TypeVar("T")
 
 DESCRIPTION = "checkpoint.json"
 # More of DeepSpeed's settings of ZeRO, by its own names.
@@ -52,8 +51,8 @@ class Root(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, function: Callable[[transformers.PreTrainedModel], T]) -> T:
-        return function(self.model)
+    def forward(self, layout: LayoutName, reads: Reads) -> torch.Tensor:
+        return read(self.model, layout, reads)
 
 
 class ZeroEngine:
@@ -90,8 +89,8 @@ class ZeroEngine:
     def param_groups(self) -> list[dict[str, Any]]:
         return self.engine.optimizer.param_groups
 
-    def forward(self, function: Callable[[transformers.PreTrainedModel], T]) -> T:
-        return self.engine(function)
+    def read(self, layout: LayoutName, reads: Reads) -> torch.Tensor:
+        return self.engine(layout, reads)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rdo.sequences.kernels.gathered import GatheredPlan
@@ -94,14 +95,7 @@ class ContiguousPlan:
         """What runs short segments, and windows that cut a path, which need masks."""
         return GatheredPlan(self.tree, self.device)
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float | None,
-        window: int | None,
-    ) -> torch.Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
         if self.short or (window is not None and window < self.longest):
             return self.padded.attend(query, key, value, scaling, window)
         groups = query.shape[1] // key.shape[1]
@@ -116,13 +110,8 @@ class ContiguousAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        rectangles: list[Rectangle],
-        scaling: float | None,
-    ) -> torch.Tensor:
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, rectangles: list[Rectangle], scaling: float | None
+    ) -> Tensor:
         merged = rows_first(query)
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         log_sum_exp = query.new_empty(query.shape[:-1], dtype=wide)
@@ -142,7 +131,7 @@ class ContiguousAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, merged, log_sum_exp = ctx.saved_tensors
         gradient = gradient.transpose(1, 2)
         results = tuple(rows_first(tensor) for tensor in (query, key, value))
@@ -158,7 +147,7 @@ class ContiguousAttention(torch.autograd.Function):
         return *results, None, None
 
 
-def rows_first(like: torch.Tensor) -> torch.Tensor:
+def rows_first(like: Tensor) -> Tensor:
     """An empty [1, heads, tokens, width] whose memory is [tokens, heads, width], as projections read and write it."""
     return torch.empty_like(like.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from rdo.sequences.layout import PrefixTree, Segment, to_device
@@ -27,14 +28,14 @@ class Rectangles:
     segments start at their root, so that plain causal attention needs no mask.
     """
 
-    queries: torch.Tensor
-    keys: torch.Tensor
-    real: tuple[torch.Tensor, torch.Tensor]
-    query_positions: torch.Tensor
-    key_positions: torch.Tensor
+    queries: Tensor
+    keys: Tensor
+    real: tuple[Tensor, Tensor]
+    query_positions: Tensor
+    key_positions: Tensor
     causal: bool
 
-    def mask(self, window: int | None) -> torch.Tensor:
+    def mask(self, window: int | None) -> Tensor:
         """[g, 1, n, k], true where a query may look; `window` counts distance along the path."""
         distance = self.query_positions[:, :, None] - self.key_positions[:, None, :]
         allowed = distance >= 0
@@ -52,9 +53,9 @@ class GatheredPlan:
         order = np.concatenate([np.arange(s.start, s.stop) for group in groups for s in group])
         self.inverse = to_device(np.argsort(order), device)
         self.longest = max(len(segment.path) for segment in tree.segments)
-        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
 
-    def mask(self, number: int, window: int | None) -> torch.Tensor | None:
+    def mask(self, number: int, window: int | None) -> Tensor | None:
         """The mask of a group, or None where plain causal attention does."""
         if window is not None and window >= self.longest:
             window = None
@@ -65,14 +66,7 @@ class GatheredPlan:
             self._masks[number, window] = rectangles.mask(window)
         return self._masks[number, window]
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float | None,
-        window: int | None,
-    ) -> torch.Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
         groups = query.shape[1] // key.shape[1]
         # [tokens, heads, width]: rows first, so that gathering rows copies contiguous memory.
         q, k, v = (tensor[0].transpose(0, 1).to(query.dtype) for tensor in (query, key, value))

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rdo.runtime.errors import UserError
 from rdo.sequences.layout import PrefixTree, to_device
@@ -61,14 +62,7 @@ class VarlenPlan:
         shared = sum(keys) > len(tree)
         self.rows = to_device(np.concatenate([s.path for s in tree.segments]), device) if shared else None
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float | None,
-        window: int | None,
-    ) -> torch.Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
         """Raises UserError where that is not to be computed in half precision."""
         dtype = computed_dtype(value)
         if dtype not in HALF:
@@ -83,21 +77,10 @@ class VarlenPlan:
             k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
         # How many tokens before and after its own a token sees; -1: all of them.
         seen = (-1, 0) if window is None or window >= self.longest_path else (window - 1, 0)
-        out = attention(
-            q,
-            k,
-            v,
-            self.query_offsets,
-            self.key_offsets,
-            self.longest_own,
-            self.longest_path,
-            scale=scaling,
-            window_size=seen,
-            **grouped,
-        )
-        return out[None]
+        lengths = self.query_offsets, self.key_offsets, self.longest_own, self.longest_path
+        return attention(q, k, v, *lengths, scale=scaling, window_size=seen, **grouped)[None]
 
-    def gathered(self, tensor: torch.Tensor) -> torch.Tensor:
+    def gathered(self, tensor: Tensor) -> Tensor:
         """What the paths read of [tokens, heads, width], one after the other."""
         return tensor.contiguous() if self.rows is None else GatherRows.apply(tensor, self.rows)
 
@@ -107,13 +90,13 @@ class GatherRows(torch.autograd.Function):
     float32: half precision would round after each of them."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, tensor: Tensor, rows: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.tokens = len(tensor)
         return tensor.index_select(0, rows)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,), (rows,) = gradients, ctx.saved_tensors
         exact = in_full_precision(gradient)
         total = exact.new_zeros(ctx.tokens, *exact.shape[1:]).index_add_(0, rows, exact)
@@ -125,7 +108,7 @@ def offsets(lengths: Sequence[int]) -> np.ndarray:
     return np.cumsum([0, *lengths], dtype=np.int32)
 
 
-def computed_dtype(value: torch.Tensor) -> torch.dtype:
+def computed_dtype(value: Tensor) -> torch.dtype:
     """What attention computes in, and the next layer expects: autocast's dtype where it is on, else that of the values,
     which come straight from a layer's weights."""
     kind = value.device.type
