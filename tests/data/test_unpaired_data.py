@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from rdo.data.records import Preference, Record
-from rdo.data.table import Records
+from rdo.data.records import Preference, Record, Records
 from rdo.objectives.choice import LossChoice, choose_loss
 from rdo.runtime.errors import UserError
 from rdo.settings import Config, DifferenceConfig, RcConfig, ScorerConfig, SftConfig, TrainingConfig

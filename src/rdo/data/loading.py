@@ -14,8 +14,7 @@ import numpy as np
 
 from rdo.data.files import Placed, content_hash, name_of, resolve, rows
 from rdo.data.readers import Reading
-from rdo.data.records import SPLITS, Record
-from rdo.data.table import Records, write_records
+from rdo.data.records import SPLITS, Record, Records, write_records
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import replace_file
 from rdo.runtime.processes import broadcast
@@ -199,9 +198,9 @@ def _separate(splits: dict[str, Records], counts: Counter[str]) -> dict[str, Rec
     splits = dict(splits)
     others = ("train", "demonstrations")
     for held_out, fuller in (("test", ("validation", *others)), ("validation", others)):
-        queries = splits[held_out].query_keys()
+        queries = splits[held_out].known("query_key")
         for split in fuller:
-            kept = ~np.isin(splits[split].query_keys(), queries)
+            kept = ~np.isin(splits[split].known("query_key"), queries)
             counts[f"dropped_query_in_{held_out}"] += int((~kept).sum())
             splits[split] = splits[split].only(kept)
     return splits

@@ -17,8 +17,7 @@ from typing import IO, Any
 from rdo.data.columns import RowError
 from rdo.data.files import Placed, TextRow
 from rdo.data.formats import FORMATS, columns_read, find_format, read_row, structured
-from rdo.data.records import Preference, Record, content_id
-from rdo.data.table import id_key
+from rdo.data.records import Preference, Record, content_id, id_key
 from rdo.runtime.errors import DataError, UserError
 
 BY_DESIGN = ("articles", "unranked", "separate_conversations")
