@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rdo.data.columns import RowError
-from rdo.data.readers import FORMATS, columns_read, find_format, needed, read_row, structured
 from rdo.data.loading import load_splits
+from rdo.data.readers import FORMATS, columns_read, find_format, needed, read_row, structured
 from rdo.data.records import Record
 from rdo.data.templates import text_of
 from rdo.runtime.errors import DataError
