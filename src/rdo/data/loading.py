@@ -53,9 +53,8 @@ def load_splits(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     What files or the hub hold is read once, into a memory-mapped file under `provenance.run_dir`/data.
 
     A hash of (split_seed, query) decides where a query goes, so more rows move none. Splits of the source's own stay:
-    the hash takes out of train only what is missing; train, validation and demonstrations lose the records whose query
-    is in test, and train and demonstrations those whose query is in validation. A hub data set of train and validation
-    alone (OpenAI's TL;DR) gives its validation as test, for that is the set on which others report.
+    the hash takes out of train only what is missing, and what is held out is taken out of all others. A hub data set of
+    train and validation alone (OpenAI's TL;DR) gives its validation as test, for that is what others report on.
 
     Raises UserError for a hub that cannot be reached and an empty train split, and DataError for the data's own faults.
     """
