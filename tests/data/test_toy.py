@@ -78,12 +78,14 @@ def test_reward_goes_by_the_query() -> None:
         toy.reward("human : hello . assistant :", "sure ,")
 
 
-def test_statistics_of_the_true_reward(world: dict[str, list[Record]]) -> None:
+def test_statistics(world: dict[str, list[Record]]) -> None:
     rewards = np.array([record.scores for record in world["demonstrations"]])
     assert rewards.mean() == pytest.approx(2.15, abs=0.04)
     assert rewards.std() == pytest.approx(1.24, abs=0.03)
     differences = [scores[-2] - scores[-1] for scores in (record.scores or () for record in world["train"])]
     assert np.std(differences) == pytest.approx(1.75, abs=0.04)
+    first = [record.preferences[0].chosen < record.preferences[0].rejected for record in world["train"]]
+    assert np.mean(first) == pytest.approx(0.5, abs=0.018)  # four standard deviations of a fair coin
 
 
 @pytest.mark.parametrize(
@@ -176,12 +178,6 @@ def test_splits_share_no_query_and_are_balanced(world: dict[str, list[Record]]) 
     for records in world.values():
         times = Counter(record.query for record in records).values()
         assert max(times) - min(times) <= 1
-
-
-def test_the_winner_stands_first_half_of_the_time(world: dict[str, list[Record]]) -> None:
-    for split in ("train", "validation", "test"):
-        first = [record.preferences[0].chosen < record.preferences[0].rejected for record in world[split]]
-        assert abs(np.mean(first) - 0.5) < 4 * 0.5 / np.sqrt(len(first))  # four standard deviations of a fair coin
 
 
 def test_demonstrations_and_their_reviews(world: dict[str, list[Record]]) -> None:

@@ -65,37 +65,32 @@ def test_what_a_loss_learns_from(record: Record, pairs: Any, samples: Any, best:
 
 
 @pytest.mark.parametrize(
-    ("labels", "settings", "advised"),
+    ("good", "bad", "settings", "advised"),
     [
-        ([True, False], {}, None),
-        ([True] * 4 + [False] * 3, {}, None),
-        ([True] * 3 + [False] * 2, {}, "3 : 2"),
-        ([True] * 3 + [False] * 4, {}, "3 : 4"),
-        ([True] * 3 + [False] * 4, {"lambda_desirable": 1.5}, None),
-        ([True] * 3 + [False] * 2, {"lambda_undesirable": 0.5}, "3 : 1"),
-        ([True], {}, "1 : 0"),
-        ([False, False], {}, "0 : 2"),
+        (1, 1, {}, None),
+        (4, 3, {}, None),
+        (3, 2, {}, "3 : 2"),
+        (3, 4, {}, "3 : 4"),
+        (3, 4, {"lambda_desirable": 1.5}, None),
+        (3, 2, {"lambda_undesirable": 0.5}, "3 : 1"),
+        (1, 0, {}, "1 : 0"),
+        (0, 2, {}, "0 : 2"),
     ],
 )
 def test_labels_are_counted_and_their_balance_is_told(
-    labels: list[bool], settings: dict[str, float], advised: str | None, capsys: pytest.CaptureFixture[str]
+    good: int, bad: int, settings: dict[str, float], advised: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    entries = [supervision(alone(f"r{n}", label), kto(), {}) for n, label in enumerate(labels)]
-    counts = count_samples(kto(**settings), [() for _ in entries], entries)
-    assert counts == {"desirable": sum(labels), "undesirable": len(labels) - sum(labels)}
+    paired = min(good, bad, 1)  # a pair is one of each
+    labels = [*[True] * (good - paired), *[False] * (bad - paired)]
+    records = [*[PAIR] * paired, *(alone(f"r{n}", label) for n, label in enumerate(labels))]
+    entries = [supervision(record, kto(), {}) for record in records]
+    pairs = [tuple(Pair(i, j) for i, j in entry.pairs) for entry in entries]
+    assert count_samples(choose_loss(DPO), pairs, entries) is None
+    assert count_samples(kto(**settings), pairs, entries) == {"desirable": good, "undesirable": bad}
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"[align] {sum(labels)} desirable, {len(labels) - sum(labels)} undesirable samples")
+    assert line.startswith(f"[align] {good} desirable, {bad} undesirable samples")
     assert ("weighted" in line) == (advised is not None)
     assert advised is None or f"weighted {advised}, outside" in line
-
-
-def test_pairs_count_as_one_of_each_and_other_losses_count_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    entries = [supervision(record, kto(), {}) for record in (PAIR, *UNPAIRED, alone("more", True))]
-    pairs = [tuple(Pair(i, j) for i, j in entry.pairs) for entry in entries]
-    assert count_samples(kto(), pairs, entries) == {"desirable": 3, "undesirable": 2}
-    assert "3 desirable, 2 undesirable" in capsys.readouterr().out
-    assert count_samples(choose_loss(DPO), pairs, entries) is None
-    assert capsys.readouterr().out == ""
 
 
 # What unpaired data cannot do, said before any work
@@ -112,47 +107,38 @@ def data_run(*records: Record, **sections: Any) -> Any:
 SCORERS: dict[str, Any] = {"rm": ScorerConfig(path="finished"), "diffmodel": DifferenceConfig(path="finished")}
 BY_REWARD = {"rc": RcConfig("reward")}
 COEFFICIENT = r"rc={} .* difference of its two rewards, .* record good .* use rc=none"
-REFUSED = {
-    "dpo": (
+MIXED = [PAIR, *UNPAIRED]
+REFUSED = [
+    (
         UNPAIRED,
         DPO,
         SCORERS,
-        r"loss=dpo compares labelled pairs, and dataset=labelled is unpaired.*use loss=kto",
+        r"loss=dpo compares labelled pairs, and dataset=labelled is unpaired.*use loss=kto rc=none",
     ),
-    "rrhf by labels": (UNPAIRED, {**RRHF, "ranking": "labels"}, SCORERS, "loss=rrhf compares labelled pairs, and"),
-    "rrhf by reward": (
-        UNPAIRED,
-        {**RRHF, "ranking": "reward"},
-        SCORERS,
-        "loss=rrhf ranks the responses of a query, and",
-    ),
-    **{
-        f"rc={rc}, {name}": (records, KTO, SCORERS | {"rc": RcConfig(rc)}, COEFFICIENT.format(rc))
+    (UNPAIRED, {**RRHF, "ranking": "labels"}, SCORERS, "loss=rrhf compares labelled pairs, and"),
+    (UNPAIRED, {**RRHF, "ranking": "reward"}, SCORERS, "loss=rrhf ranks the responses of a query, and"),
+    *(
+        (records, KTO, SCORERS | {"rc": RcConfig(rc)}, COEFFICIENT.format(rc))
         for rc in ("reward", "diff", "gold")
-        for name, records in {"unpaired": UNPAIRED, "mixed": [PAIR, *UNPAIRED]}.items()
-    },
-    "no labels": ([BARE], KTO, {}, r"loss=kto learns from labelled pairs or responses, and .* has none"),
-    "no record": (UNPAIRED, KTO, {"align": TrainingConfig(min_responses=2)}, r"align\.min_responses=2: no record"),
-}
-TAKEN = {
-    "mixed": ([*UNPAIRED, PAIR], DPO, {}),
-    "mixed, with a coefficient": ([*UNPAIRED, PAIR], DPO, BY_REWARD),
-    "unpaired": (UNPAIRED, KTO, {}),
-    "mixed, of both": ([PAIR, *UNPAIRED], KTO, {}),
-    "pairs": ([PAIR], KTO, BY_REWARD),
-}
+        for records in (UNPAIRED, MIXED)
+    ),
+    ([BARE], KTO, {}, r"loss=kto learns from labelled pairs or responses, and .* has none"),
+    (UNPAIRED, KTO, {"align": TrainingConfig(min_responses=2)}, r"align\.min_responses=2: no record"),
+]
+TAKEN = [
+    *((MIXED, DPO, {}), (MIXED, DPO, BY_REWARD), (MIXED, KTO, {})),
+    *((UNPAIRED, KTO, {}), ([PAIR], KTO, BY_REWARD)),
+]
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_a_loss_refuses(case: str) -> None:
-    records, loss, sections, message = REFUSED[case]
+@pytest.mark.parametrize(("records", "loss", "sections", "message"), REFUSED)
+def test_what_a_loss_refuses(records: Any, loss: Any, sections: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_data(data_run(*records, **sections), choose_loss(loss))
 
 
-@pytest.mark.parametrize("case", TAKEN)
-def test_what_a_loss_takes(case: str) -> None:
-    records, loss, sections = TAKEN[case]
+@pytest.mark.parametrize(("records", "loss", "sections"), TAKEN)
+def test_what_a_loss_takes(records: Any, loss: Any, sections: Any) -> None:
     check_data(data_run(*records, **sections), choose_loss(loss))
 
 
@@ -271,10 +257,8 @@ def test_judges_that_cannot_be_trained_are_refused_before_anything_is_trained(tm
 
 def test_mixed_data_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Pairs and labelled responses in one file of the project's own format; a loss over pairs takes the pairs."""
-    rows: list[dict[str, Any]] = []
-    for n in range(40):
-        labels = {"preferences": [[0, 1]]} if n % 2 else {"desirable": [n % 3 > 0, False]}
-        rows.append({"query": f"question {n}", "responses": [f" yes {n}", f" no {n}"], **labels})
+    labels = [{"preferences": [[0, 1]]} if n % 2 else {"desirable": [n % 3 > 0, False]} for n in range(40)]
+    rows = [{"query": f"q {n}", "responses": [" yes", f" {n}"], **label} for n, label in enumerate(labels)]
     run = file_run(tmp_path, rows, "align.max_records=null", "align.batch_size=64")
     records = run.records("train")
     paired = sum(bool(record.preferences) for record in records)
@@ -283,7 +267,6 @@ def test_mixed_data_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
     counts = {"desirable": desirable, "undesirable": 2 * len(records) - desirable}
     assert policy.manifest()["results"]["samples"] == counts
     assert {"policy_margin", "implicit_reward_desirable", "implicit_reward_undesirable"} <= metrics(policy)[0].keys()
-    capsys.readouterr()
     dpo = aligned_policy(file_run(tmp_path, rows, "loss=dpo", "align.max_records=null"))
     assert dpo.manifest()["results"]["records"] == paired
     left = f"[align] {len(records) - paired} of {len(records)} records have nothing for loss=dpo: left out"
