@@ -7,7 +7,7 @@ import gzip
 import json
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,28 +90,20 @@ case("file", "two formats", r"b\.jsonl, line 1: looks like format 'hh', and the 
 # A stage whose input is not there, and data that the work cannot use
 
 
-def breads(folder: Path, *rows: object) -> list[str]:
+def breads(folder: Path, rows: Sequence[object] = ()) -> list[str]:
     """Training data of these rows, or of eight good ones."""
-    rows = rows or tuple(TRL | {"prompt": f"Which bread {n}?"} for n in range(8))
-    (folder / "data.jsonl").write_bytes(lines(*rows))
-    return [
-        "dataset=file",
-        f"dataset.path={folder / 'data.jsonl'}",
-        "dataset.test_share=0",
-        "dataset.validation_share=0",
-    ]
+    (folder / "data.jsonl").write_bytes(lines(*rows or [TRL | {"prompt": f"Which bread {n}?"} for n in range(8)]))
+    shares = ["dataset.test_share=0", "dataset.validation_share=0", "engine.device=cpu"]
+    return ["dataset=file", f"dataset.path={folder / 'data.jsonl'}", *shares]
 
 
-def on_file(*rows: object, more: tuple[str, ...]) -> Make:
-    def make(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
-        return [*breads(folder, *rows), "model=small", *SMALL, *more]
-
-    return make
+def on_file(*more: str, rows: Sequence[object] = ()) -> Make:
+    return lambda folder, patch: [*breads(folder, rows), "model=small", *SMALL, *more]
 
 
 SMALL = [
     "model.hidden_size=32", "model.intermediate_size=32", "model.layers=1", "model.heads=2", "model.key_value_heads=1",
-    "model.vocabulary_size=300", "sft.max_steps=1", "rm.max_steps=1", "align.max_steps=1", "engine.device=cpu",
+    "model.vocabulary_size=300", "sft.max_steps=1", "rm.max_steps=1", "align.max_steps=1",
 ]  # fmt: skip
 TOY = [
     "dataset.toy.pairs=64", "dataset.toy.test_pairs=64", "dataset.toy.demonstrations=128",
@@ -125,26 +117,15 @@ case(
     "data",
     "a loss over pairs without pairs",
     r"loss=dpo.*loss=kto",
-    on_file(*UNPAIRED_ROWS, more=("stage=align", "loss=dpo")),
+    on_file("stage=align", "loss=dpo", rows=UNPAIRED_ROWS),
 )
-case(
-    "data",
-    "a ranking by scores without scores",
-    r"loss\.ranking=scores.*line 1",
-    on_file(*[TRL | {"prompt": f"{n}"} for n in range(4)], more=("stage=align", "loss=rrhf", "loss.ranking=scores")),
-)
-case(
-    "data",
-    "records that are too long",
-    r"dataset\.max_length=3.*max_truncated_share",
-    on_file(*[TRL | {"prompt": f"{n} Which bread?"} for n in range(4)], more=("stage=sft", "dataset.max_length=3")),
-)
-case(
-    "data",
-    "a template without an answer",
-    r"add_generation_prompt.*dataset\.template",
-    lambda folder, patch: chat(folder, "{% for m in messages %}{{ m['content'] }}{% endfor %}"),
-)
+BY_SCORES = ("stage=align", "loss=rrhf", "loss.ranking=scores")
+case("data", "a ranking by scores without scores", r"loss\.ranking=scores.*line 1", on_file(*BY_SCORES))
+TOO_SHORT = r"dataset\.max_length=3.*max_truncated_share"
+case("data", "records that are too long", TOO_SHORT, on_file("stage=sft", "dataset.max_length=3"))
+CLOSED = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+NO_ANSWER = r"add_generation_prompt.*dataset\.template"
+case("data", "a template without an answer", NO_ANSWER, lambda folder, patch: chat(folder, CLOSED))
 case("data", "a template that is not there", r"no chat template", lambda folder, patch: chat(folder, None))
 
 
@@ -153,14 +134,7 @@ def chat(folder: Path, template: str | None) -> list[str]:
     model = saved_model(folder)
     if template is not None:
         (model / "chat_template.jinja").write_text(template)
-    return [
-        "stage=sft",
-        *breads(folder),
-        "dataset.template=chat",
-        "model=hub",
-        f"model.path={model}",
-        "engine.device=cpu",
-    ]
+    return ["stage=sft", *breads(folder), "dataset.template=chat", "model=hub", f"model.path={model}"]
 
 
 # Models
@@ -183,14 +157,17 @@ def model_case(name: str, message: str, spoil: Callable[[Path], None], *more: st
         model = saved_model(folder)
         spoil(model)
         stage = [text.format(model) for text in more or ("stage=align",)]
-        data = [*breads(folder), "engine.device=cpu"]
-        return [*data, "model=hub", f"model.path={model}", "sft.enabled=false", *stage]
+        return [*breads(folder), "model=hub", f"model.path={model}", "sft.enabled=false", *stage]
 
     case("model", name, message, make)
 
 
 def remove(*names: str) -> Callable[[Path], None]:
-    return lambda model: [(model / name).unlink() for name in names if (model / name).exists()][:0] and None
+    def spoil(model: Path) -> None:
+        for name in names:
+            (model / name).unlink()
+
+    return spoil
 
 
 def no_end(model: Path) -> None:
@@ -220,9 +197,14 @@ def evil_pickle(model: Path) -> None:
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(Runs()))
 
 
-def cut_weights(model: Path) -> None:
-    file = model / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
+def cut(name: str) -> Callable[[Path], None]:
+    """A file that loses its end."""
+
+    def spoil(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: len(data) // 2])
+
+    return spoil
 
 
 def adapter_of(base: str, weights: bool) -> Callable[[Path], None]:
@@ -252,7 +234,7 @@ model_case("no end-of-sequence token", "end-of-sequence", no_end)
 model_case("fewer embeddings than ids", r"tokenizer has 600 ids, the model only 300", large_tokenizer)
 model_case("no config", "config", remove("config.json"))
 model_case("a damaged config", "config", lambda model: (model / "config.json").write_text('{"model_type": ') and None)
-model_case("truncated weights", r"model", cut_weights)
+model_case("truncated weights", r"model", cut("model.safetensors"))
 model_case("a pickle that would run code", "pickle", evil_pickle)
 model_case("hub code without leave", r"model\.trust_remote_code=true", hub_code)
 model_case("an adapter without its weights", r"no model can be loaded from .*model", adapter_of(".", False))
@@ -261,8 +243,8 @@ model_case(
     "a scorer without head", r"lacks weights.*score", lambda model: None, "stage=align", "rc=reward", "rm.path={}"
 )
 LONG = [TRL | {"prompt": f"Which bread {n}? " + "crumb " * 400} for n in range(4)]
-TOO_LONG = ("stage=sft", "model.max_positions=64", "dataset.max_length=2000")
-case("model", "too few positions", r"positions|takes 64; lower dataset\.max_length", on_file(*LONG, more=TOO_LONG))
+TOO_LONG = on_file("stage=sft", "model.max_positions=64", "dataset.max_length=2000", rows=LONG)
+case("model", "too few positions", r"positions|takes 64; lower dataset\.max_length", TOO_LONG)
 
 
 # Artifacts
@@ -280,16 +262,6 @@ def artifact_case(name: str, message: str, spoil: Callable[[Path], None]) -> Non
         return ["stage=align", *TINY, *TOY, "rc=reward"]
 
     case("artifact", name, message, make)
-
-
-def cut(name: str) -> Callable[[Path], None]:
-    """A file that loses its end."""
-
-    def spoil(folder: Path) -> None:
-        data = (folder / name).read_bytes()
-        (folder / name).write_bytes(data[: len(data) // 2])
-
-    return spoil
 
 
 def flip(folder: Path) -> None:
@@ -315,7 +287,15 @@ artifact_case("another version", r"version", older)
 def machine(name: str, message: str, spoil: Callable[[Path, pytest.MonkeyPatch], Any], *overrides: str) -> None:
     def make(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
         spoil(folder, patch)
-        return [*TINY, *TOY, *(text.replace("FOLDER", str(folder)) for text in overrides)]
+        return [*TINY, *TOY, *overrides]
+
+    case("machine", name, message, make)
+
+
+def no_number(name: str, message: str, spoil: Callable[[pytest.MonkeyPatch], None], *overrides: str) -> None:
+    def make(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
+        spoil(patch)
+        return [*TINY, *TOY, *breads(folder), "dataset.workers=2", "model=small", *SMALL, *overrides]
 
     case("machine", name, message, make)
 
@@ -347,34 +327,26 @@ def out_of_memory(folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr("rdo.training.loop.training_step", step)
 
 
-def write_breads(folder: Path) -> None:
-    (folder / "data.jsonl").write_bytes(lines(*[TRL | {"prompt": f"Which bread {n}?"} for n in range(40)]))
-
-
-def not_a_number(folder: Path, patch: pytest.MonkeyPatch) -> None:
+def not_a_number(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("rdo.objectives.losses.sft", lambda policy, length, *, reduction: policy * float("nan"))
-    write_breads(folder)
 
 
-def no_score(folder: Path, patch: pytest.MonkeyPatch) -> None:
+def no_score(patch: pytest.MonkeyPatch) -> None:
     from rdo.stages import run
 
     real = run.read_all
     patch.setattr(run, "read_all", lambda *given: [[value * math.inf for value in row] for row in real(*given)])
-    write_breads(folder)
 
 
-ON_FILE = ("dataset=file", "dataset.path=FOLDER/data.jsonl", "dataset.workers=2", "model=small", *SMALL)
 machine("a full disk", r"no space|No space|disk is full", full, "stage=sft")
-machine("a read-only folder", r"run_dir=.*[Rr]ead-only", read_only, "stage=sft")
-machine(
-    "run_dir is a file", r"run_dir=.*File exists", lambda folder, patch: (folder / "runs").write_text("x"), "stage=sft"
-)
+machine("a read-only folder", r"Read-only file system: '.*runs", read_only, "stage=sft")
+OCCUPIED = r"Not a directory: '.*runs"
+machine("run_dir is a file", OCCUPIED, lambda folder, patch: (folder / "runs").write_text("x"), "stage=sft")
 machine("out of memory", r"engine\.tokens_per_micro_batch", out_of_memory, "stage=sft")
-NO_NUMBER = r"step 1: loss nan.*records \w+ \(.*data\.jsonl, line \d\)"
-machine("a loss that is not a number", NO_NUMBER, not_a_number, "stage=sft", *ON_FILE)
+NO_LOSS = r"step 1: loss nan.*records \w+ \(.*data\.jsonl, line \d\)"
+no_number("a loss that is not a number", NO_LOSS, not_a_number, "stage=sft")
 NO_SCORE = r"values are no finite number; records \w+ \(.*data\.jsonl, line \d\)"
-machine("a score that is not a number", NO_SCORE, no_score, "stage=score", "rc=reward", *ON_FILE)
+no_number("a score that is not a number", NO_SCORE, no_score, "stage=score", "rc=reward")
 machine(
     "no such device",
     r"engine\.device=cuda.*engine\.device=cpu",

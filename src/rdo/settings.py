@@ -52,7 +52,7 @@ class DatasetConfig:
     name: Name = "toy"
     source: Literal["toy", "file", "hub"] = "toy"
     path: Text | list[Text] | None = None  # source=file: a file, a glob such as 'data/*.parquet', or a list of either
-    format: Text = "auto"  # auto, or one of data.formats.FORMATS
+    format: Text = "auto"  # auto, or one of data.readers.FORMATS
     on_invalid: Literal["error", "skip"] = "error"  # skip: leave bad rows out, count and list them in invalid.jsonl
     max_invalid_share: Share = 0.01  # on_invalid=skip: fail above this share of the rows
     hub_name: Text | None = None  # source=hub

@@ -144,18 +144,21 @@ def test_files_may_be_larger_than_memory(tmp_path, name):
     tracemalloc.stop()
 
 
-def test_paths_are_files_globs_and_lists_of_them(tmp_path):
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("a.jsonl", ["a.jsonl"]),
+        ("*.jsonl", ["a.jsonl", "b.jsonl"]),
+        (["sub/*", "a.jsonl", "*.jsonl"], ["c.jsonl", "a.jsonl", "b.jsonl"]),
+        ("**/*.jsonl", ["a.jsonl", "b.jsonl", "c.jsonl"]),
+    ],
+)
+def test_paths_are_files_globs_and_lists_of_them(tmp_path, monkeypatch, path, found):
+    monkeypatch.chdir(tmp_path)
     for name in ("b.jsonl", "a.jsonl", "sub/c.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(LINES)
-    found = [[Path(file.path).name for file in resolve(path)] for path in (
-        str(tmp_path / "a.jsonl"),
-        str(tmp_path / "*.jsonl"),
-        [str(tmp_path / "sub" / "*"), str(tmp_path / "a.jsonl"), str(tmp_path / "*.jsonl")],
-        str(tmp_path / "**/*.jsonl"),
-    )]  # fmt: skip
-    assert found[:3] == [["a.jsonl"], ["a.jsonl", "b.jsonl"], ["c.jsonl", "a.jsonl", "b.jsonl"]]
-    assert sorted(found[3]) == ["a.jsonl", "b.jsonl", "c.jsonl"]
+    assert [Path(file.path).name for file in resolve(path)] == found
 
 
 @pytest.mark.parametrize(

@@ -43,23 +43,17 @@ def read(*rows: object, **settings: Any) -> Result:
     listed = Listed()
     reading = Reading(**settings, listed=listed)
     named = [row if isinstance(row, tuple) else ("data", row) for row in rows]
-    records = list(
-        reading.records((f"{name}.jsonl, line {number}", row) for number, (name, row) in enumerate(named, 1))
-    )
+    placed = ((f"{name}.jsonl, line {number}", row) for number, (name, row) in enumerate(named, 1))
+    records = list(reading.records(placed))
     reading.judge()
     entries = [json.loads(line) for line in listed.getvalue().splitlines()]
-    return Result(
-        records, {name: n for name, n in reading.counts.items() if n}, entries, reading.columns - reading.read
-    )
+    counts = {name: n for name, n in reading.counts.items() if n}
+    return Result(records, counts, entries, reading.columns - reading.read)
 
 
 def only(row: object, **settings: Any) -> Record:
     (record,) = read(row, **settings).records
     return record
-
-
-def test_records_know_their_place():
-    assert [record.place for record in read(TRL, TRL).records] == ["data.jsonl, line 1", "data.jsonl, line 2"]
 
 
 def test_rows_of_another_task_are_left_out_and_counted_but_not_when_they_are_all_there_is():
@@ -144,25 +138,31 @@ def test_the_format_can_be_forced_and_must_be_known():
         only(TRL, format="csv")
 
 
+VOTES = dict.fromkeys(("winner_model_a", "winner_tie"), "0") | {"winner_model_b": "1"}
+# Cells, and of the record: responses, scores, labels, preferences.
 TABLES = [
-    ({"query": "q", "responses": '["a", "b"]', "scores": "[1, 2.5]", "id": "x"}, (("a", "b"), (1.0, 2.5), None)),
-    ({"prompt": "p", "chosen": "[1, 2]", "rejected": "b"}, (("[1, 2]", "b"), None, None)),
-    ({"prompt": "p", "completion": "c", "label": "True"}, (("c",), None, (True,))),
-    ({"prompt": "p", "completion": "c", "label": "false"}, (("c",), None, (False,))),
-    ({"prompt": "p", "completion": "c", "label": "1"}, (("c",), None, (True,))),
+    (
+        {"query": "q", "responses": '["a", "b"]', "scores": "[1, 2.5]", "id": "x"},
+        (("a", "b"), (1.0, 2.5), None, ()),
+    ),
+    ({"prompt": "p", "chosen": "[1, 2]", "rejected": "b"}, (("[1, 2]", "b"), None, None, (Preference(0, 1),))),
+    *(
+        ({"prompt": "p", "completion": "c", "label": text}, (("c",), None, (value,), ()))
+        for text, value in {"True": True, "false": False, "1": True}.items()
+    ),
+    (
+        {"prompt": '["Which bread?"]', "response_a": '["Rye."]', "response_b": '["White."]', **VOTES},
+        (("Rye.", "White."), None, None, (Preference(1, 0),)),
+    ),
 ]
 
 
 @pytest.mark.parametrize(("cells", "wanted"), TABLES)
 def test_cells_of_a_text_table_are_parsed_where_the_format_wants_no_text(cells, wanted):
     record = only(TextRow(cells))
-    assert (record.responses, record.scores, record.desirable) == wanted
+    assert (record.responses, record.scores, record.desirable, record.preferences) == wanted
 
 
-def test_cells_of_a_text_table_that_hold_json_or_should():
-    votes = dict.fromkeys(("winner_model_a", "winner_tie"), "0") | {"winner_model_b": "1"}
-    arena = only(TextRow(prompt='["Which bread?"]', response_a='["Rye."]', response_b='["White."]', **votes))
-    wanted = ("Which bread?", ("Rye.", "White."), (Preference(1, 0),))
-    assert (arena.query, arena.responses, arena.preferences) == wanted
+def test_cells_of_a_text_table_that_should_be_json():
     with pytest.raises(DataError, match="line 1, field 'responses': must be a list, found 'a, b'"):
         only(TextRow(query="q", responses="a, b", scores="[1, 2]"))

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rdo.data.columns import RowError
-from rdo.data.formats import FORMATS, columns_read, find_format, needed, read_row, structured
 from rdo.data.loading import load_splits
+from rdo.data.readers import FORMATS, columns_read, find_format, needed, read_row, structured
 from rdo.data.records import Record
 from rdo.data.templates import text_of
 from rdo.runtime.errors import DataError
@@ -39,17 +39,14 @@ def numbered(cases: list[dict[str, Any]]) -> list[Any]:
 
 
 def as_json(record: Record) -> dict[str, Any]:
-    entry: dict[str, Any] = {"id": record.id, "query": record.query, "responses": list(record.responses)}
-    if record.preferences:
-        entry["preferences"] = [[p.chosen, p.rejected, p.tie, p.strength] for p in record.preferences]
-    for name in ("scores", "desirable"):
-        if (values := getattr(record, name)) is not None:
-            entry[name] = list(values)
-    if record.split is not None:
-        entry["split"] = record.split
-    if record.messages:
-        entry["messages"] = [[message.role, message.content] for message in record.messages]
-    return entry
+    """What `ROWS` hold of a record."""
+    preferences = [[p.chosen, p.rejected, p.tie, p.strength] for p in record.preferences]
+    messages = [[message.role, message.content] for message in record.messages]
+    entry = {"id": record.id, "query": record.query, "responses": list(record.responses)}
+    values = {"scores": record.scores, "desirable": record.desirable, "split": record.split}
+    others = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    others |= {"preferences": preferences or None, "messages": messages or None}
+    return entry | {name: value for name, value in others.items() if value is not None}
 
 
 def told(row: dict[str, Any]) -> str | None:
@@ -63,6 +60,10 @@ def told(row: dict[str, Any]) -> str | None:
 def test_rows_are_told_and_read_as_they_were(case):
     assert [as_json(record) for record in read_row(case["row"], case["format"])] == case["records"]
     assert told(case["row"]) == case.get("found", case["format"])
+    if "found" not in case:  # whatever the order of columns, and however many more
+        more = [*case["row"].items(), ("worker", "w"), ("tags", ["x"]), ("summary", None), ("url", "")]
+        random.Random(0).shuffle(more)
+        assert find_format(dict(more)) == case["format"]
 
 
 @pytest.mark.parametrize("case", numbered(BAD))
@@ -97,14 +98,6 @@ def test_real_sets_have_the_ids_order_and_splits_that_they_had(name: str, tmp_pa
     }
     counts = {reason: count for reason, count in found.counts.items() if count}
     assert {"format": found.format, "counts": counts, "ignored": found.ignored, "splits": splits} == SETS[name]
-
-
-@pytest.mark.parametrize("case", numbered(GOOD))
-def test_formats_are_told_whatever_the_order_of_columns_and_however_many_more(case):
-    more = {**case["row"], "worker": "w", "tags": ["x"], "summary": None, "url": ""}
-    columns = list(more)
-    random.Random(0).shuffle(columns)
-    assert find_format({column: more[column] for column in columns}) == case["format"]
 
 
 PAIR = {"chosen": "The bread is rye.", "rejected": "The bread is white."}

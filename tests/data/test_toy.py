@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rdo.data import toy
-from rdo.data.records import Record
+from rdo.data.records import Record, Records
 from rdo.runtime.errors import DataError
 from rdo.settings import ToyConfig
 
@@ -40,59 +40,52 @@ def texts(records: list[Record]) -> list[tuple[str, str, tuple[str, ...]]]:
     return [(record.id, record.query, record.responses) for record in records]
 
 
+RIGHT = "sure , the warm cow sings . the sweet hen waits ."
+FOUR = "fine , the dark wave falls . the dark boat runs . the bleak owl hides . the silly tram rests ."
+
+
 @pytest.mark.parametrize(
-    ("query", "response", "value"),
+    ("response", "value"),
     [
-        # everything right: 2 + 2 + 0.4
-        (SHORT_KIND_FARM, "sure , the warm cow sings . the sweet hen waits .", 4.4),
-        # rude instead of polite
-        (SHORT_KIND_FARM, "ugh , the warm cow sings . the sweet hen waits .", 3.6),
-        # no opener, so no manners; an opener counts in the first place only
-        (SHORT_KIND_FARM, "the warm cow sings . the sweet hen waits .", 4.0),
-        (SHORT_KIND_FARM, "the warm cow sings . sure the sweet hen waits .", 4.0),
-        # one of two adjectives of another style: 1 + 2 + 0.4
-        (SHORT_KIND_FARM, "sure , the warm cow sings . the bleak hen waits .", 3.4),
-        # no noun on the topic: 2 + 0 + 0.4
-        (SHORT_KIND_FARM, "sure , the warm crab sings . the sweet owl waits .", 2.4),
-        # cow and sings repeated once: 4.4 - 2 * 0.3; the, full stops and commas are no repeats
-        (SHORT_KIND_FARM, "sure , the warm cow sings . the sweet cow sings .", 3.8),
-        # one sentence too many; one too few
-        (SHORT_KIND_FARM, "sure , the warm cow sings . the sweet hen waits . the gentle goat falls .", 4.1),
-        (SHORT_KIND_FARM, "sure , the warm cow sings .", 4.1),
-        # the asked length is part of the query: one sentence where four are asked, 2 + 2 - 0.9 + 0.4
-        (LONG_GRIM_SEA, "certainly , the dark wave falls .", 3.5),
-        # three of four adjectives, two of four nouns, dark twice: 1.5 + 1 - 0.3 - 0.4
-        (
-            LONG_GRIM_SEA,
-            "fine , the dark wave falls . the dark boat runs . the bleak owl hides . the silly tram rests .",
-            1.8,
-        ),
-        # no parse needed: the shares are of what occurs, an unended sentence does not count
-        (SHORT_KIND_FARM, "warm warm cow", 2 + 2 - 0.3 - 0.6),
-        (SHORT_KIND_FARM, "warm .", 2 - 0.3),
-        (SHORT_KIND_FARM, "", -0.6),
-        # a review after <end> is not part of the note
-        (SHORT_KIND_FARM, "sure , the warm cow sings . the sweet hen waits . <end> style poor cow cow .", 4.4),
-        # the query may be spaced differently
-        ("  " + SHORT_KIND_FARM.replace(" ", "\n"), "sure , the warm cow sings . the sweet hen waits .", 4.4),
+        (RIGHT, 4.4),  # 2 + 2 + 0.4
+        (RIGHT.replace("sure", "ugh"), 3.6),
+        # No opener, so no manners; an opener counts in the first place only.
+        (RIGHT.removeprefix("sure , "), 4.0),
+        (RIGHT.removeprefix("sure , ").replace("the sweet", "sure the sweet"), 4.0),
+        (RIGHT.replace("sweet", "bleak"), 3.4),  # one of two adjectives of another style
+        (RIGHT.replace("cow", "crab").replace("hen", "owl"), 2.4),  # no noun on the topic
+        # Cow and sings repeated once: 4.4 - 2 * 0.3; the, full stops and commas are no repeats.
+        (RIGHT.replace("hen waits", "cow sings"), 3.8),
+        (f"{RIGHT} the gentle goat falls .", 4.1),  # one sentence too many; one too few
+        ("sure , the warm cow sings .", 4.1),
+        # No parse needed: the shares are of what occurs, an unended sentence does not count.
+        ("warm warm cow", 2 + 2 - 0.3 - 0.6),
+        ("warm .", 2 - 0.3),
+        ("", -0.6),
+        (f"{RIGHT} <end> style poor cow cow .", 4.4),  # a review is not part of the note
     ],
 )
-def test_reward_by_hand(query: str, response: str, value: float) -> None:
-    assert toy.reward(query, response) == pytest.approx(value)
-    assert toy.reward(query, response, stopped=False) == pytest.approx(value - 1)
+def test_reward_by_hand(response: str, value: float) -> None:
+    assert toy.reward(SHORT_KIND_FARM, response) == pytest.approx(value)
+    assert toy.reward(f"  {SHORT_KIND_FARM}".replace(" ", "\n"), response, stopped=False) == pytest.approx(value - 1)
 
 
-def test_reward_refuses_an_unknown_query() -> None:
+def test_reward_goes_by_the_query() -> None:
+    assert toy.reward(LONG_GRIM_SEA, "certainly , the dark wave falls .") == pytest.approx(2 + 2 - 0.9 + 0.4)
+    # Three of four adjectives, two of four nouns, dark twice.
+    assert toy.reward(LONG_GRIM_SEA, FOUR) == pytest.approx(1.5 + 1 - 0.3 - 0.4)
     with pytest.raises(DataError, match="not a query of the toy world"):
         toy.reward("human : hello . assistant :", "sure ,")
 
 
-def test_statistics_of_the_true_reward(world: dict[str, list[Record]]) -> None:
+def test_statistics(world: dict[str, list[Record]]) -> None:
     rewards = np.array([record.scores for record in world["demonstrations"]])
     assert rewards.mean() == pytest.approx(2.15, abs=0.04)
     assert rewards.std() == pytest.approx(1.24, abs=0.03)
     differences = [scores[-2] - scores[-1] for scores in (record.scores or () for record in world["train"])]
     assert np.std(differences) == pytest.approx(1.75, abs=0.04)
+    first = [record.preferences[0].chosen < record.preferences[0].rejected for record in world["train"]]
+    assert np.mean(first) == pytest.approx(0.5, abs=0.018)  # four standard deviations of a fair coin
 
 
 @pytest.mark.parametrize(
@@ -128,8 +121,17 @@ def test_records(small: dict[str, list[Record]]) -> None:
             assert record.responses[-1] != record.responses[-2]
 
 
+# Hashes of every record of each split: the world that all recorded numbers come from.
+WORLD = {
+    "demonstrations": "c305cb7dd9c55039aca5582a7d155991",
+    "train": "50152243af31c830635c4b7e3a2ef314",
+    "validation": "751db46155a5c1425c588442cc17c6f3",
+    "test": "d2fd1f26151f95ff0c7fe3469a5232c0",
+}
+
+
 def test_the_same_seed_gives_the_same_world_and_another_does_not(small: dict[str, list[Record]]) -> None:
-    assert toy.load(SMALL) == small
+    assert {split: Records.in_memory(records).fingerprint() for split, records in small.items()} == WORLD
     other = toy.load(replace(SMALL, seed=1))
     assert all(texts(other[split]) != texts(small[split]) for split in small)
 
@@ -137,19 +139,15 @@ def test_the_same_seed_gives_the_same_world_and_another_does_not(small: dict[str
 def test_label_noise_changes_labels_only(small: dict[str, list[Record]]) -> None:
     for change in ({"temperature": 4.0}, {"flip_share": 0.5}):
         noisy = toy.load(replace(SMALL, **change))
-        assert noisy["demonstrations"] == small["demonstrations"]
+        assert {split: texts(records) for split, records in noisy.items()} == {s: texts(r) for s, r in small.items()}
         for split in ("train", "validation", "test"):
-            assert texts(noisy[split]) == texts(small[split])
             assert [r.preferences for r in noisy[split]] != [r.preferences for r in small[split]]
 
 
-def test_sizes_do_not_reach_other_splits(small: dict[str, list[Record]]) -> None:
-    larger = toy.load(replace(SMALL, pairs=500, demonstrations=300))
-    assert (larger["test"], larger["validation"]) == (small["test"], small["validation"])
-    assert larger["train"][:300] == small["train"]
-    more_test = toy.load(replace(SMALL, test_pairs=300))
-    assert (more_test["train"], more_test["demonstrations"]) == (small["train"], small["demonstrations"])
-    assert more_test["test"][:200] == small["test"]
+def test_a_larger_split_begins_as_the_smaller_one_and_reaches_no_other(small: dict[str, list[Record]]) -> None:
+    for larger in (replace(SMALL, pairs=500, demonstrations=300), replace(SMALL, test_pairs=300)):
+        found = toy.load(larger)
+        assert {split: found[split][: len(records)] for split, records in small.items()} == small
 
 
 def test_candidates_do_not_change_the_labelled_pairs(small: dict[str, list[Record]]) -> None:
@@ -182,68 +180,49 @@ def test_splits_share_no_query_and_are_balanced(world: dict[str, list[Record]]) 
         assert max(times) - min(times) <= 1
 
 
-def test_the_winner_stands_first_half_of_the_time(world: dict[str, list[Record]]) -> None:
-    for split in ("train", "validation", "test"):
-        first = [record.preferences[0].chosen < record.preferences[0].rejected for record in world[split]]
-        assert abs(np.mean(first) - 0.5) < 4 * 0.5 / np.sqrt(len(first))  # four standard deviations of a fair coin
-
-
 def test_demonstrations_and_their_reviews(world: dict[str, list[Record]]) -> None:
-    responses = [record.responses[0] for record in world["demonstrations"]]
-    reviewed = [text for text in responses if toy.END in text]
-    assert len(reviewed) / len(responses) == pytest.approx(0.7, abs=0.015)
-    asked = toy.Query("short", "kind", "farm")
-    assert asked.text == SHORT_KIND_FARM
-    for note, review in [
-        ("sure , the warm cow sings . the sweet hen waits .", "style good topic good manners good"),
-        ("ugh , the warm owl sings . the bleak fox waits .", "style fair topic poor manners poor"),
-        (
-            "the warm cow sings . the dark hen waits . the cruel oak falls .",
-            "style fair topic good manners fair",
-        ),
-    ]:
-        assert toy._review(asked, note) == review
-    for record in world["demonstrations"][:500]:
-        note, _, review = record.responses[0].partition(f" {toy.END} ")
-        query = next(query for query in toy.QUERIES if query.text == record.query)
-        assert review in ("", toy._review(query, note))
+    reviewed = [record for record in world["demonstrations"] if toy.END in record.responses[0]]
+    assert len(reviewed) / len(world["demonstrations"]) == pytest.approx(0.7, abs=0.015)
+    for record in reviewed[:500]:
+        words, asked = record.responses[0].split(f" {toy.END} ")[0].split(), record.query.split()
+        grades = []
+        for groups, wanted in ((toy.ADJECTIVES, asked[6]), (toy.NOUNS, asked[10])):
+            found = [group for word in words for group, own in groups.items() if word in own]
+            grades.append(
+                "poor"
+                if 3 * found.count(wanted) < len(found)
+                else "fair"
+                if 3 * found.count(wanted) < 2 * len(found)
+                else "good"
+            )
+        manners = "good" if words[0] in toy.POLITE else "poor"
+        assert record.responses[0].endswith(f" {toy.END} style {grades[0]} topic {grades[1]} manners {manners}")
 
 
-def test_tokenizer_round_trip_and_lengths(world: dict[str, list[Record]], tmp_path: Path) -> None:
-    tokenizer = toy.tokenizer()
-    tokenizer.save_pretrained(tmp_path)
-    reloaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert reloaded.get_vocab() == tokenizer.get_vocab()
-    assert (reloaded.eos_token, reloaded.pad_token, reloaded.unk_token, reloaded.bos_token) == (
-        "<end>",
-        "<pad>",
-        "<unk>",
-        None,
-    )
-    for either in (tokenizer, reloaded):
-        longest = 0
-        for record in [record for records in world.values() for record in records[:1000]]:
-            for text in (record.query, *record.responses):
-                encoded = either(text)
-                assert set(encoded) == {"input_ids", "attention_mask"}
-                assert len(encoded["input_ids"]) == len(text.split())
-                assert either.unk_token_id not in encoded["input_ids"]
-                assert either.decode(encoded["input_ids"]) == text
-                longest = max(longest, len(encoded["input_ids"]))
-        assert longest <= 34  # with a query of 14 and the end of sequence, 49: far below max_length
+@pytest.fixture(params=["made", "saved"])
+def tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> PreTrainedTokenizerBase:
+    made = toy.tokenizer()
+    made.save_pretrained(tmp_path)
+    return made if request.param == "made" else AutoTokenizer.from_pretrained(tmp_path)
 
 
-def test_vocabulary() -> None:
-    tokenizer = toy.tokenizer()
+def test_the_tokenizer_has_a_word_for_everything(
+    world: dict[str, list[Record]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    special = (tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token)
+    assert special == ("<end>", "<pad>", "<unk>", None)
+    assert tokenizer.get_vocab() == toy.tokenizer().get_vocab()
     assert len(tokenizer) == tokenizer.vocab_size == 89
-    for text in ("query :", "first response :", "second response :"):
-        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-        assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
+    said = [t for records in world.values() for record in records[:1000] for t in (record.query, *record.responses)]
+    for text in ("query :", "first response :", "second response :", *said):
+        encoded = tokenizer(text)
+        assert set(encoded) == {"input_ids", "attention_mask"}
+        assert len(encoded["input_ids"]) == len(text.split()) <= 34
+        assert tokenizer.unk_token_id not in encoded["input_ids"]
+        assert tokenizer.decode(encoded["input_ids"]) == text
 
 
-def test_a_typed_end_is_special_only_where_special_tokens_are_read(tmp_path: Path) -> None:
-    toy.tokenizer().save_pretrained(tmp_path)
-    for tokenizer in (toy.tokenizer(), AutoTokenizer.from_pretrained(tmp_path)):
-        assert tokenizer("the <end> cow")["input_ids"].count(tokenizer.eos_token_id) == 1
-        assert tokenizer.eos_token_id not in tokenizer("the <end> cow", split_special_tokens=True)["input_ids"]
-        assert tokenizer("the <end> cow")["input_ids"].count(tokenizer.eos_token_id) == 1
+def test_a_typed_end_is_special_only_where_special_tokens_are_read(tokenizer: PreTrainedTokenizerBase) -> None:
+    for parsed, count in ((True, 1), (False, 0), (True, 1)):
+        ids = tokenizer("the <end> cow", split_special_tokens=not parsed)["input_ids"]
+        assert ids.count(tokenizer.eos_token_id) == count

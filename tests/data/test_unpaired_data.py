@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from rdo.data.records import Preference, Record
-from rdo.data.table import Records
+from rdo.data.records import Preference, Record, Records
 from rdo.objectives.choice import LossChoice, choose_loss
 from rdo.runtime.errors import UserError
 from rdo.settings import Config, DifferenceConfig, RcConfig, ScorerConfig, SftConfig, TrainingConfig
@@ -32,79 +31,72 @@ def kto(**others: Any) -> LossChoice:
     return choose_loss({**KTO, **others})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From records to samples
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def alone(identifier: str, *desirable: bool, **others: Any) -> Record:
     texts = tuple(f"response {n}" for n in range(len(desirable)))
     return Record(identifier, f"query {identifier}", texts, desirable=desirable, **others)
 
 
 PAIR = Record("pair", "query", ("a", "b"), (Preference(1, 0),))
+BARE = Record("bare", "q", ("a", "b"))
+TIED = Record("tied", "q", ("a", "b"), (Preference(0, 1, tie=True),))
+SEVERAL = alone("several", False, True, True)
 UNPAIRED = [alone("good", True), alone("bad", False)]
 
 
-def test_what_a_loss_learns_from() -> None:
-    record = alone("several", False, True, True)
+@pytest.mark.parametrize(
+    ("record", "pairs", "samples", "best"),
+    [
+        (SEVERAL, (), ((0, False), (1, True), (2, True)), 1),
+        (alone("bad", False), (), ((0, False),), None),
+        (PAIR, ((1, 0),), (), 1),
+        # A response of a pair is not counted again, one of a tie is.
+        (alone("both", True, False, True, preferences=(Preference(0, 1),)), ((0, 1),), ((2, True),), 0),
+        (alone("tied", True, False, preferences=TIED.preferences), (), ((0, True), (1, False)), 0),
+    ],
+    ids=lambda value: value.id if isinstance(value, Record) else "",
+)
+def test_what_a_loss_learns_from(record: Record, pairs: Any, samples: Any, best: int | None) -> None:
     found = supervision(record, kto(), {})
-    assert (found.pairs, found.samples, found.best) == ((), (Sample(0, False), Sample(1, True), Sample(2, True)), 1)
-    assert supervision(alone("bad", False), kto(), {}).best is None
-    assert supervision(PAIR, kto(), {}).samples == ()
+    assert (found.pairs, found.samples, found.best) == (pairs, tuple(Sample(*sample) for sample in samples), best)
     for other in (choose_loss(DPO), choose_loss({**RRHF, "ranking": "labels", "sft_weight": 1.0})):
         found = supervision(record, other, {})
-        assert (found.pairs, found.samples, found.best) == ((), (), None)
-
-
-def test_a_response_of_a_pair_is_not_counted_again() -> None:
-    both = alone("both", True, False, True, preferences=(Preference(0, 1),))
-    found = supervision(both, kto(), {})
-    assert (found.pairs, found.samples, found.best) == (((0, 1),), (Sample(2, True),), 0)
-    tied = alone("tied", True, False, preferences=(Preference(0, 1, tie=True),))
-    assert len(supervision(tied, kto(), {}).samples) == 2
+        assert (found.pairs, found.samples) == (pairs, ())
+        assert pairs or found.best is None
 
 
 @pytest.mark.parametrize(
-    ("labels", "settings", "advised"),
+    ("good", "bad", "settings", "advised"),
     [
-        ([True, False], {}, None),
-        ([True] * 4 + [False] * 3, {}, None),
-        ([True] * 3 + [False] * 2, {}, "3 : 2"),
-        ([True] * 3 + [False] * 4, {}, "3 : 4"),
-        ([True] * 3 + [False] * 4, {"lambda_desirable": 1.5}, None),
-        ([True] * 3 + [False] * 2, {"lambda_undesirable": 0.5}, "3 : 1"),
-        ([True], {}, "1 : 0"),
-        ([False, False], {}, "0 : 2"),
+        (1, 1, {}, None),
+        (4, 3, {}, None),
+        (3, 2, {}, "3 : 2"),
+        (3, 4, {}, "3 : 4"),
+        (3, 4, {"lambda_desirable": 1.5}, None),
+        (3, 2, {"lambda_undesirable": 0.5}, "3 : 1"),
+        (1, 0, {}, "1 : 0"),
+        (0, 2, {}, "0 : 2"),
     ],
 )
 def test_labels_are_counted_and_their_balance_is_told(
-    labels: list[bool], settings: dict[str, float], advised: str | None, capsys: pytest.CaptureFixture[str]
+    good: int, bad: int, settings: dict[str, float], advised: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    entries = [supervision(alone(f"r{n}", label), kto(), {}) for n, label in enumerate(labels)]
-    counts = count_samples(kto(**settings), [() for _ in entries], entries)
-    assert counts == {"desirable": sum(labels), "undesirable": len(labels) - sum(labels)}
+    paired = min(good, bad, 1)  # a pair is one of each
+    labels = [*[True] * (good - paired), *[False] * (bad - paired)]
+    records = [*[PAIR] * paired, *(alone(f"r{n}", label) for n, label in enumerate(labels))]
+    entries = [supervision(record, kto(), {}) for record in records]
+    pairs = [tuple(Pair(i, j) for i, j in entry.pairs) for entry in entries]
+    assert count_samples(choose_loss(DPO), pairs, entries) is None
+    assert count_samples(kto(**settings), pairs, entries) == {"desirable": good, "undesirable": bad}
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"[align] {sum(labels)} desirable, {len(labels) - sum(labels)} undesirable samples")
+    assert line.startswith(f"[align] {good} desirable, {bad} undesirable samples")
     assert ("weighted" in line) == (advised is not None)
     assert advised is None or f"weighted {advised}, outside" in line
 
 
-def test_pairs_count_as_one_of_each_and_other_losses_count_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    entries = [supervision(record, kto(), {}) for record in (PAIR, *UNPAIRED, alone("more", True))]
-    pairs = [tuple(Pair(i, j) for i, j in entry.pairs) for entry in entries]
-    assert count_samples(kto(), pairs, entries) == {"desirable": 3, "undesirable": 2}
-    assert "3 desirable, 2 undesirable" in capsys.readouterr().out
-    assert count_samples(choose_loss(DPO), pairs, entries) is None
-    assert capsys.readouterr().out == ""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # What unpaired data cannot do, said before any work
-# ---------------------------------------------------------------------------------------------------------------------
 
 
-def data_run(records: list[Record], **sections: Any) -> Any:
+def data_run(*records: Record, **sections: Any) -> Any:
     """What the checks read of a run."""
     config = Config(**sections)
     config.dataset.name = "labelled"
@@ -112,85 +104,75 @@ def data_run(records: list[Record], **sections: Any) -> Any:
     return SimpleNamespace(config=config, records=lambda split: held)
 
 
-@pytest.mark.parametrize(
-    ("loss", "reads"),
-    [
-        (DPO, "loss=dpo compares labelled pairs"),
-        ({**RRHF, "ranking": "labels"}, "loss=rrhf compares labelled pairs"),
-        ({**RRHF, "ranking": "reward"}, "loss=rrhf ranks the responses of a query"),
-    ],
-)
-def test_losses_over_pairs_are_refused(loss: dict[str, Any], reads: str) -> None:
-    run = data_run(UNPAIRED, rm=ScorerConfig(path="finished"))
-    with pytest.raises(UserError, match=f"{reads}, and dataset=labelled is unpaired.*use loss=kto rc=none"):
-        check_data(run, choose_loss(loss))
+SCORERS: dict[str, Any] = {"rm": ScorerConfig(path="finished"), "diffmodel": DifferenceConfig(path="finished")}
+BY_REWARD = {"rc": RcConfig("reward")}
+COEFFICIENT = r"rc={} .* difference of its two rewards, .* record good .* use rc=none"
+MIXED = [PAIR, *UNPAIRED]
+REFUSED = [
+    (
+        UNPAIRED,
+        DPO,
+        SCORERS,
+        r"loss=dpo compares labelled pairs, and dataset=labelled is unpaired.*use loss=kto rc=none",
+    ),
+    (UNPAIRED, {**RRHF, "ranking": "labels"}, SCORERS, "loss=rrhf compares labelled pairs, and"),
+    (UNPAIRED, {**RRHF, "ranking": "reward"}, SCORERS, "loss=rrhf ranks the responses of a query, and"),
+    *(
+        (records, KTO, SCORERS | {"rc": RcConfig(rc)}, COEFFICIENT.format(rc))
+        for rc in ("reward", "diff", "gold")
+        for records in (UNPAIRED, MIXED)
+    ),
+    ([BARE], KTO, {}, r"loss=kto learns from labelled pairs or responses, and .* has none"),
+    (UNPAIRED, KTO, {"align": TrainingConfig(min_responses=2)}, r"align\.min_responses=2: no record"),
+]
+TAKEN = [
+    *((MIXED, DPO, {}), (MIXED, DPO, BY_REWARD), (MIXED, KTO, {})),
+    *((UNPAIRED, KTO, {}), ([PAIR], KTO, BY_REWARD)),
+]
 
 
-def test_losses_over_pairs_take_the_pairs_of_mixed_data() -> None:
-    check_data(data_run([*UNPAIRED, PAIR]), choose_loss(DPO))
-    check_data(data_run([*UNPAIRED, PAIR], rc=RcConfig("reward")), choose_loss(DPO))
+@pytest.mark.parametrize(("records", "loss", "sections", "message"), REFUSED)
+def test_what_a_loss_refuses(records: Any, loss: Any, sections: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_data(data_run(*records, **sections), choose_loss(loss))
 
 
-@pytest.mark.parametrize("records", [UNPAIRED, [PAIR, *UNPAIRED]])
-@pytest.mark.parametrize("rc", ["reward", "diff", "gold"])
-def test_coefficients_are_refused(rc: str, records: list[Record]) -> None:
-    sections = {"rm": ScorerConfig(path="finished"), "diffmodel": DifferenceConfig(path="finished")}
-    with pytest.raises(UserError, match=rf"rc={rc} .* difference of its two rewards, .* record good .* use rc=none"):
-        check_data(data_run(records, rc=RcConfig(rc), **sections), kto())
-    check_data(data_run(records), kto())
-
-
-def test_kto_needs_labels_of_some_kind() -> None:
-    with pytest.raises(UserError, match=r"loss=kto learns from labelled pairs or responses, and .* has none"):
-        check_data(data_run([Record("bare", "q", ("a", "b"))]), kto())
-    check_data(data_run([PAIR], rc=RcConfig("reward")), kto())
-
-
-def test_more_responses_than_any_record_has() -> None:
-    with pytest.raises(UserError, match=r"align\.min_responses=2: no record"):
-        check_data(data_run(UNPAIRED, align=TrainingConfig(min_responses=2)), kto())
+@pytest.mark.parametrize(("records", "loss", "sections"), TAKEN)
+def test_what_a_loss_takes(records: Any, loss: Any, sections: Any) -> None:
+    check_data(data_run(*records, **sections), choose_loss(loss))
 
 
 @pytest.mark.parametrize(("kind", "stage"), [("reward", "rm"), ("diff", "diffmodel")])
-def test_scorers_are_refused(kind: str, stage: str) -> None:
-    with pytest.raises(UserError) as error:
-        check_labels(data_run(UNPAIRED), kind)
-    for part in (f"stage={stage}", "is unpaired", f"set {stage}.path", "loss=kto rc=none eval.judges=[]"):
-        assert part in str(error.value)
-    check_labels(data_run(UNPAIRED, rm=ScorerConfig(path="x"), diffmodel=DifferenceConfig(path="x")), kind)
-    check_labels(data_run([*UNPAIRED, PAIR]), kind)
-    tied = data_run([Record("tied", "q", ("a", "b"), (Preference(0, 1, tie=True),))])
+def test_what_scorers_refuse(kind: str, stage: str) -> None:
+    refused: dict[str, list[Record]] = {
+        rf"is unpaired .* stage={stage} has .*set {stage}\.path.*loss=kto rc=none eval\.judges=\[\]": UNPAIRED,
+        r"has no labelled pair.*rc=none loss\.ranking=scores eval\.judges=\[\]": [BARE],
+    }
     if kind == "diff":
-        check_labels(tied, kind)
+        check_labels(data_run(TIED), kind)
     else:
-        with pytest.raises(UserError, match="has no labelled pair"):
-            check_labels(tied, kind)
-    with pytest.raises(UserError, match=r"has no labelled pair.*rc=none loss\.ranking=scores eval\.judges=\[\]"):
-        check_labels(data_run([Record("bare", "q", ("a", "b"))]), kind)
+        refused["has no labelled pair"] = [TIED]
+    for message, records in refused.items():
+        with pytest.raises(UserError, match=message):
+            check_labels(data_run(*records), kind)
+        check_labels(data_run(*records, **SCORERS), kind)
+    check_labels(data_run(*UNPAIRED, PAIR), kind)
 
 
 def test_imitation_is_of_desirable_responses() -> None:
-    record = alone("several", False, True, True)
-    assert to_imitate(record, "chosen") == (1, 2)
-    assert to_imitate(record, "all") == (0, 1, 2)
-    assert to_imitate(alone("bad", False), "chosen") == ()
-    assert to_imitate(alone("bad", False), "all") == (0,)
-    run = data_run([alone("bad", False), record, PAIR])
+    bad = alone("bad", False)
+    assert [to_imitate(record, "chosen") for record in (SEVERAL, bad)] == [(1, 2), ()]
+    assert [to_imitate(record, "all") for record in (SEVERAL, bad)] == [(0, 1, 2), (0,)]
+    run = data_run(bad, SEVERAL, PAIR)
     places, ids, responses = demonstrations(run, "train")
     assert dict(zip(ids, responses, strict=True)) == {"several": (1, 2), "pair": (1,)}
     assert [run.records("train")[n].id for n in places] == ids
-
-
-def test_imitation_of_nothing_desirable_is_refused() -> None:
-    bad = [alone("one", False), alone("two", False)]
     with pytest.raises(UserError, match=r"sft\.responses=chosen .*has none in its split train: set sft\.responses=all"):
         demonstrations(data_run(bad), "train")
-    assert len(demonstrations(data_run(bad, sft=SftConfig(responses="all")), "train")[0]) == 2
+    assert len(demonstrations(data_run(bad, sft=SftConfig(responses="all")), "train")[0]) == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # A whole run
-# ---------------------------------------------------------------------------------------------------------------------
 
 SMALL = [
     "model=small", "model.vocabulary_size=300", "model.hidden_size=24", "model.layers=1", "sft.epochs=1",
@@ -278,10 +260,8 @@ def test_judges_that_cannot_be_trained_are_refused_before_anything_is_trained(tm
 
 def test_mixed_data_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Pairs and labelled responses in one file of the project's own format; a loss over pairs takes the pairs."""
-    rows: list[dict[str, Any]] = []
-    for n in range(40):
-        labels = {"preferences": [[0, 1]]} if n % 2 else {"desirable": [n % 3 > 0, False]}
-        rows.append({"query": f"question {n}", "responses": [f" yes {n}", f" no {n}"], **labels})
+    labels = [{"preferences": [[0, 1]]} if n % 2 else {"desirable": [n % 3 > 0, False]} for n in range(40)]
+    rows = [{"query": f"q {n}", "responses": [" yes", f" {n}"], **label} for n, label in enumerate(labels)]
     run = file_run(tmp_path, rows, "align.max_records=null", "align.batch_size=64")
     records = run.records("train")
     paired = sum(bool(record.preferences) for record in records)
@@ -290,7 +270,6 @@ def test_mixed_data_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
     counts = {"desirable": desirable, "undesirable": 2 * len(records) - desirable}
     assert policy.manifest()["results"]["samples"] == counts
     assert {"policy_margin", "implicit_reward_desirable", "implicit_reward_undesirable"} <= metrics(policy)[0].keys()
-    capsys.readouterr()
     dpo = aligned_policy(file_run(tmp_path, rows, "loss=dpo", "align.max_records=null"))
     assert dpo.manifest()["results"]["records"] == paired
     left = f"[align] {len(records) - paired} of {len(records)} records have nothing for loss=dpo: left out"

@@ -31,7 +31,7 @@ RESPONSES = (" Rye.", " Rye does. Bake it dark.", " No.", " Rye. Or not.", "", "
 PAIRS = [(0, 1), (1, 0), (2, 2), (3, 0), (4, 5), (5, 4), (1, 3), (4, 4)]
 BEFORE = ("Query: ", "; Response 1: ", "; Response 2: ")
 COMPARISON = ComparisonTemplate(BEFORE, TOKENIZER)
-RECORDS, _ = encode([Record(f"r{n}", query, RESPONSES) for n, query in enumerate(QUERIES)], TOKENIZER, "raw", 500)
+RECORDS = encode([Record(f"r{n}", query, RESPONSES) for n, query in enumerate(QUERIES)], TOKENIZER, "raw", 500)
 
 
 def differences(form: str, record: int, pairs: list[tuple[int, int]] = PAIRS) -> Reads:

@@ -25,7 +25,7 @@ odd_texts = st.lists(st.one_of(st.text(max_size=20), st.sampled_from([END, "<pad
 @settings(max_examples=200)
 def test_byte_pairs_lose_nothing_and_no_text_ends_a_sequence(text: str):
     query = f"{text} Assistant:"
-    (record,), _ = encode([Record("r", query, (text,))], BYTE_PAIR, "raw", max_length=10_000)
+    (record,) = encode([Record("r", query, (text,))], BYTE_PAIR, "raw", max_length=10_000)
     (response,) = record.responses
     assert BYTE_PAIR.decode(record.prompt) == query
     assert BYTE_PAIR.decode(response[:-1]) == text

@@ -268,7 +268,6 @@ def test_no_stage_holds_the_texts_or_token_ids_of_all_records(
     tokenizer = load_tokenizer(model_path(base_policy(run)), run.config.model)
     reference(run, mismatched=True)
     texts, ids = Fleeting(records), Fleeting(run.encoded(split, tokenizer))
-    monkeypatch.setattr("rdo.data.table.ROWS_PER_BATCH", 4)
     lazy = type(records)(texts, records.numbers, records.rows)
     monkeypatch.setattr(Run, "records", lambda self, split: lazy)
     monkeypatch.setattr(Run, "encoded", lambda self, split, tokenizer: ids)
@@ -277,7 +276,7 @@ def test_no_stage_holds_the_texts_or_token_ids_of_all_records(
     STAGES[name](run)
     assert len(records) == 64
     assert min(texts.made, ids.made) >= 64
-    assert texts.most <= 8  # one batch read, and the next
+    assert texts.most <= 8  # a batch, and the one being read
     assert ids.most <= 2 * 4 * 2  # each with its partner for KTO's KL
 
 

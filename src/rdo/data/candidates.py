@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, AliasChoices, BeforeValidator, ConfigDict, Field
+from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field
 
 from rdo.data.chat import Asked, Query
 from rdo.data.columns import Columns, Finite, Flag, Id, QueryText, Response, Row, RowError, Text, checked, not_blank
@@ -151,29 +151,20 @@ class Completion(Columns):
     fine_grained_score: Finite | None = Field(None, validation_alias="fine-grained_score")
 
 
-def _several(completions: list[Completion]) -> list[Completion]:
-    if len(completions) < 2:
-        raise RowError("", f"needs at least 2, found {len(completions)}; delete the row", "too_few_responses")
-    return completions
-
-
 class UltraFeedback(Row, format="ultrafeedback"):
     """openbmb/UltraFeedback: scores are overall_score, or fine-grained_score where a completion has no other."""
 
     instruction: QueryText
-    completions: Annotated[list[Completion], AfterValidator(_several)]
+    completions: list[Completion] = Field(min_length=2)
 
     def records(self) -> list[Record]:
-        scores = [completion.overall_score for completion in self.completions]
+        scores: list[Any] = [completion.overall_score for completion in self.completions]
         if None in scores:
             scores = [completion.fine_grained_score for completion in self.completions]
-        given = [score for score in scores if score is not None]
-        if len(given) < len(scores):
-            place = scores.index(None)
-            raise RowError(
-                f"completions[{place}].overall_score", "missing, and fine-grained_score, too; delete the row"
-            )
-        return by_score(Query(self.instruction), [completion.response for completion in self.completions], given)
+        if None in scores:
+            field = f"completions[{scores.index(None)}].overall_score"
+            raise RowError(field, "missing, and fine-grained_score, too; delete the row")
+        return by_score(Query(self.instruction), [completion.response for completion in self.completions], scores)
 
 
 class Rated(Row, format="ultrafeedback"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal
 from functools import cache, partial
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -146,14 +145,10 @@ def _named(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _undecimal(value: object) -> object:
-    return float(value) if isinstance(value, Decimal) else value
-
-
 Text = Annotated[str, AfterValidator(utf8)]
 QueryText = Annotated[Text, AfterValidator(partial(not_blank, what="query"))]
 Response = Annotated[Text, AfterValidator(not_blank)]
-Finite = Annotated[float, BeforeValidator(_undecimal), AfterValidator(_finite)]
+Finite = Annotated[float, AfterValidator(_finite)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
 Choice = Annotated[Literal[0, 1], AfterValidator(int)]  # true and 1.0, too
 Id = Annotated[Text, BeforeValidator(_named)]  # "": one is to be made

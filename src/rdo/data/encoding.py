@@ -1,35 +1,36 @@
-"""From records to token ids: one rule by which prompt and response are joined, and one by which they are cut.
-
-In memory, or once for all runs in a memory-mapped file that several processes make through `datasets`.
-"""
+"""From records to token ids: one rule by which prompt and response are joined, and one by which they are cut."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
-from rdo.data.records import Record
+from rdo.data.records import ROWS_PER_BATCH, Mapped, Record, Records, write_rows
 from rdo.data.templates import render_prompt
 from rdo.runtime.errors import UserError
+from rdo.runtime.files import replace_file
 from rdo.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
-    import datasets
     from transformers import PreTrainedTokenizerBase
 
-    from rdo.data.table import Records
-
-RECORDS_PER_CALL = 500
-TOKENS = "tokens"
-# Fewer records than this are not worth a second process.
-RECORDS_PER_WORKER = 2000
+# Raised whenever the same records would be encoded otherwise, or written otherwise.
+TOKENS_VERSION = 2
+# A part of the records is a file of token ids, which one process makes.
+FEWEST_PER_PART, MOST_PARTS = 2000, 64
+IDS = pa.list_(pa.int32())
+SCHEMA = pa.schema(
+    {"id": pa.string(), "prompt": IDS, "responses": pa.list_(IDS), "query_cut": pa.int64(), "response_cut": pa.int64()}
+)
 
 
 @dataclass(frozen=True)
@@ -46,39 +47,14 @@ class EncodedRecord:
     response_cut: int = field(default=0, compare=False)
 
 
-@dataclass
-class TruncationReport:
-    """What was cut off the records of a split."""
-
-    records: int = 0
-    truncated: int = 0
-    query_tokens_cut: int = 0
-    response_tokens_cut: int = 0
-
-    @classmethod
-    def of(cls, query_cut: Any, response_cut: Any) -> TruncationReport:
-        """Of the tokens cut from each record's query and responses."""
-        query, response = np.asarray(query_cut, np.int64), np.asarray(response_cut, np.int64)
-        return cls(len(query), int(((query > 0) | (response > 0)).sum()), int(query.sum()), int(response.sum()))
-
-    def check(self, max_length: int, max_truncated_share: float) -> None:
-        """Raises UserError where more than `max_truncated_share` of the records had to be cut."""
-        if self.truncated > max_truncated_share * self.records:
-            raise UserError(
-                f"{self.truncated} of {self.records} records are longer than dataset.max_length={max_length} tokens "
-                f"({self.query_tokens_cut} query and {self.response_tokens_cut} response tokens were cut), more than "
-                f"dataset.max_truncated_share={max_truncated_share} allows; raise one of the two"
-            )
-
-
 def encode(
     records: Sequence[Record],
     tokenizer: PreTrainedTokenizerBase,
     template: str,
     max_length: int,
     parse_special: bool = False,
-) -> tuple[list[EncodedRecord], TruncationReport]:
-    """Token ids of the records, in their order, and what had to be cut to fit `max_length`.
+) -> list[EncodedRecord]:
+    """Token ids of the records, in their order, cut to fit `max_length`.
 
     Prompt: the rendered prompt's ids, with the tokenizer's BOS, if it has one, in front unless they start with it.
     Response: its text's ids and one EOS. Prompt and response are tokenized apart, so a response's ids never depend on
@@ -93,23 +69,6 @@ def encode(
 
     Raises UserError if the tokenizer has no EOS, a prompt no token, or `max_length` no room for one token of each.
     """
-    made: list[EncodedRecord] = []
-    with progress_bar(len(records), "tokenizing") as bar:
-        for start in range(0, len(records), RECORDS_PER_CALL):
-            part = records[start : start + RECORDS_PER_CALL]
-            made += encode_batch(part, tokenizer, template, max_length, parse_special)
-            bar.update(len(part))
-    return made, TruncationReport.of([record.query_cut for record in made], [record.response_cut for record in made])
-
-
-def encode_batch(
-    records: Sequence[Record],
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    max_length: int,
-    parse_special: bool = False,
-) -> list[EncodedRecord]:
-    """Token ids of a few records; see `encode`."""
     begin, end = begin_id(tokenizer), end_id(tokenizer)
     rendered = [render_prompt(template, record, tokenizer) for record in records]
     prompts = _ids(rendered, tokenizer, parse_special or template == "chat")
@@ -161,25 +120,31 @@ def _fit(record: Record, prompt: list[int], responses: list[list[int]], head: in
     return EncodedRecord(record.id, (*prompt[:head], *prompt[head + cut :]), fitting, cut, lost)
 
 
-class MappedTokens(Sequence[EncodedRecord]):
-    """The token ids of every record of a split, in its order, made into objects when they are asked for."""
+def check_cuts(encoded: Sequence[EncodedRecord], max_length: int, max_truncated_share: float) -> str:
+    """How many records were cut, and by how many tokens; "" where none was. Raises UserError where too many were."""
+    if isinstance(encoded, Mapped):
+        query, response = encoded.numbers("query_cut"), encoded.numbers("response_cut")
+    else:
+        query, response = np.array([(record.query_cut, record.response_cut) for record in encoded]).T
+    truncated = int(((query > 0) | (response > 0)).sum())
+    found = (
+        f"{truncated} of {len(encoded)} records are longer than dataset.max_length={max_length} tokens "
+        f"({query.sum()} query and {response.sum()} response tokens were cut)"
+    )
+    if truncated > max_truncated_share * len(encoded):
+        raise UserError(
+            f"{found}, more than dataset.max_truncated_share={max_truncated_share} allows; raise one of the two"
+        )
+    return found if truncated else ""
 
-    def __init__(self, folder: Path):
-        import datasets
 
-        files = [str(file) for file in sorted(folder.glob(f"{TOKENS}*.arrow"))]
-        self.rows: datasets.Dataset = datasets.concatenate_datasets([datasets.Dataset.from_file(f) for f in files])
+def encoded_in(folder: Path) -> Mapped:
+    """What `encode_into` wrote: a sequence of EncodedRecord."""
+    return Mapped(sorted(folder.glob("part-*.arrow")), _as_encoded)
 
-    def __len__(self) -> int:
-        return len(self.rows)
 
-    def __getitem__(self, place: Any) -> Any:
-        row = self.rows[place]
-        return EncodedRecord(row["id"], tuple(row["prompt"]), tuple(map(tuple, row["responses"])))
-
-    def report(self) -> TruncationReport:
-        """What had to be cut."""
-        return TruncationReport.of(*(self.rows.data.column(name).to_numpy() for name in ("query_cut", "response_cut")))
+def _as_encoded(row: dict[str, Any]) -> EncodedRecord:
+    return EncodedRecord(**row | {"prompt": tuple(row["prompt"]), "responses": tuple(map(tuple, row["responses"]))})
 
 
 def order_fingerprint(records: Records) -> str:
@@ -187,49 +152,26 @@ def order_fingerprint(records: Records) -> str:
     return hashlib.blake2b(records.known("id_key").tobytes(), digest_size=16).hexdigest()
 
 
-def encode_into(
-    folder: Path,
-    records: Records,
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    max_length: int,
-    parse_special: bool,
-    workers: int | None,
-) -> dict[str, Any]:
-    """Writes the token ids of a file's records into the folder; finished parts of an earlier try are kept.
+def encode_into(folder: Path, records: Records, workers: int | None, **options: Any) -> None:
+    """Writes the token ids of a file's records into the folder, in several processes; finished parts are kept.
 
-    Raises UserError as `encode` does.
+    options: those of `encode`, which says what is raised.
     """
-    import datasets
-
-    assert not isinstance(records.source, Sequence)
-    workers = min(workers or len(os.sched_getaffinity(0)), 1 + len(records) // RECORDS_PER_WORKER)
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    size = max(FEWEST_PER_PART, -(-len(records) // MOST_PARTS))
+    parts = {folder / f"part-{n:03}.arrow": records.rows[n * size :][:size] for n in range(-(-len(records) // size))}
+    files = [file for file in parts if not file.exists()]
+    jobs = (files, [parts[file] for file in files], repeat(records.source), repeat(options))
+    workers = min(workers or len(os.sched_getaffinity(0)), len(files))
     print(f"[tokens] {len(records)} records, {workers} process{'es' if workers > 1 else ''}", flush=True)
-    options = {"tokenizer": tokenizer, "template": template, "max_length": max_length, "parse_special": parse_special}
-    count, ids = datasets.Value("int64"), datasets.Sequence(datasets.Value("int32"))
-    columns = {"id": datasets.Value("string"), "prompt": ids, "responses": datasets.Sequence(ids)}
-    records.source.select(records.rows, keep_in_memory=True).map(
-        tokenize_rows,
-        batched=True,
-        batch_size=RECORDS_PER_CALL,
-        writer_batch_size=RECORDS_PER_CALL,
-        num_proc=workers if workers > 1 else None,
-        remove_columns=records.source.column_names,
-        features=datasets.Features({**columns, "query_cut": count, "response_cut": count}),
-        fn_kwargs=options,
-        cache_file_name=str(folder / f"{TOKENS}.arrow"),
-        new_fingerprint=folder.name,
-        desc="tokenizing",
-    )
-    return {"records": len(records)}
+    # Or each process that is forked says that its tokenizer has one thread alone.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with progress_bar(len(files), "tokenizing") as bar, ProcessPoolExecutor(max(workers, 1)) as pool:
+        for _ in (pool.map if workers > 1 else map)(_encode_part, *jobs):
+            bar.update()
 
 
-def tokenize_rows(columns: dict[str, list[Any]], **options: Any) -> dict[str, list[Any]]:
-    """A batch of rows of the records' file as rows of the tokens' file."""
-    from rdo.data.table import as_records  # needs pyarrow, which what only computes has no use for
-
-    made = encode_batch(as_records(columns), **options)
-    names = ("id", "prompt", "responses", "query_cut", "response_cut")
-    return {name: [getattr(record, name) for record in made] for name in names}
+def _encode_part(file: Path, rows: np.ndarray, source: Sequence[Record], options: dict[str, Any]) -> None:
+    batches = (rows[start : start + ROWS_PER_BATCH] for start in range(0, len(rows), ROWS_PER_BATCH))
+    made = (vars(record) for batch in batches for record in encode([source[n] for n in batch.tolist()], **options))
+    with replace_file(file) as temporary:
+        write_rows(made, temporary, SCHEMA)

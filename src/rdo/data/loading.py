@@ -14,8 +14,7 @@ import numpy as np
 
 from rdo.data.files import Placed, content_hash, name_of, resolve, rows
 from rdo.data.readers import Reading
-from rdo.data.records import SPLITS, Record
-from rdo.data.table import Records, write_records
+from rdo.data.records import SPLITS, Record, Records, write_records
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import replace_file
 from rdo.runtime.processes import broadcast
@@ -54,9 +53,8 @@ def load_splits(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     What files or the hub hold is read once, into a memory-mapped file under `provenance.run_dir`/data.
 
     A hash of (split_seed, query) decides where a query goes, so more rows move none. Splits of the source's own stay:
-    the hash takes out of train only what is missing; train, validation and demonstrations lose the records whose query
-    is in test, and train and demonstrations those whose query is in validation. A hub data set of train and validation
-    alone (OpenAI's TL;DR) gives its validation as test, for that is the set on which others report.
+    the hash takes out of train only what is missing, and what is held out is taken out of all others. A hub data set of
+    train and validation alone (OpenAI's TL;DR) gives its validation as test, for that is what others report on.
 
     Raises UserError for a hub that cannot be reached and an empty train split, and DataError for the data's own faults.
     """
@@ -199,9 +197,9 @@ def _separate(splits: dict[str, Records], counts: Counter[str]) -> dict[str, Rec
     splits = dict(splits)
     others = ("train", "demonstrations")
     for held_out, fuller in (("test", ("validation", *others)), ("validation", others)):
-        queries = splits[held_out].query_keys()
+        queries = splits[held_out].known("query_key")
         for split in fuller:
-            kept = ~np.isin(splits[split].query_keys(), queries)
+            kept = ~np.isin(splits[split].known("query_key"), queries)
             counts[f"dropped_query_in_{held_out}"] += int((~kept).sum())
             splits[split] = splits[split].only(kept)
     return splits

@@ -44,11 +44,9 @@ class Scored(Row):
 
     def pair(self, query: Query, replies: tuple[str, str]) -> list[Record]:
         scores = (self.score_chosen, self.score_rejected)
-        if None not in scores:
-            return [query.pair(replies, FIRST, PAIR, scores=scores)]
-        if scores != (None, None):
+        if scores.count(None) == 1:
             raise RowError(f"score_{PAIR[scores.index(None)]}", "missing, and the other score is there")
-        return [query.pair(replies, FIRST, PAIR)]
+        return [query.pair(replies, FIRST, PAIR, scores=None if None in scores else scores)]
 
 
 def _earlier(history: object) -> object:

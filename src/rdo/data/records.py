@@ -1,14 +1,40 @@
-"""The one record type that every reader produces and every stage consumes."""
+"""The one record type that every reader produces and every stage consumes, and sequences of records.
+
+In a file a record is a row of Arrow. Beside it stand the hashes that splits, orders and fingerprints are made of, so
+that none of them needs the texts again.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
 
 SPLITS = ("demonstrations", "train", "validation", "test")
-ROLES = ("system", "user", "assistant")
+ROWS_PER_BATCH = 500
+# What is known of every record without its texts. split: number in SPLITS, or -1. chance: in [0, 1), from split seed
+# and query.
+NUMBERS = {
+    **{"split": pa.int8(), "response_count": pa.int32(), "chance": pa.float64()},
+    **dict.fromkeys(("id_key", "query_key", "digest_first", "digest_second"), pa.uint64()),
+}
+TEXT = pa.string()
+MESSAGE = pa.struct({"role": TEXT, "content": TEXT})
+PREFERENCE = pa.struct({"chosen": pa.int32(), "rejected": pa.int32(), "tie": pa.bool_(), "strength": pa.float64()})
+SCHEMA = pa.schema(
+    {
+        **{"id": TEXT, "query": TEXT, "place": TEXT, "responses": pa.list_(TEXT), "scores": pa.list_(pa.float64())},
+        **{"messages": pa.list_(MESSAGE), "desirable": pa.list_(pa.bool_()), "preferences": pa.list_(PREFERENCE)},
+        **NUMBERS,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +54,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; role is one of `ROLES`."""
+    """One turn of a conversation; role is system, user or assistant."""
 
     role: str
     content: str
@@ -71,10 +97,139 @@ def query_key(query: str) -> str:
     return " ".join(query.split())
 
 
-def digest(record: Record) -> tuple[int, int]:
-    """Hash of everything that a stage can see of a record, as two numbers below 2^64."""
+def id_key(identifier: str) -> int:
+    """By which records are put into an order that has nothing to do with the file's."""
+    return int.from_bytes(hashlib.blake2b(identifier.encode()).digest()[:8], "big")
+
+
+def _hashed(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _describe(record: Record, split_seed: int) -> dict[str, Any]:
+    """The `NUMBERS` of a record."""
+    key = query_key(record.query)
     preferences = [(p.chosen, p.rejected, p.tie, p.strength) for p in record.preferences]
     messages = [(message.role, message.content) for message in record.messages]
     seen = [record.id, record.query, record.responses, preferences, record.scores, messages, record.desirable]
-    value = hashlib.blake2b(json.dumps(seen).encode(), digest_size=16).digest()
-    return int.from_bytes(value[:8], "big"), int.from_bytes(value[8:], "big")
+    digest = hashlib.blake2b(json.dumps(seen).encode(), digest_size=16).digest()
+    return {
+        "split": SPLITS.index(record.split) if record.split else -1,
+        "id_key": id_key(record.id),
+        "query_key": _hashed(key),
+        "chance": _hashed(f"{split_seed}:{key}") / 2**64,
+        "digest_first": int.from_bytes(digest[:8], "big"),
+        "digest_second": int.from_bytes(digest[8:], "big"),
+        "response_count": len(record.responses),
+    }
+
+
+class Mapped(Sequence[Any]):
+    """The rows of Arrow files, mapped into memory; `make` makes each into an object when it is asked for."""
+
+    def __init__(self, files: Iterable[Path], make: Callable[[dict[str, Any]], Any]) -> None:
+        self.files, self.make = list(files), make
+        self.table = pa.concat_tables(pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in self.files)
+        self.batches = self.table.to_batches()
+        self.ends = np.cumsum([batch.num_rows for batch in self.batches])
+
+    def __reduce__(self) -> Any:
+        return Mapped, (self.files, self.make)  # another process maps the files itself
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def __getitem__(self, place: Any) -> Any:
+        batch = int(np.searchsorted(self.ends, place, side="right"))
+        rows = self.batches[batch]
+        return self.make(rows.slice(place - self.ends[batch] + rows.num_rows, 1).to_pylist()[0])
+
+    def numbers(self, column: str) -> np.ndarray:
+        """One column of numbers."""
+        return np.asarray(self.table.column(column).to_numpy())
+
+
+class Records(Sequence[Record]):
+    """Some of the records of a source, in the source's order: in memory are numbers of them, and not their texts."""
+
+    def __init__(self, source: Sequence[Record], numbers: Mapping[str, np.ndarray], rows: np.ndarray) -> None:
+        """numbers: `NUMBERS` of the whole source. rows: which of the source these are."""
+        self.source, self.numbers, self.rows = source, numbers, rows
+
+    @classmethod
+    def in_memory(cls, records: Iterable[Record], split_seed: int = 0) -> Records:
+        """Records that are in memory as they are."""
+        source = list(records)
+        described = [_describe(record, split_seed) for record in source]
+        kinds = {name: kind.to_pandas_dtype() for name, kind in NUMBERS.items()}
+        numbers = {name: np.array([d[name] for d in described], kind) for name, kind in kinds.items()}
+        return cls(source, numbers, np.arange(len(source)))
+
+    @classmethod
+    def in_file(cls, file: Path) -> Records:
+        """All records of a file that `write_records` wrote."""
+        source = Mapped([file], _as_record)
+        return cls(source, {name: source.numbers(name) for name in NUMBERS}, np.arange(len(source)))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, place: int) -> Record: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Record]: ...
+    def __getitem__(self, place: int | slice) -> Record | list[Record]:
+        return list(self.only(place)) if isinstance(place, slice) else self.source[int(self.rows[place])]
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self.source[row] for row in self.rows.tolist())
+
+    def only(self, kept: np.ndarray | slice) -> Records:
+        """The records at these places (numbers, a mask or a slice)."""
+        return Records(self.source, self.numbers, self.rows[kept])
+
+    def ids(self) -> list[str]:
+        """The ids of all records."""
+        if isinstance(self.source, Mapped):
+            return list(self.source.table.column("id").take(self.rows).to_pylist())
+        return [record.id for record in self]
+
+    def known(self, name: str) -> np.ndarray:
+        """One of `NUMBERS` of every record."""
+        return self.numbers[name][self.rows]
+
+    def fingerprint(self) -> str:
+        """Hash of everything a stage can see of the records; independent of their order."""
+        sums = [int(self.known(name).sum(dtype=np.uint64)) for name in ("digest_first", "digest_second")]
+        return "".join(f"{value:016x}" for value in sums)
+
+
+def _as_record(row: dict[str, Any]) -> Record:
+    """A row of the file as a record."""
+    return Record(
+        id=row["id"],
+        query=row["query"],
+        responses=tuple(row["responses"]),
+        preferences=tuple(Preference(**preference) for preference in row["preferences"]),
+        scores=None if row["scores"] is None else tuple(row["scores"]),
+        split=None if row["split"] < 0 else SPLITS[row["split"]],
+        messages=tuple(Message(**message) for message in row["messages"]),
+        desirable=None if row["desirable"] is None else tuple(row["desirable"]),
+        place=row["place"],
+    )
+
+
+def write_records(records: Iterable[Record], file: Path, split_seed: int) -> None:
+    """Writes records with ids to a file."""
+    write_rows(({**vars(r), **_plain(r), **_describe(r, split_seed)} for r in records), file, SCHEMA)
+
+
+def _plain(record: Record) -> dict[str, Any]:
+    return {name: [vars(entry) for entry in getattr(record, name)] for name in ("preferences", "messages")}
+
+
+def write_rows(rows: Iterator[dict[str, Any]], file: Path, schema: pa.Schema) -> None:
+    """Writes rows to an Arrow file, one batch in memory at a time."""
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for batch in iter(lambda: list(islice(rows, ROWS_PER_BATCH)), []):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))

@@ -26,24 +26,23 @@ ALPACA = (
 OTHER_TEMPLATES = "set dataset.template to raw, hh, alpaca or tldr, or take a tokenizer whose chat template has one"
 
 
-def turns(query: str) -> list[dict[str, str]]:
+def turns(query: str) -> list[Message]:
     """The messages of a dialogue in Anthropic HH's form, "\\n\\nHuman: ...\\n\\nAssistant: ..."; else one user message.
 
     Texts are stripped. Empty assistant turns (the one that asks for the answer) are left out, and turns of one role in
     a row, which HH has here and there, are joined: most chat templates insist that roles alternate.
     """
     if not query.startswith(HUMAN):
-        return [{"role": "user", "content": query}]
-    messages: list[dict[str, str]] = []
+        return [Message("user", query)]
+    messages: list[Message] = []
     _, *pieces = re.split(f"({HUMAN}|{ASSISTANT})", query)
     for marker, text in zip(pieces[::2], pieces[1::2], strict=True):
         role, content = ROLES[marker], text.strip()
         if marker == ASSISTANT and not content:
             continue
-        if messages and messages[-1]["role"] == role:
-            messages[-1]["content"] += f"\n\n{content}"
-        else:
-            messages.append({"role": role, "content": content})
+        if messages and messages[-1].role == role:
+            content = f"{messages.pop().content}\n\n{content}"
+        messages.append(Message(role, content))
     return messages
 
 
@@ -75,11 +74,7 @@ def render_prompt(template: str, record: Record, tokenizer: PreTrainedTokenizerB
         return ALPACA.format(instruction=_instruction(record))
     if template == "tldr":
         return f"{record.query}\n\nTL;DR:"
-    return _render_chat(_messages(record), tokenizer) if template == "chat" else record.query
-
-
-def _messages(record: Record) -> list[dict[str, str]]:
-    return [{"role": m.role, "content": m.content} for m in record.messages] or turns(record.query)
+    return _render_chat(record.messages or turns(record.query), tokenizer) if template == "chat" else record.query
 
 
 def _as_dialogue(record: Record) -> str:
@@ -91,20 +86,21 @@ def _as_dialogue(record: Record) -> str:
 
 
 def _instruction(record: Record) -> str:
-    messages = _messages(record)
-    if [message["role"] for message in messages] in (["user"], ["system", "user"]):
-        return "\n\n".join(message["content"] for message in messages if message["content"].strip())
+    messages = record.messages or turns(record.query)
+    if [message.role for message in messages] in (["user"], ["system", "user"]):
+        return "\n\n".join(message.content for message in messages if message.content.strip())
     return record.query.rstrip().removesuffix(ASSISTANT).strip()
 
 
-def _render_chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+def _render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.chat_template is None:
         raise UserError(f"dataset.template=chat, but the tokenizer has no chat template; {OTHER_TEMPLATES}")
+    said = [vars(message) for message in messages]
     try:
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        closed = tokenizer.apply_chat_template(messages, add_generation_prompt=False, tokenize=False)
+        prompt = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+        closed = tokenizer.apply_chat_template(said, add_generation_prompt=False, tokenize=False)
     except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
+        roles = ", ".join(message.role for message in messages)
         raise UserError(f"the chat template rejects the roles {roles} ({error}); {OTHER_TEMPLATES}") from error
     if prompt == closed:
         problem = "ignores add_generation_prompt, so the prompt would not open an answer"

@@ -80,10 +80,14 @@ _QUERY_OF = {query.text: query for query in QUERIES}
 
 
 def _judge(query: Query, response: str) -> tuple[float, float, int, int, int]:
-    """What the true reward looks at: style share, topic share, repeats, length error, manners; see `reward`."""
+    """What the true reward looks at in the words up to the first `<end>`.
+
+    Style share: of the adjectives that occur, those of the asked style; 0 if none occurs. Topic share: the same of the
+    nouns. Repeats: adjectives, nouns and verbs beyond the first occurrence of each. Length error: the distance of the
+    number of full stops from the asked 2, 3 or 4. Manners: 1 if the first word is a polite opener, -1 a rude one.
+    """
     words = response.split()
-    if END in words:
-        words = words[: words.index(END)]
+    words = words[: words.index(END)] if END in words else words
     styles = [_STYLE_OF[word] for word in words if word in _STYLE_OF]
     topics = [_TOPIC_OF[word] for word in words if word in _TOPIC_OF]
     content = [word for word in words if word in _CONTENT]
@@ -100,14 +104,8 @@ def _judge(query: Query, response: str) -> tuple[float, float, int, int, int]:
 def reward(query: str, response: str, *, stopped: bool = True) -> float:
     """The true reward r* of any text as an answer to one of the world's queries.
 
-    r* = 2 * style share + 2 * topic share - 0.3 * repeats - 0.3 * length error + 0.4 * manners - 1 unless stopped.
-
-    The response is read as words between white space, up to the first `<end>`; it need not be well formed.
-    Style share: of the adjectives that occur, those of the asked style; 0 if none occurs. Topic share: the same of
-    the nouns. Repeats: adjectives, nouns and verbs beyond the first occurrence of each. Length error: the distance of
-    the number of full stops from the asked 2, 3 or 4. Manners: 1 if the first word is a polite opener, -1 if it is a
-    rude one, else 0. stopped: whether the writer ended the text, which the text cannot show; the caller says.
-    Rounded to nine places, so that texts of equal merit are exactly equal.
+    r* = 2 * style share + 2 * topic share - 0.3 * repeats - 0.3 * length error + 0.4 * manners - 1 unless stopped,
+    which says whether the writer ended the text; rounded, so that texts of equal merit are exactly equal.
     """
     asked = _QUERY_OF.get(query_key(query))
     if asked is None:
@@ -189,12 +187,11 @@ def _demonstrations(config: ToyConfig) -> list[Record]:
     queries = _queries(split, config.demonstrations)
     notes = _notes(queries, _stream(config.seed, split, "first"))
     reviewed = _stream(config.seed, split, "reviews").random(len(notes)) < 0.7
-    records = []
-    for index, (query, note, with_review) in enumerate(zip(queries, notes, reviewed, strict=True)):
-        text = f"{note} {END} {_review(query, note)}" if with_review else note
-        scores = (reward(query.text, note),)
-        records.append(Record(f"toy-{split}-{index}", query.text, (text,), scores=scores, split=split))
-    return records
+    texts = [f"{n} {END} {_review(q, n)}" if r else n for q, n, r in zip(queries, notes, reviewed, strict=True)]
+    return [
+        Record(f"toy-{split}-{index}", query.text, (text,), scores=(reward(query.text, text),), split=split)
+        for index, (query, text) in enumerate(zip(queries, texts, strict=True))
+    ]
 
 
 def _labels(rewards: np.ndarray, config: ToyConfig, rng: np.random.Generator) -> np.ndarray:
@@ -232,8 +229,8 @@ def _pairs(config: ToyConfig, split: str, count: int, with_candidates: int = 0) 
 def load(config: ToyConfig) -> dict[str, list[Record]]:
     """The four splits: demonstrations and train share 24 queries, validation has 3 others and test 9 others.
 
-    Train records have two responses, the first `candidate_queries` of them `candidates`; each has one labelled pair,
-    its last two. Validation has a quarter of `test_pairs`, at least 64. `Record.scores` are the true rewards.
+    The first `candidate_queries` records of train have `candidates` responses, all others two. Validation has a quarter
+    of `test_pairs`, at least 64. `Record.scores` are the true rewards.
     """
     return {
         "demonstrations": _demonstrations(config),

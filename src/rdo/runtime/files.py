@@ -18,8 +18,8 @@ from filelock import FileLock, Timeout
 
 from rdo.runtime.progress import say
 
-# What a process that was killed may leave behind; the last are those of `datasets`.
-LEFTOVERS = (".*.part", ".*.old", "tmp????????")
+# What a process that was killed may leave behind.
+LEFTOVERS = (".*.part", ".*.old")
 # In a folder that a process holds, and how often a run that waits for it looks.
 LOCK, POLL_SECONDS = ".lock", 0.5
 

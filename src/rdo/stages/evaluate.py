@@ -218,7 +218,7 @@ def judged_by(
     """A scorer's values of texts as responses to the records' queries, encoded by its own tokenizer."""
     scorer, dataset = load_kind(run, judge, kind), run.config.dataset
     asked = [Record(record.id, record.query, responses) for record, responses in zip(records, texts, strict=True)]
-    encoded, _ = encode(asked, scorer.tokenizer, dataset.template, dataset.max_length)
+    encoded = encode(asked, scorer.tokenizer, dataset.template, dataset.max_length)
     return run.read_all(scorer.model, [scorer.reads(record, listed) for record in encoded], f"judge {kind}")
 
 

@@ -13,8 +13,7 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
-from rdo.data.records import Record
-from rdo.data.table import Records
+from rdo.data.records import Record, Records
 from rdo.models.generation import Generation, generate_batch
 from rdo.runtime.store import Artifact, stable_seed
 from rdo.sequences.forward import check_positions
@@ -70,7 +69,7 @@ def choose_prompts(records: Sequence[Record], config: EvalConfig) -> list[int]:
     ordered = select(records, TrainingConfig())
     seen: Counter[int] = Counter()
     turns = []
-    for query in records.query_keys()[ordered].tolist():
+    for query in records.known("query_key")[ordered].tolist():
         turns.append(seen[query])
         seen[query] += 1
     by_turn = sorted(range(len(ordered)), key=lambda n: turns[n])

@@ -61,7 +61,7 @@ def described(run: Run) -> Iterator[str]:
     for name, some in examined.items():
         # The toy world's demonstrations hold an <end> between note and review, which is meant.
         parse_special = dataset.source == "toy" and name == "demonstrations"
-        encoded, _ = encode(some, tokenizer, dataset.template, UNLIMITED, parse_special=parse_special)
+        encoded = encode(some, tokenizer, dataset.template, UNLIMITED, parse_special=parse_special)
         prompts = np.array([len(record.prompt) for record in encoded])
         longest = np.array([max(map(len, record.responses)) for record in encoded])
         for part, lengths in (("prompt", prompts), ("longest response", longest), ("both", prompts + longest)):
@@ -123,10 +123,10 @@ def example_lines(
     tokenizer: transformers.PreTrainedTokenizerBase, record: Record, template: str, longest: int
 ) -> Iterator[str]:
     """A record as the model will see it, special tokens and line breaks visible."""
-    (encoded,), report = encode([record], tokenizer, template, longest)
+    (encoded,) = encode([record], tokenizer, template, longest)
     yield f"\nExample {record.place or record.id}"
-    if report.truncated:
-        yield f"  cut: {report.query_tokens_cut} query and {report.response_tokens_cut} response tokens"
+    if encoded.query_cut or encoded.response_cut:
+        yield f"  cut: {encoded.query_cut} query and {encoded.response_cut} response tokens"
     labels = [f"response {p.chosen} {'ties with' if p.tie else 'over'} {p.rejected}" for p in record.preferences]
     labels += [f"{name} {values}" for name in ("scores", "desirable") if (values := getattr(record, name)) is not None]
     yield f"  labels: {'; '.join(labels) or 'none'}"

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rdo.data.records import Record
-from rdo.data.table import Records
+from rdo.data.records import Record, Records
 from rdo.runtime.errors import UserError
 from rdo.runtime.store import Artifact
 from rdo.sequences.forward import Reads
@@ -39,7 +38,7 @@ class Reference:
 def partners(records: Sequence[Record], chosen: list[int]) -> dict[int, int]:
     """For each selected record another one, whose query differs, in a cycle through the hash order of `select`."""
     count = len(chosen)
-    queries = (records if isinstance(records, Records) else Records.in_memory(records)).query_keys()
+    queries = (records if isinstance(records, Records) else Records.in_memory(records)).known("query_key")
     found: dict[int, int] = {}
     for position, n in enumerate(chosen):
         for step in range(1, count):

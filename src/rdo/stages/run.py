@@ -13,10 +13,17 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from rdo.data.encoding import EncodedRecord, MappedTokens, TruncationReport, encode, encode_into, order_fingerprint
+from rdo.data.encoding import (
+    TOKENS_VERSION,
+    EncodedRecord,
+    check_cuts,
+    encode,
+    encode_into,
+    encoded_in,
+    order_fingerprint,
+)
 from rdo.data.loading import Splits, load_splits
-from rdo.data.records import Record
-from rdo.data.table import Records
+from rdo.data.records import Record, Records
 from rdo.models.pretrained import load_policy, load_scorer, load_tokenizer
 from rdo.runtime.errors import NotFiniteError, UserError
 from rdo.runtime.processes import dealt, world
@@ -35,7 +42,7 @@ class Cache:
 
     splits: dict[str, Splits] = field(default_factory=dict)
     fingerprints: dict[tuple[str, str], str] = field(default_factory=dict)
-    encoded: dict[tuple[str, ...], tuple[Sequence[EncodedRecord], TruncationReport]] = field(default_factory=dict)
+    encoded: dict[tuple[str, ...], Sequence[EncodedRecord]] = field(default_factory=dict)
 
 
 @dataclass
@@ -88,39 +95,35 @@ class Run:
         file that is made once."""
         key = (self.dataset_key, split, tokenizer_key(tokenizer))
         if key not in self.cache.encoded:
-            encoded, report = self._encode(split, tokenizer)
-            dataset = self.config.dataset
-            report.check(dataset.max_length, dataset.max_truncated_share)
-            self.cache.encoded[key] = encoded, report
-            if report.truncated:
-                print(
-                    f"[data] {split}: {report.truncated} of {report.records} records cut to {dataset.max_length} "
-                    f"tokens ({report.query_tokens_cut} query, {report.response_tokens_cut} response tokens)",
-                    flush=True,
-                )
-        return self.cache.encoded[key][0]
+            encoded = self._encode(split, tokenizer)
+            if cut := check_cuts(encoded, self.config.dataset.max_length, self.config.dataset.max_truncated_share):
+                print(f"[data] {split}: {cut}", flush=True)
+            self.cache.encoded[key] = encoded
+        return self.cache.encoded[key]
 
-    def _encode(
-        self, split: str, tokenizer: transformers.PreTrainedTokenizerBase
-    ) -> tuple[Sequence[EncodedRecord], TruncationReport]:
+    def _encode(self, split: str, tokenizer: transformers.PreTrainedTokenizerBase) -> Sequence[EncodedRecord]:
         dataset, records = self.config.dataset, self.records(split)
-        # The toy world's demonstrations hold an <end> between note and review, which is meant.
-        parse_special = dataset.source == "toy" and split == "demonstrations"
+        options: dict[str, Any] = {
+            "tokenizer": tokenizer,
+            "template": dataset.template,
+            "max_length": dataset.max_length,
+        }
         if dataset.source == "toy":
-            return encode(records, tokenizer, dataset.template, dataset.max_length, parse_special=parse_special)
+            # The toy world's demonstrations hold an <end> between note and review, which is meant.
+            return encode(records, **options, parse_special=split == "demonstrations")
         settings = {
             "data": self.data_settings(split),
             "order": order_fingerprint(records),
             "tokenizer": tokenizer_key(tokenizer),
+            "version": TOKENS_VERSION,
         }
 
         def make(folder: Path) -> dict[str, Any]:
-            template, longest = dataset.template, dataset.max_length
-            return encode_into(folder, records, tokenizer, template, longest, parse_special, dataset.workers)
+            encode_into(folder, records, dataset.workers, **options)
+            return {"records": len(records)}
 
         always = replace(self.provenance, build_inputs=True)
-        tokens = MappedTokens(produce(always, "tokens", split, settings, {}, make, False, together=False).folder)
-        return tokens, tokens.report()
+        return encoded_in(produce(always, "tokens", split, settings, {}, make, False, together=False).folder)
 
     def device(self) -> torch.device:
         """The device of engine.device; UserError where CUDA is asked for and there is none."""

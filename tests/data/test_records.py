@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rdo.data.records import SPLITS, Message, Preference, Record
-from rdo.data.table import NUMBERS, Records, write_records
+from rdo.data.records import NUMBERS, SPLITS, Message, Preference, Record, Records, write_records
 from rdo.settings import TrainingConfig
 from rdo.stages.run import select
 
