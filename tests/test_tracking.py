@@ -1,13 +1,15 @@
 """Metrics: a JSON-lines file of every run, and in wandb what that file says and what evaluations find."""
 
+import argparse
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+import wandb
+from launch import dashboards
 
 from rdo import tracking
 from rdo.runtime.errors import UserError
@@ -17,7 +19,7 @@ from rdo.settings import TrackerConfig
 from rdo.stages.evaluate import evaluate_policy
 from rdo.stages.sft import base_policy
 from rdo.tracking import METRICS, Tracker
-from tiny import metrics, tiny_run
+from tiny import TINY, metrics, tiny_run
 from tracked import SHORT, records_in, steps_in, the_run, tracked_runs
 
 WANDB = TrackerConfig("wandb")
@@ -84,41 +86,66 @@ def test_only_the_first_process_writes(tmp_path, offline, monkeypatch, config):
 # wandb itself, offline
 # ---------------------------------------------------------------------------------------------------------------------
 
-RUN = """
-import sys
+APART = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+# Without a login, and then with a key.
+TWO_RUNS = """# planted-code
+import os, sys
 from pathlib import Path
 from rdo.settings import TrackerConfig
 from rdo.tracking import Tracker
 
-with Tracker(TrackerConfig("wandb", "own", "group"), Path(sys.argv[1]), "a name", {"align": {"epochs": 3}}) as tracker:
-    for step in (1, 2):
-        tracker.log(step, {"loss": step / 8})
+print("planted-text")
+for name in ("without", "with"):
+    folder = Path("run", "align", name)
+    folder.mkdir(parents=True)
+    with Tracker(TrackerConfig("wandb", "own", "group"), folder, "a name", {"align": {"epochs": 3}}) as tracker:
+        for step in (1, 2):
+            tracker.log(step, {"loss": step / 8})
+    os.environ |= {"WANDB_MODE": "offline", "WANDB_API_KEY": f"{'planted':0<40}"}
 """
 
 
-def test_wandb_runs_offline_without_a_login_and_without_asking(tmp_path):
-    folder = tmp_path / "align-123"
-    folder.mkdir()
-    bare = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "home"), "PYTHONPATH": os.pathsep.join(sys.path)}
-    started = time.monotonic()
+def test_wandb_runs_offline_without_asking_and_gets_no_secret(tmp_path):
+    """In a checkout whose remote holds a token, with secrets in the environment and among the arguments."""
+    for command in (
+        "init -q",
+        "-c user.name=n -c user.email=planted@example.org commit -q --allow-empty -m planted-message",
+        "remote add origin https://planted@example.org/planted-repository.git",
+    ):
+        subprocess.run(["git", "-C", str(tmp_path), *command.split()], check=True)
+    (tmp_path / "script.py").write_text(TWO_RUNS)
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(folder)],
-        env=bare,
+        [sys.executable, "script.py", "--argument=planted-argument"],
+        env={**APART, "HOME": str(tmp_path), "HF_TOKEN": "planted-token", "MY_VARIABLE": "planted-variable"},
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=60,  # nothing waits for a network
     )
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - started < 30  # nothing waited for a network
     assert "(1)" not in done.stdout + done.stderr  # the menu of `wandb login`
-    assert steps(folder) == [1, 2]
-    assert [(step["global_step"], step["loss"]) for step in steps_in(folder)] == [(1, 0.125), (2, 0.25)]
-    runs = [record.run for record in records_in(folder) if record.WhichOneof("record_type") == "run"]
-    named = [(run.project, run.run_group, run.display_name, run.job_type) for run in runs]
-    assert named == [("own", "group", "a name", tmp_path.name)]
-    assert {item.key: item.value_json for item in runs[0].config.update}["align"] == '{"epochs":3}'
+    for folder in (tmp_path / "run" / "align").iterdir():
+        assert steps(folder) == [1, 2]
+        assert [(step["global_step"], step["loss"]) for step in steps_in(folder)] == [(1, 0.125), (2, 0.25)]
+        runs = [record.run for record in records_in(folder) if record.WhichOneof("record_type") == "run"]
+        named = [(run.project, run.run_group, run.display_name, run.job_type, run.host) for run in runs]
+        assert named == [("own", "group", "a name", "align", "")]
+        assert {item.key: item.value_json for item in runs[0].config.update}["align"] == '{"epochs":3}'
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert not [file for file in files if b"planted" in file.read_bytes()]
+    names = {file.name for file in files}
+    assert not names & {"wandb-metadata.json", "requirements.txt", "output.log", "script.py", "diff.patch"}
+
+
+def test_no_file_of_a_run_holds_a_secret_of_the_environment(tmp_path, monkeypatch, capsys, train_here):
+    monkeypatch.setenv("HF_TOKEN", "planted-token")
+    monkeypatch.setenv("WANDB_API_KEY", "planted-key")
+    train_here("stage=sft", *TINY, f"run_dir={tmp_path}")
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert {"overrides.yaml", "hydra.yaml", "manifest.json"} <= {file.name for file in files}
+    assert not [file for file in files if b"planted" in file.read_bytes()]
+    assert "planted" not in "".join(capsys.readouterr())
 
 
 # A training run that kills itself when it has logged its fifth step; it saves a checkpoint at every second.
@@ -142,10 +169,9 @@ base_policy(tiny_run(Path(sys.argv[1]), *sys.argv[2:]))
 def test_a_killed_run_goes_on_in_its_curve(tmp_path, offline):
     """The same run, by its id; what is done again has the same numbers."""
     overrides = ["tracker=wandb", "engine.checkpoint_every_steps=2", "sft.max_steps=7"]
-    paths = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path), *overrides],
-        env={**os.environ, "PYTHONPATH": paths},
+        env=os.environ | APART,
         capture_output=True,
         text=True,
         timeout=120,
@@ -285,3 +311,40 @@ def test_an_evaluated_scorer_comes_with_its_accuracy_by_confidence():
     (shown,) = logged.steps
     found = [row[3:5] for row in shown["tables/by_confidence"].data]
     assert found == [[part["count"], part["label_accuracy"]["value"]] for part in evaluation["by_confidence"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dashboards as code
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def names_of(settings: dict, prefix: str = "") -> set[str]:
+    """The dotted names of all settings."""
+    found = {f"{prefix}{name}" for name in settings}
+    return found.union(*(names_of(v, f"{prefix}{k}.") for k, v in settings.items() if isinstance(v, dict)))
+
+
+def test_every_name_in_a_dashboard_is_one_that_runs_log():
+    shown = {name for names in dashboards.CURVES.values() for name in names}
+    shown |= {dashboards.STEP, *dashboards.COMPARED_CURVES, *dashboards.TABLES}
+    assert shown <= set().union(*(run.history for run in tracked_runs()))
+    summary = set().union(*(run.summary for run in tracked_runs()))
+    assert {*dashboards.RESULTS, *dashboards.COEFFICIENTS, "label_accuracy"} <= summary
+    evaluated = [run.asked["config"] for run in tracked_runs() if run.asked["job_type"] == "eval"]
+    assert {*dashboards.SWEPT, *dashboards.GROUPS} <= set().union(*map(names_of, evaluated))
+
+
+def test_the_runs_of_one_group_are_chosen():
+    workspace = dashboards.sweep(argparse.Namespace(project="mine", entity="me", group="toy-toy"))
+    assert (workspace.project, workspace.entity) == ("mine", "me")
+    assert "toy-toy" in str(workspace.runset_settings.filters)
+    assert "eval" in str(workspace.runset_settings.filters)
+
+
+def test_checking_dashboards_needs_no_login_and_saving_says_that_it_does(monkeypatch, capsys):
+    monkeypatch.setattr(wandb, "login", lambda **settings: False)
+    dashboards.main(["--check"])
+    said = [line.split(":")[1].strip() for line in capsys.readouterr().out.splitlines()]
+    assert said == ["one run", "sweep", "coefficients"]
+    with pytest.raises(SystemExit, match="error: saving needs a login: run `wandb login` first"):
+        dashboards.main([])

@@ -161,5 +161,8 @@ def prepare_process(config: EngineConfig) -> None:
 
 def refuse(error: Exception) -> NoReturn:
     """Shows what is wrong with a command line or a file of conf/, and exits with 1."""
-    composing = isinstance(error, HydraException | OmegaConfBaseException | ValueError)
-    fail(UserError(one_line(error, sys.argv[1:])) if composing else error)
+    if isinstance(error, HydraException | OmegaConfBaseException | ValueError):
+        said = UserError(one_line(error, sys.argv[1:]))
+        said.__cause__ = error
+        fail(said)
+    fail(error)

@@ -35,6 +35,8 @@ MANIFEST = "manifest.json"
 ARTIFACT_VERSION = 4
 # What a stage that was interrupted goes on from; removed when it is finished.
 PARTIAL = ("checkpoints", "shards")
+# A result that has no stage of its own, and the stage that makes it.
+PART_OF = {"reference": "align"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def produce(
         return artifact
     if not requested and not provenance.build_inputs:
         kept = [text for text in shlex.split(provenance.command) if not text.startswith(("build_inputs=", "stage="))]
-        command = shlex.join([*kept[:2], f"stage={stage}", *kept[2:]])
+        command = shlex.join([*kept[:2], f"stage={PART_OF.get(stage, stage)}", *kept[2:]])
         raise UserError(f"the input {stage} ({label}) is not there; make it: {command}")
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder) if first else nullcontext():
