@@ -279,10 +279,8 @@ def test_each_stage_that_was_made_has_one_run_and_shows_its_results():
 
 def test_an_evaluated_policy_comes_with_numbers_samples_and_tables():
     logged = the_run("eval", "dpo-diff")
-    evaluation, lines = (
-        read_json(logged.folder / "evaluation.json"),
-        read_json_lines(logged.folder / "generations.jsonl"),
-    )
+    evaluation = read_json(logged.folder / "evaluation.json")
+    lines = read_json_lines(logged.folder / "generations.jsonl")
     reward = evaluation["rewards"]["gold"]
     assert logged.summary["reward"] == logged.summary["rewards/gold"] == reward["value"]
     assert logged.summary["reward_low"] == reward["low"]
@@ -290,9 +288,7 @@ def test_an_evaluated_policy_comes_with_numbers_samples_and_tables():
     assert logged.summary["prompts"] == 8
     assert logged.asked["config"]["made"] == {"alpha": 0.25, "beta": 0.2, "beta0": 0.1, "beta1": 0.1}
     (shown,) = logged.steps
-    assert shown.keys() == {
-        "global_step", "tables/evaluation", "tables/against_base", "tables/samples",
-    }  # fmt: skip
+    assert shown.keys() == {"global_step", "tables/evaluation", "tables/against_base", "tables/samples"}
     samples = shown["tables/samples"]
     assert samples.columns == ["id", "query", "response", "stopped", "reward/gold", "reward/reward"]
     assert [row[:4] for row in samples.data] == [

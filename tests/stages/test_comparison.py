@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +19,6 @@ from rdo.runtime.files import write_json
 from rdo.runtime.store import Provenance, produce
 from tiny import TINY, append_json_line
 
-ROOT = Path(__file__).parents[2]
-
 
 def composed(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -36,7 +31,7 @@ def composed(*overrides: str) -> DictConfig:
 
 
 @pytest.fixture
-def points(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+def points(monkeypatch: pytest.MonkeyPatch, train_here: Callable[..., None]) -> Callable[..., list[str]]:
     """The points that train.py would run, with their configs checked."""
 
     def run(*arguments: str) -> list[str]:
@@ -46,9 +41,8 @@ def points(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
 
         found: list[str] = []
         monkeypatch.setattr(BasicLauncher, "launch", launch)
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         with pytest.raises(SystemExit):
-            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+            train_here(*arguments)
         return found
 
     return run
@@ -77,15 +71,13 @@ def test_only_a_comparison_is_a_sweep_by_itself():
         assert composed("experiment=toy_study", f"stage={stage}").hydra.mode is None
 
 
-def test_a_bayesian_sweep_finds_the_same_points_again(tmp_path):
+def test_a_bayesian_sweep_finds_the_same_points_again(tmp_path, train_here, capsys):
     settings = [f"run_dir={tmp_path}", *TINY, "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2"]
     settings += ["metric=rewards.gold", f"hydra.sweep.dir={tmp_path}/sweep"]
-    command = [sys.executable, "train.py", "experiment=sweep_bayes", *settings]
     said, found = [], []
     for _ in range(2):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
+        train_here("experiment=sweep_bayes", *settings)
+        said.append(capsys.readouterr().out)
         found.append(OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml"))
     assert found[0] == found[1]
     assert {"rc.alpha", "loss.beta", "diffmodel.beta0", "diffmodel.beta1"} == set(found[0].best_params)

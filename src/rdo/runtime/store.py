@@ -174,17 +174,12 @@ def stable_seed(*parts: object) -> int:
 
 @cache
 def code_revision() -> str:
-    """The git commit of the code, marked where files differ from it; 'unknown' outside a checkout."""
-    here = Path(__file__).parent
-    git = shutil.which("git")
-    if git is None:
-        return "unknown"
+    """The git commit of the code, marked where its files were changed; 'unknown' outside a checkout."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        commit = subprocess.run([git, "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        status = subprocess.run([git, "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
-    except subprocess.CalledProcessError:
+        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
 
 
 @cache
