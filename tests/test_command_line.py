@@ -44,9 +44,11 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a whole pipeline, made in a process of its own, which the tests below copy or leave as it is."""
     run_dir = tmp_path_factory.mktemp("pipeline") / "run"
     command = [sys.executable, str(ROOT / "train.py"), *PIPELINE, f"run_dir={run_dir}"]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_TOKEN": "planted", "WANDB_API_KEY": "planted"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"report: {run_dir / 'report' / 'report.html'}" in done.stdout
+    assert "planted" not in done.stdout + done.stderr
     return run_dir
 
 
@@ -71,6 +73,12 @@ def test_a_pipeline_reports_every_row(pipeline):
     assert row[[f"{name}.{part}" for name in numbers for part in ("value", "low", "high")]].notna().all()
     assert not list(pipeline.rglob("*.part"))
     assert not list(pipeline.rglob("checkpoints"))
+
+
+def test_no_file_of_a_run_holds_a_secret_of_the_environment(pipeline):
+    files = [file for file in pipeline.rglob("*") if file.is_file()]
+    assert {"overrides.yaml", "hydra.yaml", "manifest.json"} <= {file.name for file in files}
+    assert not [file for file in files if b"planted" in file.read_bytes()]
 
 
 def test_manifests_name_the_command_of_their_row(pipeline):

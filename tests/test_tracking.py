@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from rdo.settings import TrackerConfig
 from rdo.stages.evaluate import evaluate_policy
 from rdo.stages.sft import base_policy
 from rdo.tracking import METRICS, Tracker
-from tiny import TINY, metrics, tiny_run
+from tiny import metrics, tiny_run
 from tracked import SHORT, records_in, steps_in, the_run, tracked_runs
 
 WANDB = TrackerConfig("wandb")
@@ -35,11 +34,16 @@ def steps(folder: Path) -> list[int]:
 
 
 def test_without_a_tracker_the_metrics_are_a_file_and_nothing_else(tmp_path):
+    """Weights 1, 1, 0, 0 have a mean of 1/2 and a mean square of 1/2, so half of the pairs count; without a weight
+    there is no such share."""
     with Tracker(TrackerConfig(), tmp_path, "a run", {}) as tracker:
-        tracker.log(1, {"loss": 0.5})
-        tracker.log(2, {"loss": 0.25})
+        tracker.log(1, {"loss": 0.5, "weight_mean": 0.5, "weight_square_mean": 0.5})
+        tracker.log(2, {"loss": 0.25, "weight_mean": 0.0, "weight_square_mean": 0.0})
         tracker.summarize({"mean": 1.0})
-    assert read_json_lines(tmp_path / METRICS) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+    assert read_json_lines(tmp_path / METRICS) == [
+        {"step": 1, "loss": 0.5, "weight_mean": 0.5, "effective_sample_share": 0.5},
+        {"step": 2, "loss": 0.25, "weight_mean": 0.0},
+    ]
     assert [file.name for file in tmp_path.iterdir()] == [METRICS]
 
 
@@ -58,18 +62,6 @@ def test_resuming_drops_the_steps_after_the_checkpoint_and_what_a_crash_left(tmp
     assert steps(tmp_path) == [*kept, done + 1]
 
 
-def test_the_effective_sample_size_of_a_step_by_hand(tmp_path):
-    """Weights 1, 1, 0, 0: a mean of 1/2, a mean square of 1/2, so half of the pairs count. Without a weight there is no
-    such share."""
-    tracker = Tracker(TrackerConfig(), tmp_path, "a run", {})
-    tracker.log(1, {"weight_mean": 0.5, "weight_square_mean": 0.5})
-    tracker.log(2, {"weight_mean": 0.0, "weight_square_mean": 0.0})
-    assert read_json_lines(tmp_path / METRICS) == [
-        {"step": 1, "weight_mean": 0.5, "effective_sample_share": 0.5},
-        {"step": 2, "weight_mean": 0.0},
-    ]
-
-
 @pytest.mark.parametrize("config", [TrackerConfig(), WANDB])
 def test_only_the_first_process_writes(tmp_path, offline, monkeypatch, config):
     monkeypatch.setattr(tracking, "is_rank0", lambda: False)
@@ -86,7 +78,6 @@ def test_only_the_first_process_writes(tmp_path, offline, monkeypatch, config):
 # wandb itself, offline
 # ---------------------------------------------------------------------------------------------------------------------
 
-APART = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
 # Without a login, and then with a key.
 TWO_RUNS = """# planted-code
 import os, sys
@@ -114,14 +105,15 @@ def test_wandb_runs_offline_without_asking_and_gets_no_secret(tmp_path):
     ):
         subprocess.run(["git", "-C", str(tmp_path), *command.split()], check=True)
     (tmp_path / "script.py").write_text(TWO_RUNS)
+    bare = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path), "HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "script.py", "--argument=planted-argument"],
-        env={**APART, "HOME": str(tmp_path), "HF_TOKEN": "planted-token", "MY_VARIABLE": "planted-variable"},
+        env={**bare, "HF_TOKEN": "planted-token", "MY_VARIABLE": "planted-variable"},
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,  # nothing waits for a network
+        timeout=300,  # and nothing waits for an answer
     )
     assert done.returncode == 0, done.stderr
     assert "(1)" not in done.stdout + done.stderr  # the menu of `wandb login`
@@ -138,51 +130,25 @@ def test_wandb_runs_offline_without_asking_and_gets_no_secret(tmp_path):
     assert not names & {"wandb-metadata.json", "requirements.txt", "output.log", "script.py", "diff.patch"}
 
 
-def test_no_file_of_a_run_holds_a_secret_of_the_environment(tmp_path, monkeypatch, capsys, train_here):
-    monkeypatch.setenv("HF_TOKEN", "planted-token")
-    monkeypatch.setenv("WANDB_API_KEY", "planted-key")
-    train_here("stage=sft", *TINY, f"run_dir={tmp_path}")
-    files = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert {"overrides.yaml", "hydra.yaml", "manifest.json"} <= {file.name for file in files}
-    assert not [file for file in files if b"planted" in file.read_bytes()]
-    assert "planted" not in "".join(capsys.readouterr())
+def test_a_run_that_ended_goes_on_in_its_curve(tmp_path, offline, monkeypatch):
+    """The same run, by its id; what is done again since the last checkpoint has the same numbers."""
+    run = tiny_run(tmp_path, "tracker=wandb", "engine.checkpoint_every_steps=2", "sft.max_steps=7")
+    log = Tracker.log
 
+    def failing(tracker: Tracker, step: int, values: dict) -> None:
+        log(tracker, step, values)
+        if step == 5:
+            raise ZeroDivisionError
 
-# A training run that kills itself when it has logged its fifth step; it saves a checkpoint at every second.
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from rdo.stages.sft import base_policy
-from rdo.tracking import Tracker
-from tiny import tiny_run
-
-log = Tracker.log
-def killing(tracker, step, values):
-    log(tracker, step, values)
-    if step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-Tracker.log = killing
-base_policy(tiny_run(Path(sys.argv[1]), *sys.argv[2:]))
-"""
-
-
-def test_a_killed_run_goes_on_in_its_curve(tmp_path, offline):
-    """The same run, by its id; what is done again has the same numbers."""
-    overrides = ["tracker=wandb", "engine.checkpoint_every_steps=2", "sft.max_steps=7"]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path), *overrides],
-        env=os.environ | APART,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    artifact = base_policy(tiny_run(tmp_path, *overrides))
+    with monkeypatch.context() as patched:
+        patched.setattr(Tracker, "log", failing)
+        with pytest.raises(ZeroDivisionError):
+            base_policy(run)
+    artifact = base_policy(run)
     assert steps(artifact.folder) == [1, 2, 3, 4, 5, 6, 7]
     losses = {line["step"]: line["loss"] for line in metrics(artifact)}
     found = [(step["global_step"], step["loss"]) for step in steps_in(artifact.folder)]
-    assert set(found) <= set(losses.items())
-    assert found[-3:] == [(step, losses[step]) for step in (5, 6, 7)]
+    assert sorted(found) == [(step, losses[step]) for step in (1, 2, 3, 4, 5, 5, 6, 7)]
     attempts = [folder.name.split("-", 3)[3] for folder in artifact.folder.glob("wandb/offline-run-*")]
     assert len(attempts) == 2
     assert len(set(attempts)) == 1
