@@ -118,8 +118,10 @@ def test_a_changed_setting_remakes_what_depends_on_it_and_nothing_else(copied, t
     assert {folder: after[folder] for folder in before} == before
     # The difference model judges every policy against the base policy, so these evaluations depend on it; neither the
     # base policy's own nor the reward model nor the policies that know nothing of it do.
-    wanted = ["align/dpo-diff-0.5", "diffmodel/paper", "eval/dpo-diff-0.5", "eval/dpo-none", "eval/scorer-diff"]
-    assert names(after.keys() - before.keys()) == [*wanted, "score/diff-test", "score/diff-train"]
+    assert names(after.keys() - before.keys()) == [
+        "align/dpo-diff-0.5", "diffmodel/paper", "eval/dpo-diff-0.5", "eval/dpo-none", "eval/scorer-diff",
+        "generate/dpo-diff-0.5", "score/diff-test", "score/diff-train",
+    ]  # fmt: skip
     # Whatever is evaluated there is reported, and told apart by what it differs in.
     found = results(copied).set_index("name")
     assert {"dpo_diff, diffmodel.beta0=0.1", "dpo_diff, diffmodel.beta0=0.2", "dpo_reward"} <= set(found.index)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
 from rdo.checks import CONF, compose_config
@@ -40,7 +41,8 @@ def points(monkeypatch: pytest.MonkeyPatch, train_here: Callable[..., None]) -> 
             raise SystemExit
 
         found: list[str] = []
-        monkeypatch.setattr(BasicLauncher, "launch", launch)
+        launchers = {found.__name__: found for found in Plugins.instance().discover(Launcher)}
+        monkeypatch.setattr(launchers["BasicLauncher"], "launch", launch)
         with pytest.raises(SystemExit):
             train_here(*arguments)
         return found
