@@ -13,9 +13,8 @@ TRAIN = Path(__file__).parents[1] / "train.py"
 # Longest first.
 SLOW = (
     "test_engines", "test_slurm", "test_ranks", "test_kills", "test_recorded", "test_command_line", "test_stopping",
-    "test_resume",
-    "test_malformed", "test_comparison", "test_gpu_check", "test_bench", "test_tracking", "test_lora", "test_errors",
-    "test_safety", "test_report", "test_launch",
+    "test_resume", "test_malformed", "test_comparison", "test_gpu_check", "test_bench", "test_tracking", "test_lora",
+    "test_errors", "test_report", "test_launch",
 )  # fmt: skip
 
 
