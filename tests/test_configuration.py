@@ -87,40 +87,25 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("dataset.toy.pears=3",): "(did you mean dataset.toy.pairs?)",
     ("form=paper",): "(did you mean diffmodel.form?)",
     ("alpha=0.5",): "(did you mean model.lora.alpha or rc.alpha?)",
-    ("difmodel.form=paper",): "difmodel",
     ("rc.alpha.x=1",): "rc.alpha.x",
     ("xyzzy=1",): "xyzzy: there is no such setting; see --cfg job",
     ("+rc.alphax=1",): "rc.alphax: there is no such setting",
-    ("+dataset.toy.pairsx=1",): "dataset.toy.pairsx: there is no such setting",
     ("rc=rewrad",): "rc=rewrad: must be one of diff, gold, none, reward (did you mean reward?)",
-    ("dataset=tdlr",): "(did you mean tldr?)",
-    ("rcx=none",): "rcx",
-    ("rc=null",): "rc",
     ("rc.alpha",): "rc.alpha",
     ("rc.alpha=[",): "rc.alpha",
     ("rc.alpha=0,1",): "rc.alpha=0,1",
     ("align=3",): "align=3",
     # Types, choices and ranges
     ("seed=one",): "seed=one: must be a valid integer",
-    ("seed=-1",): "seed=-1: must be greater than or equal to 0",
     ("rc.alpha=high",): "rc.alpha=high: must be a valid number",
     ("rc.alpha=2",): "rc.alpha=2: must be less than or equal to 1",
-    ("sft.enabled=perhaps",): "sft.enabled=perhaps: must be a valid boolean",
-    ("align.max_steps=1.5",): "align.max_steps=1.5: must be a valid integer",
-    ("align.batch_size=0",): "align.batch_size=0: must be greater than or equal to 1",
     ("align.learning_rate=0",): "align.learning_rate=0: must be greater than 0",
     ("rm.learning_rate=inf",): "rm.learning_rate=inf: must be a finite number",
     ("align.epochs=null",): "align.epochs=None: must be a valid integer",
-    ("dataset.max_length=2",): "dataset.max_length=2: must be greater than or equal to 3",
-    ("model.vocabulary_size=200",): "model.vocabulary_size=200: must be greater than or equal to 258",
     ("eval.judges=[glod]",): "eval.judges=glod: must be one of gold, reward, diff (did you mean gold?)",
-    ("engine.attention=varlem",): "(did you mean varlen?)",
-    ("stage.name=evall",): "(did you mean eval?)",
     ("diffmodel.form=pointwise",): "diffmodel.form=pointwise: must be one of paper, antisymmetric, residual",
     ("model.difference_template=[a,b]",): "model.difference_template=['a', 'b']: must have at least 3 items",
     ("run_dir=",): "run_dir is empty",
-    ("rm.path=",): "rm.path is empty",
-    ("model.name=a/b",): "model.name=a/b",
     ("dataset.name='..'",): "dataset.name=..",
     # Data
     FILE[:2]: "needs dataset.path",
@@ -129,10 +114,8 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("dataset=hh", "model=small", "dataset.hub_name=null"): "dataset.hub_name",
     ("dataset.validation_share=0.5", "dataset.test_share=0.5"): "validation_share + dataset.test_share",
     ("dataset.path=pairs.jsonl",): "dataset.path=pairs.jsonl has no effect with dataset.source=toy",
-    ("dataset=hh", "model=small", "dataset.path=b.jsonl"): "has no effect with dataset.source=hub",
     (*FILE, "dataset.hub_name=someone/data"): "set dataset.hub_name=null",
     ("dataset.format=hh",): "dataset.format=hh has no effect with dataset.source=toy",
-    (*FILE, "dataset.max_invalid_share=0.5"): "dataset.max_invalid_share=0.5 has no effect",
     ("dataset=hh", "model=small", "dataset.hub_test_split=test"): "needs dataset.hub_split",
     ("dataset=hh", "model=small", "dataset.hub_split=a", "dataset.hub_test_split=a"): "test on another",
     (*FILE, "dataset.template=chat"): "dataset.template=chat",
@@ -153,7 +136,6 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("rc=gold", "dataset=hh", "model=small"): "rc=gold",
     ("rc.ablation=shuffle",): "rc.ablation=shuffle has no effect with rc.name=none",
     ("rc=reward", "rc.order=antisymmetric"): "rc.order=antisymmetric has no effect with rc.name=reward",
-    ("rc=diff", "rc.epsilon=0.01"): "rc.epsilon=0.01 has no effect with rc.negative=clip",
     ("rc=diff", "rc.ablation=filter", "rc.negative=abs"): "rc.negative must be clip",
     ("rc=diff", "rc.ablation=filter", "rc.scale=mean"): "rc.scale must be none",
     ("diffmodel.form=antisymmetric",): "diffmodel.beta0=0.1 has no effect with diffmodel.form=antisymmetric",
@@ -163,10 +145,7 @@ REFUSED: dict[tuple[str, ...], str] = {
     # Losses
     ("loss.bta=0.1",): "loss.bta: loss=dpo has no such setting; it has beta",
     ("loss.beta=high",): "loss.beta=high: must be a valid number",
-    ("loss.beta=true",): "loss.beta=True: must be a valid number",
     ("loss.beta=0",): "loss.beta=0.0: must be above 0",
-    ("loss.beta=nan",): "loss.beta=nan: must be a finite number",
-    ("loss.robust=3",): "loss.robust=3: must be a valid boolean",
     ("loss.robust=true",): "loss.robust=true has no effect",
     ("loss.sft_weight=-1",): "loss.sft_weight=-1: must be greater than or equal to 0",
     ("loss.label_smoothing=0.7",): "label_smoothing",
@@ -178,7 +157,6 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("loss.mean_over=samples",): "loss.mean_over=samples",
     ("loss=kto", "loss.mean_over=pairs"): "loss.mean_over=pairs",
     ("~loss.beta",): "loss.beta: loss=dpo needs a value",
-    ("loss.name=ipo",): "loss.name=ipo: there is no such",
     ("loss.name=best_response",): "loss.name=best_response",
     # Evaluation, tracking, reports
     ("eval.decoding=greedy", "eval.temperature=0.5"): "eval.temperature=0.5 has no effect with eval.decoding=greedy",
@@ -264,20 +242,10 @@ def test_a_new_loss_is_one_function_and_one_file(tmp_path, monkeypatch):
     assert len(read_json_lines(made.folder / "metrics.jsonl")) == 1
 
 
-# Names for people and for manifests: nothing has to read them.
-LABELS = {"engine.name", "loss"}
-
-
 def test_every_setting_is_read_somewhere():
-    """A setting that nothing reads is a promise not kept. Checking a value is not reading it."""
-    source = "\n".join(code(file) for file in sorted((Path(rdo.__file__).parent).rglob("*.py")))
-    names: list[Any] = [key for key in setting_names(Config()) if key not in LABELS]
-    dead = [key for key in names if not re.search(rf"[.\"]{key.split('.')[-1]}\b", source)]
-    assert not dead
-
-
-def code(file: Path) -> str:
-    """A source file without its comments; nothing of the files that declare and check settings."""
-    if file.name in ("settings.py", "checks.py"):
-        return ""
-    return re.sub(r"#.*", "", file.read_text())
+    """A setting that nothing reads is a promise not kept. Checking a value is not reading it; nothing has to read the
+    name of an engine."""
+    files = [file for file in Path(rdo.__file__).parent.rglob("*.py") if file.name not in ("settings.py", "checks.py")]
+    source = "\n".join(re.sub(r"#.*", "", file.read_text()) for file in files)
+    names: list[Any] = [key for key in setting_names(Config()) if key not in ("engine.name", "loss")]
+    assert not [key for key in names if not re.search(rf"[.\"]{key.split('.')[-1]}\b", source)]

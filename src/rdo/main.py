@@ -127,7 +127,7 @@ def run_config(config: Config, overrides: list[str]) -> float | None:
 
 def check_processes(config: Config) -> None:
     """Raises UserError where several processes were started for what one does."""
-    count = processes.found_world(os.environ).size
+    count = processes.found_world().size
     if count > 1 and config.stage.name in ("inspect", "report"):
         raise UserError(f"stage={config.stage.name} is one process's work, and {count} were started")
     if count > 1 and config.engine.name == "torch":

@@ -231,7 +231,7 @@ class Config:
     report: ReportConfig = field(default_factory=ReportConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
     run_dir: Text = "runs/toy"
-    metric: Text | None = None  # what a stage returns to a sweep (rdo/metric.py); null: of eval, its main number
+    metric: Text | None = None  # what a stage returns to a sweep (`stage_metric`); null: of eval, its main number
     seed: Seed = 0
     row: Text = "none"  # the file of conf/row that was chosen, which names what was made in the report
     rows: Text = "none"  # those that stage=pipeline compares

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import errno
-import runpy
 import shlex
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,31 +14,11 @@ from hypothesis import strategies as st
 
 from rdo import main
 from rdo.checks import CONF, compose_config, setting_names
-from rdo.runtime.errors import NotFiniteError, UserError
+from rdo.runtime.errors import NotFiniteError, UserError, printable
 from tiny import TINY
 
-ROOT = Path(__file__).parents[2]
 LEAVES = sorted(setting_names())
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
-
-
-def only_line(text: str) -> str:
-    """The one line that was printed."""
-    (line,) = text.splitlines()
-    assert line.startswith("error: ")
-    return line
-
-
-@pytest.fixture
-def train_here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Runs train.py in this process."""
-
-    def run(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *arguments])
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-
-    return run
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
@@ -88,10 +65,24 @@ def test_whatever_is_typed_composes_or_is_refused_in_one_line(arguments):
     assert not any(c in "\n\r\x1b\x7f\u202e\u2028" or "\ud800" <= c <= "\udfff" for c in message)
 
 
-def test_options_may_stand_behind_settings(tmp_path, train_here, capsys):
-    with pytest.raises(SystemExit):
-        train_here("stage=align", "-m", "rc.alpha=0,2", f"run_dir={tmp_path}")
-    assert "rc.alpha=2" in only_line(capsys.readouterr().err)
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["rc.alhpa=0.5"], "error: rc.alhpa: there is no such setting (did you mean rc.alpha?)"),
+        (["stage=align", "seed=one"], "seed=one: must be"),
+        (["stage=score", "rc=none"], "loss=dpo rc=none reads no scores: choose rc=reward or rc=diff"),
+        # Sweeps: before the first job
+        (["stage=align", "-m", "rc=diff", "rc.alpha=0.5,2"], "rc.alpha=2: must be"),  # options may stand anywhere
+        (["--multirun", "loss=dpo,dpoo"], "loss=dpoo: must be one of"),
+        (["row=dpo,dpoo"], "row=dpoo: must be one of"),
+        (["stage=align", "loss=dpo,kto"], "; 3. To sweep over it, add --multirun"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_nothing_runs(arguments, line, tmp_path, refused):
+    (said,) = refused(*arguments, f"run_dir={tmp_path / 'run'}").splitlines()
+    assert said.startswith("error: ")
+    assert line in said
+    assert not list(tmp_path.rglob("manifest.json"))
 
 
 def test_a_damaged_file_of_conf_is_named(tmp_path, monkeypatch):
@@ -107,18 +98,22 @@ def test_a_damaged_file_of_conf_is_named(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def failing(tmp_path, train_here, monkeypatch, capsys) -> Callable[..., str]:
-    """What a stage that raises an error leaves on standard error."""
+def failing(tmp_path, refused, monkeypatch) -> Callable[..., str]:
+    """What a stage that fails leaves on standard error."""
 
-    def run(error: Callable[[], Any], *given: str) -> str:
-        monkeypatch.setitem(main.STAGES, "sft", lambda run: error())
+    def run(work: Callable[[], Any], *given: str) -> str:
+        monkeypatch.setitem(main.STAGES, "sft", lambda run: work())
         monkeypatch.setenv("RDO_DEBUG", "0")  # which --debug changes
-        with pytest.raises(SystemExit) as ended:
-            train_here("stage=sft", f"run_dir={tmp_path}", *given)
-        assert ended.value.code == 1
-        return capsys.readouterr().err
+        return refused("stage=sft", f"run_dir={tmp_path}", *given)
 
     return run
+
+
+def fail(error: Exception) -> Callable[[], None]:
+    def work() -> None:
+        raise error
+
+    return work
 
 
 LESS = "; lower engine.tokens_per_micro_batch (training, scoring) or eval.batch_size (generation)"
@@ -137,24 +132,35 @@ LESS = "; lower engine.tokens_per_micro_batch (training, scoring) or eval.batch_
     ],
 )
 def test_an_error_is_one_line_whatever_it_says(failing, error, line):
-    def fail() -> None:
-        raise error
-
-    assert failing(fail) == f"error: {line}\n"
+    assert failing(fail(error)) == f"error: {line}\n"
 
 
 def test_an_allocation_that_fails_says_what_needs_less(failing):
-    assert LESS in only_line(failing(lambda: torch.empty(2**60)))  # beyond any address space
+    (line,) = failing(lambda: torch.empty(2**60)).splitlines()  # beyond any address space
+    assert LESS in line
 
 
 @pytest.mark.parametrize(("given", "last"), [([], "error: the file is empty"), (["rc=no"], "error: rc=no")])
 def test_debug_shows_the_traceback(failing, given, last):
-    def refuse() -> None:
-        raise UserError("the file is empty")
-
-    shown = failing(refuse, "--debug", *given)
+    shown = failing(fail(UserError("the file is empty")), "--debug", *given)
     assert shown.startswith("Traceback (most recent call last):")
     assert shown.strip().splitlines()[-1].startswith(last)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain, Grüße, 漢字, 👍", "plain, Grüße, 漢字, 👍"),
+        ("a\tb\nc", "a\tb\nc"),
+        ("\x1b[2J", "\\x1b[2J"),
+        ("\x00\x07\x7f\x9b\r", "\\x00\\x07\\x7f\\x9b\\r"),
+        ("\u202eevil\u2069\u200b\ufeff\u2028", "\\u202eevil\\u2069\\u200b\\ufeff\\u2028"),
+        ("\U000e0041\ud800", "\\U000e0041\\ud800"),
+    ],
+)
+def test_what_would_act_or_cannot_be_seen_is_shown_as_an_escape(text, shown):
+    assert printable(text) == shown
+    assert printable("a\tb\nc", keep="") == "a\\tb\\nc"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,22 +168,14 @@ def test_debug_shows_the_traceback(failing, given, last):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_that_is_printed_makes_the_input(tmp_path, train_here, capsys):
-    """Each one that is told is run, until the first command runs through."""
+def test_the_command_that_is_printed_makes_the_input(tmp_path, train_here, refused):
+    """Each one that is told is run, until the first command has nothing to ask for."""
     mine = [*TINY, f"run_dir={tmp_path}/my runs", "eval.judges=[reward]", "rc=reward"]
     first = ["stage=eval", "build_inputs=false", *mine]
-    made = []
-    while True:
-        try:
-            train_here(*first)
-            break
-        except SystemExit:
-            line = only_line(capsys.readouterr().err)
+    for stage in ("sft", "rm", "score", "align"):
+        (line,) = refused(*first).splitlines()
         command = shlex.split(line.partition("make it: ")[2])
-        assert command[:2] == ["python", "train.py"]
+        assert command[:3] == ["python", "train.py", f"stage={stage}"]
         assert "build_inputs=false" not in command
-        made += [text for text in command if text.startswith("stage=")]
-        assert len(made) < 9
         train_here(*command[2:])
-        capsys.readouterr()
-    assert made == ["stage=sft", "stage=rm", "stage=score", "stage=align"]
+    train_here(*first)

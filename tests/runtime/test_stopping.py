@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 
+import rdo.stages.run
+import rdo.stages.training
 from rdo.runtime.stopping import SIGNALS, Stopped, check, handled, postponed, requested
-from rdo.stages.evaluate import evaluate_policy
-from rdo.stages.reference import reference
 from rdo.stages.score import scores
-from rdo.stages.scorer import scorer
 from rdo.stages.sft import base_policy
 from rdo.tracking import Tracker
 from rdo.training.tasks import SftTask
@@ -79,8 +78,24 @@ def test_a_stop_is_one_line_and_an_exit_code(work, code, said, capsys):
     assert capsys.readouterr().err.startswith(said)
 
 
+def test_a_second_ctrl_c_does_not_wait_for_the_step(monkeypatch, capfd):
+    ended: list[int] = []
+
+    def step() -> None:
+        send(signal.SIGINT)
+        assert "stopping where nothing is lost" in capfd.readouterr().err
+        assert not ended
+        send(signal.SIGINT)
+        assert ended == [130]
+
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with pytest.raises(SystemExit), handled():
+        after_a_loop(step)()
+
+
 def test_a_schedulers_notice_is_passed_on_when_everything_is_saved(capsys):
-    """submitit's handler of SIGUSR2 puts the job back into the queue."""
+    """submitit's handler of SIGUSR2 puts the job back into the queue and ends the first process; in the others it
+    returns, and SLURM would end the job at once if one of them failed."""
     heard: list[int] = []
 
     def loop() -> None:
@@ -88,10 +103,10 @@ def test_a_schedulers_notice_is_passed_on_when_everything_is_saved(capsys):
         assert not heard
 
     signal.signal(signal.SIGUSR2, lambda number, frame: heard.append(number))
-    with pytest.raises(SystemExit), handled():
+    with pytest.raises(SystemExit) as ended, handled():
         after_a_loop(loop)()
     signal.signal(signal.SIGUSR2, signal.default_int_handler)
-    assert heard == [signal.SIGUSR2]
+    assert (heard, ended.value.code) == ([signal.SIGUSR2], 0)
     assert "stopped by SIGUSR2: all is saved" in capsys.readouterr().err
 
 
@@ -147,8 +162,6 @@ def test_training_saves_the_last_whole_step(stop, steps, tmp_path, monkeypatch):
 
 
 def test_a_stop_while_the_model_is_saved_waits_for_the_manifest(tmp_path, monkeypatch):
-    import rdo.stages.training
-
     run = tiny_run(tmp_path, "sft.max_steps=2")
     save = rdo.stages.training.save_model
 
@@ -163,53 +176,27 @@ def test_a_stop_while_the_model_is_saved_waits_for_the_manifest(tmp_path, monkey
     assert is_finished(folder)
 
 
-STAGES: dict[str, Any] = {
-    "score": lambda run: scores(run, "reward", "train", False, None),
-    "reference": lambda run: reference(run, mismatched=True),
-    "eval": lambda run: evaluate_policy(run, "base"),
-}
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for the stages that need a base policy, so that it is made once."""
-    return tmp_path_factory.mktemp("interrupts")
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_finished_shards_are_kept_and_used(name, run_dir, monkeypatch):
-    settings = ["rm.max_steps=2", "engine.records_per_shard=8", "eval.batch_size=2", "eval.judges=[gold]"]
-    run = tiny_run(run_dir, *settings)
-    scorer(run, "reward")
-    whole = STAGES[name](run)
-    wanted = {file.name: file.read_bytes() for file in whole.folder.iterdir() if file.suffix in (".parquet", ".jsonl")}
-    assert wanted
+def test_finished_shards_are_kept_and_used(tmp_path, monkeypatch):
+    run = tiny_run(tmp_path, "rm.max_steps=2", "engine.records_per_shard=8")
+    whole = scores(run, "reward", "train", False, None)
+    wanted = (whole.folder / "score.parquet").read_bytes()
     shutil.rmtree(whole.folder)
-    target = "rdo.stages.generate.generate_batch" if name == "generate" else "rdo.stages.run.read_all"
-    module, _, attribute = target.rpartition(".")
-    function = getattr(sys.modules[module], attribute)
-    made: list[int] = []
+    read_all, made = rdo.stages.run.read_all, []
 
     def stopping(*arguments: Any) -> Any:
-        made.append(len(arguments))
-        result = function(*arguments)
+        made.append(read_all(*arguments))
         if len(made) == 3:
             send(signal.SIGINT)
-        return result
+        return made[-1]
 
-    monkeypatch.setattr(target, stopping)
-    with handled(), pytest.raises(Stopped, match=r"3 of \d shards are kept in .*shards; the same command"):
-        STAGES[name](run)
+    monkeypatch.setattr(rdo.stages.run, "read_all", stopping)
+    with handled(), pytest.raises(Stopped, match=r"3 of 8 shards are kept in .*shards; the same command"):
+        scores(run, "reward", "train", False, None)
     assert len(list((whole.folder / "shards").iterdir())) == 3
-    assert STAGES[name](run) == whole
-    assert len(made) == {"score": 8, "reference": 4, "eval": 4}[name]
-    assert {file: (whole.folder / file).read_bytes() for file in wanted} == wanted
+    assert scores(run, "reward", "train", False, None) == whole
+    assert len(made) == 8
+    assert (whole.folder / "score.parquet").read_bytes() == wanted
     assert not (whole.folder / "shards").exists()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# train.py as a user runs it
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 LONG = ["stage=sft", "sft.max_steps=60", "sft.epochs=100", "sft.batch_size=16", "engine.checkpoint_every_steps=1000"]
@@ -234,22 +221,3 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path):
     resumed = base_policy(tiny_run(tmp_path / "run", *LONG))
     assert weights(resumed) == weights(whole)
     assert metrics(resumed) == metrics(whole)
-
-
-TWICE = """
-import os, signal
-from rdo.runtime.stopping import handled, postponed
-
-with handled(), postponed():
-    os.kill(os.getpid(), signal.SIGINT)
-    print("a long step", flush=True)
-    os.kill(os.getpid(), signal.SIGINT)
-    print("has ended", flush=True)
-"""
-
-
-def test_a_second_ctrl_c_does_not_wait_for_the_step():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run([sys.executable, "-c", TWICE], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (130, "a long step\n")
-    assert "stopping where nothing is lost" in done.stderr

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import runpy
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
-from rdo import main
 from rdo.checks import CONF, compose_config
 from rdo.evaluation.numbers import stage_metric
 from rdo.main import run_config
@@ -22,8 +19,6 @@ from rdo.runtime.errors import UserError
 from rdo.runtime.files import write_json
 from rdo.runtime.store import Provenance, produce
 from tiny import TINY, append_json_line
-
-ROOT = Path(__file__).parents[2]
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -37,15 +32,19 @@ def composed(*overrides: str) -> DictConfig:
 
 
 @pytest.fixture
-def points(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """The points that train.py runs, by their overrides; the stages are left out."""
+def points(monkeypatch: pytest.MonkeyPatch, train_here: Callable[..., None]) -> Callable[..., list[str]]:
+    """The points that train.py would run, with their configs checked."""
 
     def run(*arguments: str) -> list[str]:
+        def launch(_: Any, points: list[list[str]], initial_job_idx: int) -> None:
+            found.extend(" ".join(point) for point in points)
+            raise SystemExit
+
         found: list[str] = []
-        monkeypatch.setattr(main, "run_stage", lambda _: found.append(" ".join(HydraConfig.get().overrides.task)))
-        monkeypatch.setattr("rdo.stages.comparison.make_report", lambda *_, **__: None)
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        launchers = {found.__name__: found for found in Plugins.instance().discover(Launcher)}
+        monkeypatch.setattr(launchers["BasicLauncher"], "launch", launch)
+        with pytest.raises(SystemExit):
+            train_here(*arguments)
         return found
 
     return run
@@ -60,8 +59,7 @@ def test_every_point_of_a_ready_made_sweep_is_a_config(points, tmp_path, name, c
 def test_every_row_of_a_comparison_is_a_config(points, tmp_path, name):
     found = points(f"experiment={name}", f"run_dir={tmp_path}")
     rows = composed(f"experiment={name}").rows.split(",")
-    ran = [text for point in found for text in point.split() if text.startswith("row=")]
-    assert ran == [f"row={row}" for row in rows]
+    assert [point.split()[0] for point in found] == [f"row={row}" for row in rows]
 
 
 def test_values_on_the_command_line_take_the_place_of_the_experiments(points, tmp_path):
@@ -75,15 +73,13 @@ def test_only_a_comparison_is_a_sweep_by_itself():
         assert composed("experiment=toy_study", f"stage={stage}").hydra.mode is None
 
 
-def test_a_bayesian_sweep_finds_the_same_points_again(tmp_path):
+def test_a_bayesian_sweep_finds_the_same_points_again(tmp_path, train_here, capsys):
     settings = [f"run_dir={tmp_path}", *TINY, "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2"]
     settings += ["metric=rewards.gold", f"hydra.sweep.dir={tmp_path}/sweep"]
-    command = [sys.executable, "train.py", "experiment=sweep_bayes", *settings]
     said, found = [], []
     for _ in range(2):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
+        train_here("experiment=sweep_bayes", *settings)
+        said.append(capsys.readouterr().out)
         found.append(OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml"))
     assert found[0] == found[1]
     assert {"rc.alpha", "loss.beta", "diffmodel.beta0", "diffmodel.beta1"} == set(found[0].best_params)

@@ -53,7 +53,7 @@ def trained(name: str, engine: str, folder: Path) -> dict[str, Any]:
     start = {key: value.clone() for key, value in trained_state(model).items()}
     with Tracker(TrackerConfig(), folder, "test", {}) as tracker:
         state = train(task, model, config, engine_config, 0, folder, tracker, "test")
-    if not processes.world().first:
+    if processes.world().rank:
         return {}
     lines = read_json_lines(folder / METRICS)
     kept = ("step", "loss", "gradient_norm", "learning_rate", "head_learning_rate", "tokens")
@@ -70,7 +70,7 @@ def main() -> None:
     for work in sys.argv[2:]:
         engine, _, task = work.partition("-")
         found = trained(task, engine, folder / work)
-        if processes.world().first:
+        if processes.is_rank0():
             torch.save(found, folder / f"{work}.pt")
 
 

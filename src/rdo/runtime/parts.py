@@ -47,17 +47,16 @@ class Shards:
         done = len(self.parts) - len(all_missing)
         if done:
             say(f"going on: {done} of {len(self.parts)} shards are in {self.folder}")
+        kept = sum(len(part) for n, part in enumerate(self.parts) if n not in all_missing)
         missing = [self.parts[n] for n in all_missing[world().rank :: world().size]]
-        left = sum(map(len, missing))
-        total = left + sum(len(part) for n, part in enumerate(self.parts) if n not in all_missing)
-        with stopping.postponed(), progress_bar(total, title, total - left) as bar:
+        with stopping.postponed(), progress_bar(kept + sum(map(len, missing)), title, kept) as bar:
             for part in missing:
                 try:
                     stopping.check()
                     made = rows(part, bar)
                 except stopping.Stopped:
-                    kept = f"{done} of {len(self.parts)} shards are kept in {self.folder}"
-                    raise stopping.Stopped(f"{kept}; the same command goes on from there") from None
+                    note = f"{done} of {len(self.parts)} shards are kept in {self.folder}"
+                    raise stopping.Stopped(f"{note}; the same command goes on from there") from None
                 self.write(part, made)
                 done += 1
         barrier()

@@ -11,7 +11,7 @@ import atexit
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -38,11 +38,6 @@ class World:
     size: int = 1
     local_rank: int = 0
 
-    @property
-    def first(self) -> bool:
-        """Whether this is the process that writes and talks."""
-        return self.rank == 0
-
 
 _world = World()
 
@@ -54,17 +49,17 @@ def world() -> World:
 
 def is_rank0() -> bool:
     """Whether this is the process that writes and talks."""
-    return _world.first
+    return _world.rank == 0
 
 
-def found_world(environment: Mapping[str, str]) -> World:
-    """The processes that torchrun, deepspeed or srun have started, by their environment.
+def found_world() -> World:
+    """The processes that torchrun, deepspeed or srun have started, by the environment.
 
     A batch script of SLURM has a task number as well, but is no task: only srun's steps have their number of tasks.
     """
     for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
-        if all(name in environment for name in names):
-            return World(*(int(environment[name]) for name in names))
+        if all(name in os.environ for name in names):
+            return World(*(int(os.environ[name]) for name in names))
     return World()
 
 
@@ -74,7 +69,7 @@ def start(device: str) -> World:
     On the first process nothing changes; the others print nothing to standard output from here on.
     """
     global _world
-    found = found_world(os.environ)
+    found = found_world()
     if _world.size > 1 or found.size == 1:
         return _world
     if "MASTER_ADDR" not in os.environ:
@@ -89,7 +84,7 @@ def start(device: str) -> World:
     dist.init_process_group(backend, store=store, rank=found.rank, world_size=found.size, timeout=COLLECTIVE)
     atexit.register(dist.destroy_process_group)  # else a process may be aborted when it exits
     _world = found
-    if not found.first:
+    if found.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
     return found
 
@@ -104,7 +99,7 @@ def broadcast(make: Callable[[], Any]) -> Any:
     """What `make` returns on the first process, on every process."""
     if _world.size == 1:
         return make()
-    told = [make() if _world.first else None]
+    told = [make() if is_rank0() else None]
     dist.broadcast_object_list(told)
     return told[0]
 

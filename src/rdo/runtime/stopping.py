@@ -45,13 +45,15 @@ def handled() -> Iterator[None]:
         if _first is None and not isinstance(error, Stopped):
             raise
         number, note = _first or signal.SIGTERM, error if isinstance(error, Stopped) else NOTE
+        requeued = number == signal.SIGUSR2 and callable(before[number])
+        if requeued:  # by submitit's handler; the queue may answer with SIGTERM at once
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if is_rank0():
             print(f"stopped by {signal.Signals(number).name}: {note}", file=sys.stderr, flush=True)
-        if number == signal.SIGUSR2 and callable(before[number]):
-            # submitit puts the job back into the queue, which may answer with SIGTERM at once.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if requeued:
             before[number](number, None)
-        raise SystemExit(128 + number) from error
+        # That ends the first process. With an error of another's SLURM would end the first before it comes to that.
+        raise SystemExit(0 if requeued else 128 + number) from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)

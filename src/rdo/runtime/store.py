@@ -35,6 +35,8 @@ MANIFEST = "manifest.json"
 ARTIFACT_VERSION = 4
 # What a stage that was interrupted goes on from; removed when it is finished.
 PARTIAL = ("checkpoints", "shards")
+# A result that has no stage of its own, and the stage that makes it.
+PART_OF = {"reference": "align"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def produce(
         return artifact
     if not requested and not provenance.build_inputs:
         kept = [text for text in shlex.split(provenance.command) if not text.startswith(("build_inputs=", "stage="))]
-        command = shlex.join([*kept[:2], f"stage={stage}", *kept[2:]])
+        command = shlex.join([*kept[:2], f"stage={PART_OF.get(stage, stage)}", *kept[2:]])
         raise UserError(f"the input {stage} ({label}) is not there; make it: {command}")
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder) if first else nullcontext():
@@ -172,17 +174,12 @@ def stable_seed(*parts: object) -> int:
 
 @cache
 def code_revision() -> str:
-    """The git commit of the code, marked where files differ from it; 'unknown' outside a checkout."""
-    here = Path(__file__).parent
-    git = shutil.which("git")
-    if git is None:
-        return "unknown"
+    """The git commit of the code, marked where its files were changed; 'unknown' outside a checkout."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        commit = subprocess.run([git, "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        status = subprocess.run([git, "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
-    except subprocess.CalledProcessError:
+        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import partial
 from typing import Any
@@ -55,7 +54,7 @@ class Comparison(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Reports what is evaluated in the run folder. Exits with 1 where a point could not run."""
-        if not found_world(os.environ).first:
+        if found_world().rank:
             return
         common = set(config.hydra.overrides.task)
         failed = {" ".join(text for text in point if text not in common): said for point, said in FAILED}
@@ -71,6 +70,6 @@ class Comparison(Callback):
 
 def prepared(composed: DictConfig) -> Config:
     """Checks a config; of several processes the first alone writes hydra's files."""
-    if not found_world(os.environ).first:
+    if found_world().rank:
         composed.hydra.output_subdir = None
     return typed(composed)
