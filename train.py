@@ -9,7 +9,9 @@ sys.path.insert(0, str(Path(__file__).parent / "src"))
 import hydra
 from omegaconf import DictConfig
 
-import rdo.settings  # noqa: F401 (what conf/ is merged into)
+from rdo.settings import register
+
+register()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.attention.varlen
 from transformers import PreTrainedModel
 
 import emulated

@@ -177,14 +177,6 @@ def no_end(model: Path) -> None:
             (model / name).write_text(json.dumps({k: v for k, v in settings.items() if k != "eos_token"}))
 
 
-def large_tokenizer(model: Path) -> None:
-    import helpers
-
-    made = helpers.tokenizer()
-    made.add_tokens([f"<extra {n}>" for n in range(helpers.VOCABULARY)])
-    made.save_pretrained(model)
-
-
 class Runs:
     """What a pickle would do as it is loaded."""
 
@@ -231,7 +223,6 @@ def hub_code(model: Path) -> None:
 model_case("missing", r"gone.*no such folder", lambda model: None, "stage=align", "model.path={}/gone")
 model_case("no tokenizer", "no tokenizer", remove("tokenizer.json", "tokenizer_config.json"))
 model_case("no end-of-sequence token", "end-of-sequence", no_end)
-model_case("fewer embeddings than ids", r"tokenizer has 600 ids, the model only 300", large_tokenizer)
 model_case("no config", "config", remove("config.json"))
 model_case("a damaged config", "config", lambda model: (model / "config.json").write_text('{"model_type": ') and None)
 model_case("truncated weights", r"model", cut("model.safetensors"))

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rdo.objectives.choice import LossChoice, choose_loss
 from rdo.runtime.errors import UserError
-from rdo.settings import Config, LoraConfig
+from rdo.settings import Config, LoraConfig, register
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -45,6 +45,8 @@ READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 # The same, but a sweep or a comparison over rc has reason to give them for rc=none, too: these are only said.
 READ_WITH_COEFFICIENTS = ("rc.alpha", "rc.negative", "rc.scale")
+
+register()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Composing

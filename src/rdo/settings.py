@@ -6,8 +6,6 @@ from __future__ import annotations
 from dataclasses import asdict, field
 from typing import Annotated, Any, Literal
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, Field, StringConstraints
 from pydantic.dataclasses import dataclass
 
@@ -238,12 +236,12 @@ class Config:
     build_inputs: bool = True  # false: a missing input is an error that names the command that makes it
 
 
-def schema() -> DictConfig:
-    """Every setting with its default, for hydra to merge conf/ into; the keys of a loss are its function's parameters,
-    which `choose_loss` checks."""
+def register() -> None:
+    """Gives hydra every setting with its default, to merge conf/ into; a loss's keys are its function's parameters, which
+    `choose_loss` checks."""
+    from hydra.core.config_store import ConfigStore  # which launch/gpu_check.py does without
+    from omegaconf import OmegaConf
+
     node = OmegaConf.create(asdict(Config()))
     OmegaConf.set_struct(node.loss, False)
-    return node
-
-
-ConfigStore.instance().store(name="schema", node=schema())
+    ConfigStore.instance().store(name="schema", node=node)

@@ -73,6 +73,7 @@ def test_scores_references_and_generations_are_the_same_files_whatever_the_numbe
 def test_several_processes_of_plain_pytorch_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     command = [*SETTINGS, "stage=sft", f"run_dir={tmp_path}"]
     with pytest.raises(UserError, match="engine=torch is one process, and 2 were started: use engine=zero2"):
         run_config(compose_config(command), command)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
 from rdo.data.records import ROWS_PER_BATCH, Mapped, Record, Records, write_rows
 from rdo.data.templates import render_prompt
@@ -27,10 +26,6 @@ if TYPE_CHECKING:
 TOKENS_VERSION = 2
 # A part of the records is a file of token ids, which one process makes.
 FEWEST_PER_PART, MOST_PARTS = 2000, 64
-IDS = pa.list_(pa.int32())
-SCHEMA = pa.schema(
-    {"id": pa.string(), "prompt": IDS, "responses": pa.list_(IDS), "query_cut": pa.int64(), "response_cut": pa.int64()}
-)
 
 
 @dataclass(frozen=True)
@@ -171,7 +166,11 @@ def encode_into(folder: Path, records: Records, workers: int | None, **options: 
 
 
 def _encode_part(file: Path, rows: np.ndarray, source: Sequence[Record], options: dict[str, Any]) -> None:
+    import pyarrow as pa
+
+    ids, text, count = pa.list_(pa.int32()), pa.string(), pa.int64()
+    columns = {"id": text, "prompt": ids, "responses": pa.list_(ids), "query_cut": count, "response_cut": count}
     batches = (rows[start : start + ROWS_PER_BATCH] for start in range(0, len(rows), ROWS_PER_BATCH))
     made = (vars(record) for batch in batches for record in encode([source[n] for n in batch.tolist()], **options))
     with replace_file(file) as temporary:
-        write_rows(made, temporary, SCHEMA)
+        write_rows(made, temporary, pa.schema(columns))

@@ -12,29 +12,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-import pyarrow as pa
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SPLITS = ("demonstrations", "train", "validation", "test")
 ROWS_PER_BATCH = 500
 # What is known of every record without its texts. split: number in SPLITS, or -1. chance: in [0, 1), from split seed
 # and query.
 NUMBERS = {
-    **{"split": pa.int8(), "response_count": pa.int32(), "chance": pa.float64()},
-    **dict.fromkeys(("id_key", "query_key", "digest_first", "digest_second"), pa.uint64()),
+    **{"split": np.int8, "response_count": np.int32, "chance": np.float64},
+    **dict.fromkeys(("id_key", "query_key", "digest_first", "digest_second"), np.uint64),
 }
-TEXT = pa.string()
-MESSAGE = pa.struct({"role": TEXT, "content": TEXT})
-PREFERENCE = pa.struct({"chosen": pa.int32(), "rejected": pa.int32(), "tie": pa.bool_(), "strength": pa.float64()})
-SCHEMA = pa.schema(
-    {
-        **{"id": TEXT, "query": TEXT, "place": TEXT, "responses": pa.list_(TEXT), "scores": pa.list_(pa.float64())},
-        **{"messages": pa.list_(MESSAGE), "desirable": pa.list_(pa.bool_()), "preferences": pa.list_(PREFERENCE)},
-        **NUMBERS,
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -128,6 +120,8 @@ class Mapped(Sequence[Any]):
     """The rows of Arrow files, mapped into memory; `make` makes each into an object when it is asked for."""
 
     def __init__(self, files: Iterable[Path], make: Callable[[dict[str, Any]], Any]) -> None:
+        import pyarrow as pa  # which what only computes does without
+
         self.files, self.make = list(files), make
         self.table = pa.concat_tables(pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in self.files)
         self.batches = self.table.to_batches()
@@ -161,8 +155,7 @@ class Records(Sequence[Record]):
         """Records that are in memory as they are."""
         source = list(records)
         described = [_describe(record, split_seed) for record in source]
-        kinds = {name: kind.to_pandas_dtype() for name, kind in NUMBERS.items()}
-        numbers = {name: np.array([d[name] for d in described], kind) for name, kind in kinds.items()}
+        numbers = {name: np.array([d[name] for d in described], kind) for name, kind in NUMBERS.items()}
         return cls(source, numbers, np.arange(len(source)))
 
     @classmethod
@@ -221,7 +214,19 @@ def _as_record(row: dict[str, Any]) -> Record:
 
 def write_records(records: Iterable[Record], file: Path, split_seed: int) -> None:
     """Writes records with ids to a file."""
-    write_rows(({**vars(r), **_plain(r), **_describe(r, split_seed)} for r in records), file, SCHEMA)
+    import pyarrow as pa
+
+    text = pa.string()
+    message = pa.struct({"role": text, "content": text})
+    preference = pa.struct({"chosen": pa.int32(), "rejected": pa.int32(), "tie": pa.bool_(), "strength": pa.float64()})
+    schema = pa.schema(
+        {
+            **{"id": text, "query": text, "place": text, "responses": pa.list_(text), "scores": pa.list_(pa.float64())},
+            **{"messages": pa.list_(message), "desirable": pa.list_(pa.bool_()), "preferences": pa.list_(preference)},
+            **{name: pa.from_numpy_dtype(kind) for name, kind in NUMBERS.items()},
+        }
+    )
+    write_rows(({**vars(r), **_plain(r), **_describe(r, split_seed)} for r in records), file, schema)
 
 
 def _plain(record: Record) -> dict[str, Any]:
@@ -230,6 +235,8 @@ def _plain(record: Record) -> dict[str, Any]:
 
 def write_rows(rows: Iterator[dict[str, Any]], file: Path, schema: pa.Schema) -> None:
     """Writes rows to an Arrow file, one batch in memory at a time."""
+    import pyarrow as pa
+
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for batch in iter(lambda: list(islice(rows, ROWS_PER_BATCH)), []):
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
