@@ -237,8 +237,8 @@ class Config:
 
 
 def register() -> None:
-    """Gives hydra every setting with its default, to merge conf/ into; a loss's keys are its function's parameters, which
-    `choose_loss` checks."""
+    """Gives hydra every setting with its default, to merge conf/ into. Those of a loss are its function's parameters,
+    which `choose_loss` checks."""
     from hydra.core.config_store import ConfigStore  # which launch/gpu_check.py does without
     from omegaconf import OmegaConf
 

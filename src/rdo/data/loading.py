@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class Splits:
 def load_splits(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     """Records of the configured data, split so that no query is in two of train, validation and test.
 
-    What files or the hub hold is read once, into a memory-mapped file under `provenance.run_dir`/data.
+    What files, the hub or the toy world hold is read once, into a memory-mapped file under `provenance.run_dir`/data.
 
     A hash of (split_seed, query) decides where a query goes, so more rows move none. Splits of the source's own stay:
     the hash takes out of train only what is missing, and what is held out is taken out of all others. A hub data set of
@@ -58,12 +58,7 @@ def load_splits(dataset: DatasetConfig, provenance: Provenance) -> Splits:
 
     Raises UserError for a hub that cannot be reached and an empty train split, and DataError for the data's own faults.
     """
-    if dataset.source == "toy":
-        from rdo.data import toy
-
-        found = Splits({split: Records.in_memory(made) for split, made in toy.load(dataset.toy).items()}, {})
-    else:
-        found = _load(dataset, provenance)
+    found = _load(dataset, provenance)
     if not len(found.splits["train"]):
         raise UserError(
             f"dataset={dataset.name}: nothing is left to train on "
@@ -82,6 +77,7 @@ def _load(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     ours = _hub_splits(dataset, list(hub)) if hub else {}
     files = resolve(dataset.path) if dataset.source == "file" else []
     settings = {
+        "toy": asdict(dataset.toy) if dataset.source == "toy" else None,
         "files": broadcast(lambda: [[name_of(file), content_hash(file)] for file in files]),
         "hub": [dataset.hub_name, {split: getattr(hub[split], "_fingerprint", None) for split in ours}],
         "format": dataset.format,
@@ -91,6 +87,12 @@ def _load(dataset: DatasetConfig, provenance: Provenance) -> Splits:
     }
 
     def make(folder: Path) -> dict[str, Any]:
+        if dataset.source == "toy":
+            from rdo.data import toy  # which needs a tokenizer
+
+            with replace_file(folder / RECORDS) as file:
+                write_records(chain.from_iterable(toy.load(dataset.toy).values()), file, dataset.split_seed)
+            return {"counts": {}, "format": "toy", "ignored": []}
         parts = [(split, _hub_rows(dataset, name, hub[name])) for name, split in ours.items()]
         return read_into(folder, parts or [(None, chain.from_iterable(map(rows, files)))], dataset)
 

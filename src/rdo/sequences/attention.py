@@ -64,7 +64,9 @@ def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype, head_wi
 
 
 def attention_name(kernel: str) -> str:
-    """The name of a kernel's tree attention in transformers' AttentionInterface."""
+    """The name of a kernel's tree attention in transformers' AttentionInterface, where it is registered from then on:
+    models are imported with that, for seconds, and what is done already needs none."""
+    transformers.AttentionInterface.register(f"{PREFIX}{kernel}", tree_attention)
     return f"{PREFIX}{kernel}"
 
 
@@ -97,7 +99,3 @@ def tree_attention(
         what = f"{type(module).__name__} {what} its attention"
         raise UserError(f"{what}, which engine.layout=tree cannot do; use engine.layout=padded")
     return tree.attend(query, key, value, scaling, sliding_window), None
-
-
-for name in KERNELS:
-    transformers.AttentionInterface.register(attention_name(name), tree_attention)
