@@ -47,7 +47,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     code, out, error = finished(launched(2, TRAIN, *SETTINGS, "stage=eval", f"run_dir={run_dir}", "engine=zero2"))
     assert code == 0, error
-    assert out.count("[data]") == 1  # one process talks
+    assert out.count("[data] toy (") == 1  # one process talks
     return run_dir
 
 

@@ -36,14 +36,14 @@ class Splits:
     """splits: the records of each of `records.SPLITS`, in the source's order; possibly none.
 
     counts: of rows, those of `readers.Reading`; of records, `dropped_query_in_<split>` (one that is held out) and
-    `records_<split>`, before `max_records`; `validation_used_as_test`. source: the artifact that holds the records,
-    None for the toy world. format: what the rows were read as. ignored: columns that nothing was read from.
+    `records_<split>`, before `max_records`; `validation_used_as_test`. source: the artifact that holds the records.
+    format: what the rows were read as. ignored: columns that nothing was read from.
     """
 
     splits: dict[str, Records]
     counts: dict[str, int]
-    source: Artifact | None = None
-    format: str = "toy"
+    source: Artifact
+    format: str
     ignored: list[str] = field(default_factory=list)
 
 

@@ -138,10 +138,6 @@ class Mapped(Sequence[Any]):
         rows = self.batches[batch]
         return self.make(rows.slice(place - self.ends[batch] + rows.num_rows, 1).to_pylist()[0])
 
-    def several(self, places: np.ndarray) -> list[Any]:
-        """The rows at these places, for a fraction of what one after the other takes."""
-        return [self.make(row) for row in self.table.take(places).to_pylist()]
-
     def numbers(self, column: str) -> np.ndarray:
         """One column of numbers."""
         return np.asarray(self.table.column(column).to_numpy())
@@ -176,14 +172,10 @@ class Records(Sequence[Record]):
     @overload
     def __getitem__(self, place: slice) -> list[Record]: ...
     def __getitem__(self, place: int | slice) -> Record | list[Record]:
-        if isinstance(place, int):
-            return self.source[int(self.rows[place])]
-        rows, source = self.rows[place], self.source
-        return source.several(rows) if isinstance(source, Mapped) else [source[n] for n in rows.tolist()]
+        return list(self.only(place)) if isinstance(place, slice) else self.source[int(self.rows[place])]
 
     def __iter__(self) -> Iterator[Record]:
-        for start in range(0, len(self), ROWS_PER_BATCH):
-            yield from self[start : start + ROWS_PER_BATCH]
+        return (self.source[row] for row in self.rows.tolist())
 
     def only(self, kept: np.ndarray | slice) -> Records:
         """The records at these places (numbers, a mask or a slice)."""

@@ -1,4 +1,4 @@
-"""Stage inspect: what was understood of the data, and what a model will see of it. Nothing is written."""
+"""Stage inspect: what was understood of the data, and what a model will see of it. Nothing else is made."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def described(run: Run) -> Iterator[str]:
     yield f"  format {splits.format}" + ("" if dataset.format == "auto" else " (as dataset.format says)")
     if splits.ignored:
         yield f"  ignored columns: {', '.join(splits.ignored)}"
-    if splits.source:
+    if "rows_read" in splits.counts:
         left = {name: n for name, n in splits.counts.items() if n and name.startswith(("dropped_", "invalid_"))}
         yield f"  {splits.counts['rows_read']} rows read; {listing(left) or 'nothing'} left out"
         if (splits.source.folder / INVALID).exists():
