@@ -28,7 +28,9 @@ def recompute_activations(model: transformers.PreTrainedModel) -> None:
     transformers does so in layers in training mode only, and these alone are put there; the model stays in evaluation
     mode otherwise (`eval()` takes all of it back). Raises ValueError where a model has no such layers.
     """
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    # Before transformers 5.23 it had the second name, of which that warns.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     # What it adds for frozen embeddings, only reentrant checkpointing needs: inputs that require gradients.
     model.disable_input_require_grads()
     for module in model.modules():
