@@ -36,7 +36,7 @@ ARTIFACT_VERSION = 4
 # What a stage that was interrupted goes on from; removed when it is finished.
 PARTIAL = ("checkpoints", "shards")
 # A result that has no stage of its own, and the stage that makes it.
-PART_OF = {"reference": "align"}
+PART_OF = {"reference": "align", "generate": "eval"}
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from rdo.models.pretrained import load_policy, load_scorer, load_tokenizer
 from rdo.runtime.errors import NotFiniteError, UserError
 from rdo.runtime.processes import dealt, world
 from rdo.runtime.progress import progress_bar
-from rdo.runtime.store import Artifact, Provenance, fingerprint, produce
+from rdo.runtime.store import PART_OF, Artifact, Provenance, fingerprint, produce
 from rdo.sequences.forward import Reads, read_all
 from rdo.sequences.preparation import set_layout
 from rdo.settings import Config, TrainingConfig
@@ -192,7 +192,7 @@ class Run:
         make: Callable[[Path], dict[str, Any]],
     ) -> Artifact:
         """`store.produce` as this run has it. What only stage=align or eval reads is a part of it, never missing."""
-        part = stage == {"align": "reference", "eval": "generate"}.get(self.requested)
+        part = PART_OF.get(stage) == self.requested
         if stage == "score" and settings["data"]["split"] != "train":
             part = self.requested == "eval"
         provenance = replace(self.provenance, build_inputs=True) if part else self.provenance
