@@ -3,6 +3,8 @@
 # All but the last make .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# Bytecode is made of what is imported, when it is: compiling all of torch takes longer than fetching it.
+INSTALL := $(BIN)/pip install --disable-pip-version-check --no-compile
 
 .PHONY: demo test quick bench lint size clean
 
@@ -29,16 +31,16 @@ size:
 # torch first and by itself: what follows is then satisfied by it, whichever build (CPU or CUDA) it is.
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check $$(grep '^torch==' requirements.txt)
-	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
+	$(INSTALL) $$(grep '^torch==' requirements.txt)
+	$(INSTALL) -r requirements.txt
 	touch $@
 
 .venv/installed-dev: .venv/installed-bench requirements-dev.txt
-	$(BIN)/pip install --disable-pip-version-check -r requirements-dev.txt
+	$(INSTALL) -r requirements-dev.txt
 	touch $@
 
 .venv/installed-bench: .venv/installed requirements-bench.txt
-	$(BIN)/pip install --disable-pip-version-check -r requirements-bench.txt
+	$(INSTALL) -r requirements-bench.txt
 	touch $@
 
 clean:

@@ -64,7 +64,7 @@ def encode(
 
     Raises UserError if the tokenizer has no EOS, a prompt no token, or `max_length` no room for one token of each.
     """
-    begin, end = begin_id(tokenizer), end_id(tokenizer)
+    begin, end, records = begin_id(tokenizer), end_id(tokenizer), list(records)
     rendered = [render_prompt(template, record, tokenizer) for record in records]
     prompts = _ids(rendered, tokenizer, parse_special or template == "chat")
     replies = iter(_ids([response for record in records for response in record.responses], tokenizer, parse_special))
@@ -168,9 +168,10 @@ def encode_into(folder: Path, records: Records, workers: int | None, **options: 
 def _encode_part(file: Path, rows: np.ndarray, source: Sequence[Record], options: dict[str, Any]) -> None:
     import pyarrow as pa
 
+    records = Records(source, {}, rows)
     ids, text, count = pa.list_(pa.int32()), pa.string(), pa.int64()
     columns = {"id": text, "prompt": ids, "responses": pa.list_(ids), "query_cut": count, "response_cut": count}
-    batches = (rows[start : start + ROWS_PER_BATCH] for start in range(0, len(rows), ROWS_PER_BATCH))
-    made = (vars(record) for batch in batches for record in encode([source[n] for n in batch.tolist()], **options))
+    batches = (records[start : start + ROWS_PER_BATCH] for start in range(0, len(records), ROWS_PER_BATCH))
+    made = (vars(record) for batch in batches for record in encode(batch, **options))
     with replace_file(file) as temporary:
         write_rows(made, temporary, pa.schema(columns))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SPLITS = ("demonstrations", "train", "validation", "test")
-ROWS_PER_BATCH = 500
+ROWS_PER_BATCH, ROWS_READ = 500, 10_000
 # What is known of every record without its texts. split: number in SPLITS, or -1. chance: in [0, 1), from split seed
 # and query.
 NUMBERS = {
@@ -138,6 +138,17 @@ class Mapped(Sequence[Any]):
         rows = self.batches[batch]
         return self.make(rows.slice(place - self.ends[batch] + rows.num_rows, 1).to_pylist()[0])
 
+    def at(self, places: np.ndarray) -> Iterator[Any]:
+        """The rows at these places, in their order; read many at a time, which is several times faster."""
+        for start in range(0, len(places), ROWS_READ):
+            wanted = places[start : start + ROWS_READ]
+            batches, rows = np.searchsorted(self.ends, wanted, side="right"), {}
+            for batch in np.unique(batches):
+                found = wanted[batches == batch]
+                first = self.ends[batch] - self.batches[batch].num_rows
+                rows.update(zip(found.tolist(), self.batches[batch].take(found - first).to_pylist(), strict=True))
+            yield from (self.make(rows[place]) for place in wanted.tolist())
+
     def numbers(self, column: str) -> np.ndarray:
         """One column of numbers."""
         return np.asarray(self.table.column(column).to_numpy())
@@ -175,6 +186,8 @@ class Records(Sequence[Record]):
         return list(self.only(place)) if isinstance(place, slice) else self.source[int(self.rows[place])]
 
     def __iter__(self) -> Iterator[Record]:
+        if isinstance(self.source, Mapped):
+            return self.source.at(self.rows)
         return (self.source[row] for row in self.rows.tolist())
 
     def only(self, kept: np.ndarray | slice) -> Records:
