@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Bytecode is made of what is imported, when it is: compiling all of torch takes longer than fetching it.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/pip install --disable-pip-version-check --no-compile
 
 .PHONY: demo test quick bench lint size clean

@@ -1,9 +1,11 @@
 """Composes a config, checks it, and runs its stage: see `python train.py --help`."""
 
+import gc
 import os
 import sys
 from pathlib import Path
 
+gc.disable()  # until a stage runs: what imports and hydra make of a config stays, and is looked through over and over
 sys.path.insert(0, str(Path(__file__).parent / "src"))
 
 import hydra

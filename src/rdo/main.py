@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import sys
@@ -157,6 +158,9 @@ def prepare_process(config: EngineConfig) -> None:
     keep_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if not gc.isenabled():  # see train.py
+        gc.freeze()
+        gc.enable()
 
 
 def refuse(error: Exception) -> NoReturn:
