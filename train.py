@@ -5,7 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-gc.disable()  # until a stage runs: what imports and hydra make of a config stays, and is looked through over and over
 sys.path.insert(0, str(Path(__file__).parent / "src"))
 
 import hydra
@@ -24,6 +23,7 @@ def main(config: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
+    gc.disable()  # until a stage runs: what imports and configs make stays, and would be looked through over and over
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra's errors come here, and are shown as one line
     if "--debug" in sys.argv:
         sys.argv.remove("--debug")

@@ -144,7 +144,8 @@ class Mapped(Sequence[Any]):
         steps = [0, *(10**power for power in range(4)), *range(10_000, len(places), 10_000)]
         for start, end in pairwise([*steps, len(places)]):
             wanted = places[start:end]
-            batches, rows = np.searchsorted(self.ends, wanted, side="right"), {}
+            batches = np.searchsorted(self.ends, wanted, side="right")
+            rows: dict[int, Any] = {}
             for batch in np.unique(batches):
                 found = wanted[batches == batch]
                 first = self.ends[batch] - self.batches[batch].num_rows
