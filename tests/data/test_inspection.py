@@ -20,7 +20,12 @@ CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
 CASES = {
     "invalid and hostile rows": (
         [HOSTILE, *PAIRS, {"prompt": "x"}],
-        ["format trl\n", "62 rows read; 1 invalid_broken left out", "invalid.jsonl", "61 records of 61 queries"],
+        [
+            "format trl\n",
+            "62 rows read; 1 invalid_broken left out",
+            "rows.jsonl, line 62, field 'chosen': missing",
+            "61 records of 61 queries",
+        ],
         ["preferences: 61, of which 0 ties", "in 61 of 61 (100.0%)", "tokenizer byte-pair", "train, both"],
         ["dataset.max_length=12 cuts ", "rows.jsonl, line 1\n", "<end>", "↵", "␣", "\\x1b[2J", "\\u202e"],
     ),
@@ -48,8 +53,8 @@ def test_what_is_printed_of_a_file(tmp_path, capsys, case):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = tiny_run(
-        tmp_path / "runs", "stage=inspect", "dataset=file", f"dataset.path={file}", "dataset.on_invalid=skip",
-        "dataset.max_invalid_share=0.1", "dataset.max_length=12", "dataset.test_share=0", "dataset.validation_share=0",
+        tmp_path / "runs", "stage=inspect", "dataset=file", f"dataset.path={file}", "dataset.max_length=12",
+        "dataset.test_share=0", "dataset.validation_share=0",
     )  # fmt: skip
     inspect_data(run)
     printed = capsys.readouterr().out

@@ -63,6 +63,12 @@ def test_rows_of_another_task_are_left_out_and_counted_but_not_when_they_are_all
         read(ARTICLE, ARTICLE)
 
 
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_dialogues_that_end_with_the_human_are_left_out_and_counted(side):
+    found = read({**HH, side: f"{HH[side]}\n\nHuman: And tea?"}, HH)
+    assert (len(found.records), found.counts) == (1, {"rows_read": 2, "dropped_human_turns": 1})
+
+
 def test_a_preference_between_identical_texts_is_left_out_of_a_larger_row():
     found = read({"query": "q", "responses": ["a", "a", "b"], "preferences": [[0, 1], [0, 2], [1, 2]]})
     assert found.records[0].preferences == (Preference(0, 2), Preference(1, 2))

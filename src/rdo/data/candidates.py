@@ -115,6 +115,18 @@ class Ranks(Ranking, format="ranked"):
         return [self.prompt.record(self.responses, *by_rank(self.ranks))]
 
 
+class ScoredResponses(Row, format="ranked"):
+    """The highest score, or rating, is best."""
+
+    prompt: Asked
+    responses: list[Response] = Field(min_length=2)
+    scores: list[Finite] = Field(validation_alias=AliasChoices("scores", "ratings"))
+
+    def records(self) -> list[Record]:
+        one_each(self.scores, self.responses, "scores")
+        return by_score(self.prompt, self.responses, self.scores)
+
+
 class RankedAnswer(Columns):
     answer: Response
     rank: Finite

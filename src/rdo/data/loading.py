@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 PARQUET_BRANCH = "refs/convert/parquet"
 RECORDS, INVALID = "records.arrow", "invalid.jsonl"
 # Raised whenever the same rows would be read as other records, or these written otherwise.
-READING_VERSION = 3
+READING_VERSION = 4
 
 
 @dataclass

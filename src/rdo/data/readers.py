@@ -24,13 +24,13 @@ from rdo.data.columns import Row, RowError, row_error, shown
 from rdo.data.files import Placed, TextRow
 from rdo.data.pairs import PROMPTS
 from rdo.data.records import Preference, Record, content_id, id_key
-from rdo.data.templates import ASSISTANT
+from rdo.data.templates import ASSISTANT, HUMAN
 from rdo.runtime.errors import DataError, UserError
 
 FORMATS = Row.layouts
 # What a table makes of messages when they are written as text.
 WRITTEN_OUT = re.compile(r"\s*\[?\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
-BY_DESIGN = ("articles", "unranked", "separate_conversations")
+BY_DESIGN = ("articles", "unranked", "separate_conversations", "human_turns")
 
 
 @dataclass
@@ -121,8 +121,11 @@ class Reading:
         return read_row(row, self.format)
 
     def _informative(self, record: Record) -> tuple[Preference, ...]:
-        """The record's preferences but those between identical texts."""
+        """The record's preferences but those between identical texts. Raises RowError where none could be of use."""
         texts = record.responses
+        # HH's dialogues that end with the human, whose words would be imitated.
+        if ASSISTANT in record.query and any(HUMAN in text for text in texts):
+            raise RowError("", "a response goes on with the human's next turn; delete the row", "human_turns")
         if len(texts) > 1 and len(set(texts)) == 1:
             problem = "all responses are identical, so there is no preference; delete the row"
             raise RowError("", problem, "identical_responses")
@@ -188,10 +191,11 @@ def find_format(row: dict[str, Any]) -> str:
     found = [name for name, size in sizes.items() if size == max(sizes.values())]
     if found == ["hh", "trl_implicit"] or (found == ["trl"] and "prompt" not in row):
         found = [_format_of_pair(row)]
-    columns = f"columns [{', '.join(shown(name) for name in sorted(map(str, row))[:20])}]"
+    columns = f"columns [{', '.join(shown(name) for name in sorted(map(str, row)))[:120]}]"
     if not found:
-        known = "; ".join(f"{name}: {in_words(name)}" for name in FORMATS)
-        raise RowError("", f"{columns} fit no known format ({known}); rename them")
+        nearest = min(FORMATS, key=lambda name: len(_missing(layouts[name], row)) / len(needed(layouts[name])))
+        near = f"the nearest is {nearest}, which needs {in_words(nearest)[:100]}"
+        raise RowError("", f"{columns} fit no known format ({near}); rename them to those of one of docs/data.md")
     if len(found) > 1:
         raise RowError("", f"{columns} fit {' and '.join(found)}; set dataset.format to the one that is meant")
     for column in {"prompt", "completion", "chosen", "rejected", "conversations"} & row.keys():

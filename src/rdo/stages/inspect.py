@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -30,7 +33,9 @@ QUANTILES = {"min": 0.0, "5%": 0.05, "50%": 0.5, "95%": 0.95, "99%": 0.99, "max"
 
 
 def inspect_data(run: Run) -> None:
-    """Reads, counts and tokenizes the data, and prints what was found."""
+    """Reads, counts and tokenizes the data, and prints what was found, bad rows too."""
+    dataset = replace(run.config.dataset, on_invalid="skip", max_invalid_share=1.0)
+    run = replace(run, config=replace(run.config, dataset=dataset))
     for line in described(run):
         print(printable(line), flush=True)  # what a terminal would act upon as escapes
 
@@ -45,8 +50,10 @@ def described(run: Run) -> Iterator[str]:
     if "rows_read" in splits.counts:
         left = {name: n for name, n in splits.counts.items() if n and name.startswith(("dropped_", "invalid_"))}
         yield f"  {splits.counts['rows_read']} rows read; {listing(left) or 'nothing'} left out"
-        if (splits.source.folder / INVALID).exists():
-            yield f"  the invalid rows are listed in {splits.source.folder / INVALID}"
+        if (listed := splits.source.folder / INVALID).exists():
+            yield f"  invalid rows, which dataset.on_invalid=skip leaves out, are listed in {listed}; the first:"
+            with listed.open() as lines:
+                yield from (f"    {json.loads(line)['message']}" for line in islice(lines, EXAMPLES))
     examined: dict[str, list[Record]] = {}
     for name in SPLITS:
         if records := splits.splits[name]:
