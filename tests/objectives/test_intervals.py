@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from rdo.objectives.intervals import empty_estimate, mean_interval, t_quantile, wilson, win_tie_lose
+from rdo.objectives.intervals import empty_estimate, mean_interval, share_interval, t_quantile, wilson, win_tie_lose
 
 Z2, T2 = 3.841459, 4.30265  # the normal quantile squared, Student's with 2 degrees of freedom
 
@@ -40,6 +40,31 @@ def test_mean_interval_by_hand() -> None:
     assert mean_interval([4.0]) == {"value": 4.0, "low": None, "high": None, "count": 1}
     with pytest.raises(ValueError, match="of 2 values some are NaN"):
         mean_interval([1.0, math.nan])
+
+
+def test_values_of_one_query_count_as_one_observation_if_they_are_alike() -> None:
+    values, queries = [1.0, 2.0, 3.0], ["a", "b", "c"]
+    alone = mean_interval(values)
+    assert mean_interval(values, queries) == alone
+    repeated = mean_interval(values * 5, queries * 5)  # the same fifteen times: nothing new was learnt
+    assert repeated == pytest.approx({**alone, "count": 15})
+    # sums of deviations -1 - 1 and 1 + 0 + 1 around 2.2: (-2.4, 2.4), so 2.4 * sqrt(2) / sqrt(2) * 2 / 5
+    found = mean_interval([1, 1, 3, 3, 3], ["a", "a", "b", "b", "b"])
+    assert found["high"] - found["value"] == pytest.approx(12.7062 * 0.96, abs=1e-4)
+    assert mean_interval([1.0, 2.0], ["a", "a"]) == {"value": 1.5, "low": None, "high": None, "count": 2}
+
+
+def test_shares_over_queries() -> None:
+    shares, queries = [1, 0, 1, 1, 0, 1, 1, 1, 0, 1], list("abcdefghij")
+    alone = wilson(7, 10)
+    assert share_interval(shares, queries) == share_interval(shares) == alone
+    assert share_interval(shares * 20, queries * 20) == pytest.approx({**alone, "count": 200})
+    assert share_interval([1] * 50, [n % 10 for n in range(50)]) == {**wilson(10, 10), "count": 50}
+    # One query decides nothing: its fifty answers are one observation.
+    assert share_interval([1, 0] * 25, ["a"] * 50) == pytest.approx({**wilson(0.5, 1), "count": 50})
+    # Answers that do not go with the query are as good as of fifty queries.
+    mixed = share_interval([n % 2 for n in range(60)], [n // 2 for n in range(60)])
+    assert mixed == wilson(30, 60)
 
 
 def test_win_tie_lose() -> None:

@@ -6,13 +6,14 @@ but the position. So a fair coin decides the order of every pair here, and what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rdo.objectives.intervals import Estimate, wilson
+from rdo.objectives.intervals import Estimate, share_interval
 
 GOLD_TIE = 1e-9  # true rewards closer than this differ by rounding only: no answer is the right one
 GOLD_FIELDS = (
@@ -34,6 +35,7 @@ def evaluate_scorer(
     labels: ArrayLike,
     gold: ArrayLike | Sequence[float | None] | None = None,
     seed: int = 0,
+    queries: Sequence[Hashable] | None = None,
 ) -> dict[str, Any]:
     """Everything the report says about a scorer, from its outputs on labelled pairs (chosen, rejected), each [pairs].
 
@@ -41,9 +43,12 @@ def evaluate_scorer(
     labels: target for "chosen is preferred": 1.0, or 0.5 for a tie (counted, and left out of every accuracy).
     gold: true reward of chosen minus that of rejected, None where unknown. Pairs that are equal under the gold
     have no right answer and are left out of the gold's accuracies. An output of exactly 0 counts as half right.
+    queries: of each pair the query, over which intervals are; None: each has its own.
     """
     ahead, behind, targets = (np.asarray(values, dtype=np.float64) for values in (forward, backward, labels))
     truth = None if gold is None else np.array(gold, dtype=np.float64)  # None becomes NaN
+    numbered = np.arange(len(ahead)) if queries is None else np.unique(list(map(str, queries)), return_inverse=True)[1]
+    share = partial(share_of, numbered)
 
     random = np.random.default_rng(seed)
     chosen_first = random.random(len(ahead)) < 0.5
@@ -62,7 +67,7 @@ def evaluate_scorer(
         "first_preferred_share": share(credit(shown), np.ones_like(decided)),
         "antisymmetry_gap": float(np.mean(np.abs(ahead + behind))) if len(ahead) else None,
         "negative_share": float(np.mean(ahead[decided] < 0)) if decided.any() else None,
-        "by_confidence": by_confidence(for_chosen, decided, truth),
+        "by_confidence": by_confidence(for_chosen, decided, truth, share),
     }
     if truth is None:
         return result | dict.fromkeys(GOLD_FIELDS)
@@ -88,9 +93,9 @@ def gold_credit(opinion: Numbers, truth: Numbers) -> Numbers:
     return credit(opinion * np.sign(truth))
 
 
-def share(credits: Numbers, mask: Mask) -> Estimate:
+def share_of(queries: NDArray[np.intp], credits: Numbers, mask: Mask) -> Estimate:
     """The mean credit of some pairs."""
-    return wilson(float(np.sum(credits[mask])), int(np.sum(mask)))
+    return share_interval(credits[mask].tolist(), queries[mask].tolist())
 
 
 def with_answer(decided: Mask, truth: Numbers) -> Mask:
@@ -98,7 +103,9 @@ def with_answer(decided: Mask, truth: Numbers) -> Mask:
     return decided & (np.abs(truth) > GOLD_TIE)  # NaN (unknown) compares as False
 
 
-def by_confidence(for_chosen: Numbers, decided: Mask, truth: Numbers | None) -> list[dict[str, Any]]:
+def by_confidence(
+    for_chosen: Numbers, decided: Mask, truth: Numbers | None, share: Callable[[Numbers, Mask], Estimate]
+) -> list[dict[str, Any]]:
     """Accuracy in four equal parts of the decided pairs, from the smallest |f| to the largest (RDO, Table 15)."""
     index = np.flatnonzero(decided)
     index = index[np.argsort(np.abs(for_chosen[index]), kind="stable")]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
 from statistics import NormalDist
 from typing import TypedDict
 
@@ -38,7 +39,7 @@ def t_quantile(degrees: int) -> float:
     return Z + first / degrees + second / degrees**2 + third / degrees**3 + fourth / degrees**4
 
 
-def wilson(successes: float, count: int) -> Estimate:
+def wilson(successes: float, count: float) -> Estimate:
     """Share of successes with Wilson's 95 % interval, which stays inside [0, 1]; a tie counts as 0.5 success."""
     if count == 0:
         return empty_estimate()
@@ -51,29 +52,57 @@ def wilson(successes: float, count: int) -> Estimate:
         "value": share,
         "low": max(0.0, min(share, centre - half)),
         "high": min(1.0, max(share, centre + half)),
-        "count": count,
+        "count": round(count),
     }
 
 
-def mean_interval(values: Iterable[float]) -> Estimate:
-    """Mean with its 95 % t interval; one value alone has no interval, none at all has no mean."""
+def share_interval(credits: Iterable[float], queries: Sequence[Hashable] | None = None) -> Estimate:
+    """The mean of numbers from 0 to 1 with Wilson's interval; queries: which of them belong together, as below.
+
+    What belongs together counts as fewer observations, by the design effect: how much wider the mean's own interval is
+    than of independent ones (Kish 1965). Where the share is 0 or 1, and so nothing varies, a query counts once.
+    """
+    numbers = list(credits)
+    count, clusters = len(numbers), len(numbers) if queries is None else len(set(queries))
+    if count == clusters:
+        return wilson(sum(numbers), count)
+    share = sum(numbers) / count
+    independent = share * (1 - share) / count
+    effect = standard_error(numbers, share, queries) ** 2 / independent if independent and clusters > 1 else math.inf
+    effect = min(max(effect, 1.0), count / clusters)
+    return {**wilson(sum(numbers) / effect, count / effect), "value": share, "count": count}
+
+
+def mean_interval(values: Iterable[float], queries: Sequence[Hashable] | None = None) -> Estimate:
+    """Mean with its 95 % t interval; one value alone has no interval, none at all has no mean.
+
+    queries: of each value the query that it belongs to: values of one query are not independent, so the interval is
+    over queries (Liang and Zeger 1986). None: each has its own.
+    """
     numbers = [float(value) for value in values]
-    count = len(numbers)
+    count, clusters = len(numbers), len(numbers) if queries is None else len(set(queries))
     if not all(map(math.isfinite, numbers)):
         raise ValueError(f"of {count} values some are NaN or infinite: a mean over them would mean nothing")
     if not numbers:
         return empty_estimate()
     mean = math.fsum(numbers) / count
-    if count == 1:
-        return {"value": mean, "low": None, "high": None, "count": 1}
-    deviation = math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / (count - 1))
-    half = t_quantile(count - 1) * deviation / math.sqrt(count)
+    if clusters == 1:
+        return {"value": mean, "low": None, "high": None, "count": count}
+    half = t_quantile(clusters - 1) * standard_error(numbers, mean, queries)
     return {"value": mean, "low": mean - half, "high": mean + half, "count": count}
 
 
-def win_tie_lose(differences: Iterable[float]) -> dict[str, Estimate]:
-    """Shares of differences above, at and below 0; the three values add up to 1."""
+def standard_error(numbers: Sequence[float], mean: float, queries: Sequence[Hashable] | None) -> float:
+    """Of a mean over at least two queries."""
+    sums: dict[Hashable, float] = defaultdict(float)
+    for query, number in zip(range(len(numbers)) if queries is None else queries, numbers, strict=True):
+        sums[query] += number - mean
+    deviation = math.sqrt(math.fsum(number**2 for number in sums.values()) / (len(sums) - 1))
+    return deviation / math.sqrt(len(sums)) * (len(sums) / len(numbers))
+
+
+def win_tie_lose(differences: Iterable[float], queries: Sequence[Hashable] | None = None) -> dict[str, Estimate]:
+    """Shares of differences above, at and below 0; the three values add up to 1. queries: as above."""
     numbers = list(differences)
-    wins, losses = sum(number > 0 for number in numbers), sum(number < 0 for number in numbers)
-    shares = {"win": wins, "tie": len(numbers) - wins - losses, "lose": losses}
-    return {name: wilson(share, len(numbers)) for name, share in shares.items()}
+    shares = {"win": [n > 0 for n in numbers], "tie": [n == 0 for n in numbers], "lose": [n < 0 for n in numbers]}
+    return {name: share_interval(found, queries) for name, found in shares.items()}

@@ -20,7 +20,7 @@ from rdo.runtime.files import read_json_lines
 
 RULES = (
     "Over several seeds a number is their mean with its 95 % t interval; with one seed its own 95 % interval, over "
-    "pairs or prompts, which says nothing about how another training run would fall out.",
+    "queries, which says nothing about how another training run would fall out.",
     "The baseline of a row is the same loss with the same settings, data and seed, without coefficients. Differences "
     "are taken seed by seed, with one seed prompt by prompt, and distinguishable where the interval excludes zero.",
     "Every comparison is judged on its own: among twenty comparisons of equal rows about one differs by chance.",

@@ -77,7 +77,8 @@ def between(run: Run, other: Run, key: str) -> Number:
     """One evaluation minus another: rewards prompt by prompt, anything else as independent quantities."""
     if key.startswith("rewards."):
         own, others = (rewards(one["folder"], key.removeprefix("rewards.")) for one in (run, other))
-        return as_number(mean_interval((own - others).dropna()))
+        changes = (own - others).dropna()
+        return as_number(mean_interval(changes, list(changes.index.get_level_values("query"))))
     own, others = number_of(run, key), number_of(other, key)
     value, half = own.value - others.value, hypot(own.high - own.low, others.high - others.low) / 2
     return Number(value, value - half, value + half)
@@ -85,9 +86,10 @@ def between(run: Run, other: Run, key: str) -> Number:
 
 @cache
 def rewards(folder: str, judge: str) -> pd.Series[float]:
-    """The rewards of a policy's responses, by prompt."""
+    """The rewards of a policy's responses, by prompt: its record's id, and the query."""
     lines = read_json_lines(Path(folder) / GENERATIONS)
-    return pd.Series({line["id"]: line["rewards"][judge] for line in lines}, dtype=float)
+    prompts = pd.MultiIndex.from_tuples([(line["id"], line["query"]) for line in lines], names=["id", "query"])
+    return pd.Series([line["rewards"][judge] for line in lines], prompts, dtype=float)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from rdo.data.records import Record, query_key
 from rdo.evaluation import EVALUATION, GENERATIONS
 from rdo.evaluation.scorers import evaluate_scorer
 from rdo.models.generation import Generation
-from rdo.objectives.intervals import empty_estimate, mean_interval, win_tie_lose
+from rdo.objectives.intervals import empty_estimate, mean_interval, share_interval, win_tie_lose
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import read_json_lines, replace_file, write_json
 from rdo.runtime.processes import is_rank0
@@ -42,7 +42,7 @@ def evaluate_scorers(run: Run, kind: str) -> Artifact:
 
     def make(folder: Path) -> dict[str, Any]:
         read = read_scores(scored)
-        forward, backward, labels, gold = [], [], [], []
+        forward, backward, labels, gold, queries = [], [], [], [], []
         # By id, so that the coins which show a pair first or second do not depend on the order of the file.
         records = run.records(run.config.eval.split)
         ids = records.ids()
@@ -52,12 +52,14 @@ def evaluate_scorers(run: Run, kind: str) -> Artifact:
                 forward.append(read.output(record.id, chosen, rejected))
                 backward.append(read.output(record.id, rejected, chosen))
                 labels.append(0.5 if preference.tie else 1.0)
+                queries.append(query_key(record.query))
                 gold.append(record.scores[chosen] - record.scores[rejected] if record.scores else None)
         if not labels:
             raise UserError(f"dataset={run.config.dataset.name}: no labelled pair in the split {run.config.eval.split}")
         # Only the toy world's scores are the truth; a data set's own scores are another model's opinion.
         truth = gold if run.config.dataset.source == "toy" else None
-        evaluation = evaluate_scorer(forward, backward, labels, truth, seed=stable_seed(run.config.seed, "order"))
+        seed = stable_seed(run.config.seed, "order")
+        evaluation = evaluate_scorer(forward, backward, labels, truth, seed, queries)
         if is_rank0():
             write_json(folder / EVALUATION, evaluation)
         return {"metric": evaluation["label_accuracy"]["value"]}
@@ -122,20 +124,21 @@ def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: Sequence[str
     responses = read_responses(inputs["responses"])
     against = read_json_lines(inputs["against"].folder / GENERATIONS) if "against" in inputs else None
     judged, compared = judge_responses(run, inputs, judges, chosen, responses, against)
-    ratios = mean_interval(log_ratios(run, inputs, places, responses))
+    queries = [query_key(record.query) for record in chosen]
+    ratios = mean_interval(log_ratios(run, inputs, places, responses), queries)
     unbiased = config.eval.decoding == "sample" and config.eval.temperature == 1.0
-    mean_rewards = {judge: mean_interval(values) for judge, values in judged.items()}
+    mean_rewards = {judge: mean_interval(values, queries) for judge, values in judged.items()}
     evaluation = {
         "prompts": len(chosen),
-        "queries": len({query_key(record.query) for record in chosen}),
+        "queries": len(set(queries)),
         "rewards": mean_rewards,
-        "length": mean_interval([len(response.ids) for response in responses]),
-        "stopped": mean_interval([float(response.stopped) for response in responses]),
+        "length": mean_interval([len(response.ids) for response in responses], queries),
+        "stopped": share_interval([response.stopped for response in responses], queries),
         # Only samples of the policy itself estimate its KL; of any other responses this is a mere log-ratio.
         "kl": ratios if unbiased else empty_estimate(),
         "log_ratio": ratios,
-        "against_base": {judge: win_tie_lose(values) for judge, values in compared.items()} or None,
-        "mean_difference_to_base": {judge: mean_interval(values) for judge, values in compared.items()},
+        "against_base": {judge: win_tie_lose(values, queries) for judge, values in compared.items()} or None,
+        "mean_difference_to_base": {judge: mean_interval(values, queries) for judge, values in compared.items()},
     }
     if is_rank0():
         write_generations(folder / GENERATIONS, chosen, responses, judged)
