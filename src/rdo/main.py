@@ -33,6 +33,7 @@ from rdo.sequences.preparation import keep_memory
 from rdo.settings import Config, EngineConfig
 from rdo.stages.align import aligned_policy, needed_scores
 from rdo.stages.evaluate import EVALUATION, evaluate_policy, evaluate_scorers
+from rdo.stages.plan import announce
 from rdo.stages.report import make_report
 from rdo.stages.run import Cache, Run
 from rdo.stages.score import scores
@@ -121,6 +122,9 @@ def run_config(config: Config, overrides: list[str]) -> float | None:
         make_report(config)
         return None
     started = time.perf_counter()
+    missing: list[tuple[str, str]] = []
+    STAGES[config.stage.name](replace(run, missing=missing))
+    announce(config, missing)
     artifact = STAGES[config.stage.name](run)
     print(f"{config.stage.name}: {artifact.folder} ({time.perf_counter() - started:.1f} s)", flush=True)
     return finished(artifact, config.metric)

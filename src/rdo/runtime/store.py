@@ -81,11 +81,8 @@ def produce(
     the stage that was asked for. Raises UserError where an input is missing and build_inputs is off, and Stopped
     when the process is asked to stop.
     """
-    described = {"version": ARTIFACT_VERSION, "stage": stage, "settings": settings}
-    key = fingerprint([described, {name: artifact.key for name, artifact in sorted(inputs.items())}])
-    folder = provenance.run_dir / stage / f"{label}-{key[:10]}"
-    artifact = Artifact(folder, key)
-    first = is_rank0()
+    artifact = artifact_of(provenance, stage, label, settings, inputs)
+    folder, first = artifact.folder, is_rank0()
     if broadcast(lambda: found(folder)):
         if requested:
             print(f"[{stage}] done already: {folder}", flush=True)
@@ -108,9 +105,9 @@ def produce(
         results = (make(folder) if together else broadcast(lambda: make(folder))) or {}
         barrier()
         manifest = {
-            **described,
+            **described(stage, settings),
             "label": label,
-            "key": key,
+            "key": artifact.key,
             "inputs": {name: {"folder": shown(a.folder, provenance), "key": a.key} for name, a in inputs.items()},
             "results": results,
             "seconds": round(time.perf_counter() - started, 3),
@@ -127,6 +124,20 @@ def produce(
             barrier()
         stopping.check(f"{folder} is finished, and the same command goes on")
     return artifact
+
+
+def artifact_of(
+    provenance: Provenance, stage: str, label: str, settings: Mapping[str, Any], inputs: Mapping[str, Artifact]
+) -> Artifact:
+    """Where a stage's result lies, or will, and its key; whether it is there says `found`."""
+    keys = {name: artifact.key for name, artifact in sorted(inputs.items())}
+    key = fingerprint([described(stage, settings), keys])
+    return Artifact(provenance.run_dir / stage / f"{label}-{key[:10]}", key)
+
+
+def described(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a result, beside its inputs, its key is made of."""
+    return {"version": ARTIFACT_VERSION, "stage": stage, "settings": settings}
 
 
 def remove_partial(folder: Path) -> None:

@@ -26,9 +26,9 @@ from rdo.data.loading import Splits, load_splits
 from rdo.data.records import Record, Records
 from rdo.models.pretrained import load_policy, load_scorer, load_tokenizer
 from rdo.runtime.errors import NotFiniteError, UserError
-from rdo.runtime.processes import dealt, world
+from rdo.runtime.processes import broadcast, dealt, world
 from rdo.runtime.progress import progress_bar
-from rdo.runtime.store import PART_OF, Artifact, Provenance, fingerprint, produce
+from rdo.runtime.store import PART_OF, Artifact, Provenance, artifact_of, fingerprint, found, produce
 from rdo.sequences.forward import Reads, read_all
 from rdo.sequences.preparation import set_layout
 from rdo.settings import Config, TrainingConfig
@@ -53,6 +53,7 @@ class Run:
     provenance: Provenance
     requested: str
     cache: Cache = field(default_factory=Cache)
+    missing: list[tuple[str, str]] | None = None  # where it is a list, results that are missing are noted, not made
 
     @property
     def dataset_key(self) -> str:
@@ -192,6 +193,11 @@ class Run:
         make: Callable[[Path], dict[str, Any]],
     ) -> Artifact:
         """`store.produce` as this run has it. What only stage=align or eval reads is a part of it, never missing."""
+        if self.missing is not None:
+            artifact = artifact_of(self.provenance, stage, label, settings, inputs)
+            if not broadcast(lambda: found(artifact.folder)) and (stage, label) not in self.missing:
+                self.missing.append((stage, label))
+            return artifact
         part = PART_OF.get(stage) == self.requested
         if stage == "score" and settings["data"]["split"] != "train":
             part = self.requested == "eval"
@@ -210,8 +216,8 @@ class Run:
         except NotFiniteError as error:
             records = self.records(split)
             number = {record_id: n for n, record_id in enumerate(records.ids())}
-            found = [records[number[record_id]] for record_id in error.record_ids]
-            names = [f"{record.id} ({record.place})" if record.place else record.id for record in found]
+            named = [records[number[record_id]] for record_id in error.record_ids]
+            names = [f"{record.id} ({record.place})" if record.place else record.id for record in named]
             raise NotFiniteError(error.what, names, error.way_out) from error
 
 
