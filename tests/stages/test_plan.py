@@ -8,7 +8,7 @@ FEW = [*TINY, "rm.max_steps=1", "diffmodel.max_steps=1"]
 SFT, ALIGN = "sft (toy) is made first: the base policy, from scratch", "align (dpo-none) is made first: the policy"
 REWARD, DIFF = "rm (pointwise) is made first: for ", "diffmodel (paper) is made first: for "
 CASES = {
-    ("stage=align", "rc=diff"): [SFT, f"{DIFF}rc=diff: do without it there"],
+    ("stage=align", "rc=diff", "rc.negative=abs"): [SFT, f"{DIFF}rc=diff: do without it there"],
     ("stage=eval", "eval.judges=[gold,reward]"): [SFT, ALIGN, f"{REWARD}eval.judges=[gold,reward]: do without"],
     ("stage=eval", "rc=reward", "eval.judges=[reward]"): [
         SFT,

@@ -70,6 +70,11 @@ def interval(found: Number | None, digits: int = 2, signed: bool = False, betwee
     return value if math.isnan(found.low) else f"{value}{between}[{low}, {high}]"
 
 
+def shortened(name: str, longest: int = 44) -> str:
+    """A name without its middle, where it is longer."""
+    return name if len(name) <= longest else f"{name[: longest // 2]}…{name[1 - longest // 2 :]}"
+
+
 def describe(evaluation: Mapping[str, Any]) -> str:
     """The main numbers of an evaluation in lines, of whose text a terminal acts upon nothing."""
     found = {name: as_number(estimate) for name, estimate in estimates(evaluation) if SHOWN.fullmatch(name)}

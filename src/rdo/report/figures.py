@@ -7,6 +7,7 @@ from base64 import b64encode
 from collections.abc import Callable, Sequence
 from functools import wraps
 from math import nan
+from textwrap import wrap
 from typing import Any
 
 import matplotlib
@@ -14,7 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rdo.evaluation.numbers import Number, number
+from rdo.evaluation.numbers import Number, number, shortened
 from rdo.report.results import Row, sweeps, training_curves
 from rdo.runtime.errors import printable
 
@@ -58,11 +59,21 @@ def svg(draw: Callable[..., Figure | None]) -> Callable[..., str | None]:
     return drawn
 
 
-def panels(count: int, width: float = 8.6) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels, two in a line; width in inches."""
-    lines = (count + 1) // 2
-    figure = Figure(figsize=(width, 2.9 * lines), layout="constrained")
+def panels(names: Sequence[Sequence[str]], width: float = 8.6) -> tuple[Figure, list[Axes]]:
+    """A figure of panels, two in a line, with room for a legend of these names each; width in inches."""
+    count, lines = len(names), (len(names) + 1) // 2
+    figure = Figure(figsize=(width, lines * max(2.9, *map(legend_height, names))), layout="constrained")
     return figure, [figure.add_subplot(lines, 2, place + 1) for place in range(count)]
+
+
+def label(name: str) -> str:
+    """A name in lines that leave room for what is drawn."""
+    return "\n".join(wrap(shortened(name, 64), 34))
+
+
+def legend_height(names: Sequence[str]) -> float:
+    """Inches that a legend of these names takes."""
+    return 0.6 + sum(0.05 + 0.15 * len(label(name).splitlines()) for name in names)
 
 
 def colour(position: int) -> dict[str, Any]:
@@ -88,7 +99,9 @@ def overview(rows: Sequence[Row], judge: str) -> Figure | None:
     ]
     if not shown:
         return None
-    figure = Figure(figsize=(6.4, 0.9 + 0.25 * len(shown)), layout="constrained")
+    named = [label(f"{row.name} − {base.name}") for row, base, _ in shown]
+    height = sum(0.1 + 0.15 * len(name.splitlines()) for name in named)
+    figure = Figure(figsize=(6.4, 0.9 + height), layout="constrained")
     axes = figure.add_subplot()
     beside: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8.5}
     axes.annotate("KL / baseline's", (1.01, -1), **beside)
@@ -100,7 +113,7 @@ def overview(rows: Sequence[Row], judge: str) -> Figure | None:
         axes.annotate(" / ".join(number(one.value) for one in kl if one), (1.01, place), **beside)
     axes.axvline(0, color="#555555", linewidth=1)
     axes.locator_params(axis="x", nbins=6)
-    axes.set_yticks(range(len(shown)), [f"{row.name} − {base.name}" for row, base, _ in shown])
+    axes.set_yticks(range(len(shown)), named)
     axes.set_ylim(len(shown) - 0.4, -1.2)
     axes.set_xlabel(f"reward by “{judge}”: row − baseline")
     return figure
@@ -117,7 +130,7 @@ def confidence(rows: Sequence[Row], metric: str) -> Figure | None:
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for place, (name, found) in enumerate(drawn):
-        points(axes, [n + 0.04 * place for n in quarters], found, label=name, marker="o", **colour(place))
+        points(axes, [n + 0.04 * place for n in quarters], found, label=label(name), marker="o", **colour(place))
     axes.axhline(0.5, color="#888888", linewidth=0.9, linestyle=(0, (4, 3)))
     axes.set_xticks(quarters, ["least sure", "2", "3", "surest"])
     axes.set_xlabel("quartile of |R|")
@@ -134,10 +147,11 @@ def frontier(rows: Sequence[Row], judge: str) -> Figure | None:
         return None
     curves = [line for lines in sweeps(known).values() for line in lines]
     curves += [[row] for row in known if not any(row in line for line in curves)]
-    figure = Figure(figsize=(8.6, max(3.8, 0.21 * len(curves) + 0.6)), layout="constrained")
+    names = [line[0].name if len(line) == 1 else f"{line[0].name} … {line[-1].name}" for line in curves]
+    figure = Figure(figsize=(8.6, max(3.8, legend_height(names))), layout="constrained")
     axes = figure.add_subplot()
     losses = sorted({row.loss for row in known})
-    for line in curves:
+    for line, name in zip(curves, names, strict=True):
         first = line[0]
         kl, reward = ([n for row in line if (n := row.number(key))] for key in ("kl", f"rewards.{judge}"))
         shade = COLOURS[losses.index(first.loss) % len(COLOURS)] if first.kind == "policy" else "#3A3A3A"
@@ -150,7 +164,7 @@ def frontier(rows: Sequence[Row], judge: str) -> Figure | None:
             marker=MARKERS.get(first.rc, "o"),
             mfc="white" if first.ablation_in_words else shade,
             linestyle="-" if first.rc != "none" else "--",
-            label=first.name if len(line) == 1 else f"{first.name} … {line[-1].name}",
+            label=label(name),
         )
     axes.set_xlabel("KL to the base policy, nats")
     axes.set_ylabel(f"reward by “{judge}”")
@@ -169,13 +183,13 @@ def swept(rows: Sequence[Row], keys: Sequence[str]) -> Figure | None:
     ]
     if not wanted:
         return None
-    figure, places = panels(len(wanted))
+    figure, places = panels([[line[0].name for line in lines] for _, _, lines in wanted])
     for axes, (name, key, lines) in zip(places, wanted, strict=True):
         for shade, line in enumerate(lines):
             values = [row.settings[name] for row in line]
             title = line[0].name.split(",")[0] if line[0].name.endswith(f"={values[0]}") else f"{line[0].name} …"
             reached = [one for row in line if (one := row.number(key))]
-            points(axes, values, reached, marker="o", label=title, **colour(shade))
+            points(axes, values, reached, marker="o", label=label(title), **colour(shade))
         values = sorted({row.settings[name] for line in lines for row in line})
         if values[0] > 0 and values[-1] / values[0] >= 5:
             axes.set_xscale("log")
@@ -197,10 +211,10 @@ def training(rows: Sequence[Row]) -> Figure | None:
             wanted.setdefault(f"{group}: {str(name).replace('_', ' ')}", []).append((row, values))
     if not wanted:
         return None
-    figure, places = panels(len(wanted), width=11.6)
+    figure, places = panels([[row.name for row, _ in lines] for lines in wanted.values()], width=11.6)
     for axes, (name, lines) in zip(places, wanted.items(), strict=True):
         for shade, (row, values) in enumerate(lines):
-            axes.plot(values.index, values, label=row.name, **{**colour(shade), "linewidth": 1.1})
+            axes.plot(values.index, values, label=label(row.name), **{**colour(shade), "linewidth": 1.1})
         axes.set_title(name)
         axes.set_xlabel("step")
         axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.02), labelspacing=0.3)

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rdo.evaluation import GENERATIONS
-from rdo.evaluation.numbers import interval, number
+from rdo.evaluation.numbers import interval, number, shortened
 from rdo.report import figures, tables
 from rdo.report.results import Row, at_equal_kl, difference, sweeps
 from rdo.report.tables import inline
@@ -185,7 +185,8 @@ def in_short(view: Mapping[str, Any]) -> str:
         for title, width in IN_SHORT.items():
             if title in part["tables"]:
                 table = part["tables"][title].iloc[:, :width]
-                table = table.replace({table.columns[0]: r"\n.*"}, "", regex=True).replace("\n", " ", regex=True)
+                named = table.iloc[:, 0].str.partition("\n")[0].map(shortened)
+                table = table.assign(**{table.columns[0]: named}).replace("\n", " ", regex=True)
                 lines += ["", *table.to_string(index=False).splitlines()]
     lines += ["", *(f"not finished: {name}: {why}" for name, why in view["failed"].items())]
     return "\n".join(printable(line, keep="") for line in lines)
