@@ -1,5 +1,6 @@
 # make demo: the whole pipeline on the toy world, then where the report lies. make test: the tests. make quick: those of
-# them that take under a minute together. make bench: every computation against TRL. make size: how large the code is.
+# them that take under a minute together. make real: a real chat model on real pairs, or on yours (make real
+# DATA=pairs.jsonl). make bench: every computation against TRL. make size: how large the code is.
 # All but the last make .venv.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,10 +8,17 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/pip install --disable-pip-version-check --no-compile
 
-.PHONY: demo test quick bench lint size clean
+.PHONY: demo real test quick bench lint size clean
 
 demo: .venv/installed
 	$(BIN)/python train.py
+
+SMOLLM2 := models/smollm2-135m-instruct
+DATA ?= launch/real/pairs.jsonl
+
+real: .venv/installed-real
+	$(BIN)/python launch/smollm2.py $(SMOLLM2)
+	$(BIN)/python train.py experiment=real model.path=$(SMOLLM2) dataset.path=$(DATA) dataset.name=$(notdir $(basename $(DATA)))
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 15
@@ -42,6 +50,10 @@ size:
 
 .venv/installed-bench: .venv/installed requirements-bench.txt
 	$(INSTALL) -r requirements-bench.txt
+	touch $@
+
+.venv/installed-real: .venv/installed requirements-real.txt
+	$(INSTALL) -r requirements-real.txt
 	touch $@
 
 clean:
