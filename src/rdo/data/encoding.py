@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rdo.data.records import ROWS_PER_BATCH, Mapped, Record, Records, write_rows
-from rdo.data.templates import render_prompt
+from rdo.data.templates import TEMPLATE_DATE, around_response, render_prompt
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import replace_file
 from rdo.runtime.progress import progress_bar
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raised whenever the same records would be encoded otherwise, or written otherwise.
-TOKENS_VERSION = 2
+TOKENS_VERSION = 3
 # A part of the records is a file of token ids, which one process makes.
 FEWEST_PER_PART, MOST_PARTS = 2000, 64
 
 
 @dataclass(frozen=True)
 class EncodedRecord:
-    """Token ids of a record: the model sees `prompt + responses[k]`; each response ends with end-of-sequence.
+    """Token ids of a record: the model sees `prompt + responses[k]`; each response ends with its `Ending`.
 
     query_cut, response_cut: tokens that were cut, the query's once, however many responses share it.
     """
@@ -48,47 +48,63 @@ def encode(
     template: str,
     max_length: int,
     parse_special: bool = False,
+    today: str = TEMPLATE_DATE,
 ) -> list[EncodedRecord]:
     """Token ids of the records, in their order, cut to fit `max_length`.
 
-    Prompt: the rendered prompt's ids, with the tokenizer's BOS, if it has one, in front unless they start with it.
-    Response: its text's ids and one EOS. Prompt and response are tokenized apart, so a response's ids never depend on
-    the query's last characters, and no space is put between (the replies of HH and TL;DR bring theirs with them).
+    Prompt: the rendered prompt's ids, with what the tokenizer puts in front of any text, such as BOS, unless they start
+    with it. Response: its text's ids, and the ids of `find_ending`. Prompt and response are tokenized apart, so a
+    response's ids never depend on the query's last characters, and no space is put between that no template has (the
+    replies of HH and TL;DR bring theirs with them).
 
     Special tokens written out in the data's texts ("</s>") stay text, unless parse_special is set, as the toy world's
-    demonstrations need it. What the chat template writes is always parsed, for its markers are the point; there a
-    special token inside a user's message becomes one too, a known limitation.
+    demonstrations need it; a response's end, written out behind it, is no second one. What the chat template writes is
+    always parsed, for its markers are the point; there a special token inside a user's message becomes one too, a
+    known limitation.
 
     Cutting: the query loses tokens first, from the left (BOS stays), the same for all responses of the record, so that
     the longest fits; at least one token of it stays. Responses that are still too long lose their end and keep EOS.
 
-    Raises UserError if the tokenizer has no EOS, a prompt no token, or `max_length` no room for one token of each.
+    Raises UserError if the tokenizer has no EOS, a prompt no token, or `max_length` no room for one token of each, and
+    as `render_prompt`.
     """
-    begin, end, records = begin_id(tokenizer), end_id(tokenizer), list(records)
-    rendered = [render_prompt(template, record, tokenizer) for record in records]
+    begin, records = begin_ids(tokenizer), list(records)
+    end, around = list(find_ending(template, tokenizer, today).ids), around_response(template, tokenizer, today)
+    rendered = [render_prompt(template, record, tokenizer, today) for record in records]
     prompts = _ids(rendered, tokenizer, parse_special or template == "chat")
-    replies = iter(_ids([response for record in records for response in record.responses], tokenizer, parse_special))
+    texts = [around.text(response, record) for record in records for response in record.responses]
+    replies = iter(_ids_behind(texts, tokenizer, parse_special))
     made = []
     for record, prompt in zip(records, prompts, strict=True):
-        if begin is not None and prompt[:1] != [begin]:
-            prompt.insert(0, begin)
+        prompt = prompt if tuple(prompt[: len(begin)]) == begin else [*begin, *prompt]
         responses = [next(replies) for _ in record.responses]
-        responses = [ids if ids[-1:] == [end] else [*ids, end] for ids in responses]
-        made.append(_fit(record, prompt, responses, head=int(begin is not None), max_length=max_length))
+        responses = [ids if ids[-len(end) :] == end else [*ids, *end] for ids in responses]
+        made.append(_fit(record, prompt, responses, len(begin), len(end), max_length))
     return made
 
 
-def begin_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id that starts a sequence: BOS, or what encoders use in its place; None where the tokenizer has neither."""
-    return tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+def begin_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What the tokenizer itself puts in front of every text: BOS, an encoder's CLS, nothing, or several ids."""
+    plain, whole = (list(tokenizer("a", add_special_tokens=added).input_ids) for added in (False, True))
+    return tuple(whole[: next(n for n in range(len(whole) + 1) if whole[n : n + len(plain)] == plain)])
 
 
-def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that ends a response: EOS, or what encoders use in its place; UserError where there is neither."""
-    end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    if end is None:
+@dataclass(frozen=True)
+class Ending:
+    """What ends a response: its text, and its ids."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+def find_ending(template: str, tokenizer: PreTrainedTokenizerBase, today: str = TEMPLATE_DATE) -> Ending:
+    """What ends a response, in training and in scoring: what the chat template writes behind an assistant's message,
+    else EOS, or what encoders use in its place. Raises UserError where there is neither, and as `render_prompt`."""
+    text = around_response(template, tokenizer, today).end
+    if not text:
         raise UserError("the tokenizer has no end-of-sequence token, so no response could end; set its eos_token")
-    return int(end)
+    own = {tokenizer.sep_token: tokenizer.sep_token_id, tokenizer.eos_token: tokenizer.eos_token_id}
+    return Ending(text, (own[text],) if text in own else tuple(_ids_behind([text], tokenizer, parse_special=True)[0]))
 
 
 def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, parse_special: bool) -> list[list[int]]:
@@ -99,18 +115,28 @@ def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, parse_special: bo
     return list(batch["input_ids"])
 
 
-def _fit(record: Record, prompt: list[int], responses: list[list[int]], head: int, max_length: int) -> EncodedRecord:
-    """One record cut to max_length. head: tokens of the prompt that stay, whatever is cut."""
+def _ids_behind(texts: list[str], tokenizer: PreTrainedTokenizerBase, parse_special: bool) -> list[list[int]]:
+    """Ids of texts that stand behind another: without the space that tokenizers of Llama 2's kind put before any."""
+    line, word, both = _ids(["\n", "a", "\na"], tokenizer, parse_special)
+    if both[: len(line)] != line or both[len(line) :] == word:
+        return _ids(texts, tokenizer, parse_special)
+    return [ids[len(line) :] for ids in _ids([f"\n{text}" for text in texts], tokenizer, parse_special)]
+
+
+def _fit(
+    record: Record, prompt: list[int], responses: list[list[int]], head: int, tail: int, max_length: int
+) -> EncodedRecord:
+    """One record cut to max_length. head, tail: ids of the prompt and of a response that stay, whatever is cut."""
     if not prompt:
         where = record.place or f"record {record.id}"
         raise UserError(f"{where}: the prompt has no token; correct the query or the template")
     fewest = min(head + 1, len(prompt))
-    # Room for the head, one token of the query, one of the response, and end-of-sequence.
-    if max_length < fewest + 2:
-        raise UserError(f"dataset.max_length={max_length} is too small; it must be at least {fewest + 2}")
+    # Room for the head, one token of the query, one of the response, and its end.
+    if max_length < fewest + 1 + tail:
+        raise UserError(f"dataset.max_length={max_length} is too small; it must be at least {fewest + 1 + tail}")
     kept = min(len(prompt), max(fewest, max_length - max(len(ids) for ids in responses)))
     room, cut = max_length - kept, len(prompt) - kept
-    fitting = tuple(tuple(ids if len(ids) <= room else [*ids[: room - 1], ids[-1]]) for ids in responses)
+    fitting = tuple(tuple(ids if len(ids) <= room else [*ids[: room - tail], *ids[-tail:]]) for ids in responses)
     lost = sum(max(0, len(ids) - room) for ids in responses)
     return EncodedRecord(record.id, (*prompt[:head], *prompt[head + cut :]), fitting, cut, lost)
 

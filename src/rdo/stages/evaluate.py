@@ -216,9 +216,12 @@ def judged_by(
     listed: Sequence[Sequence[int]],
 ) -> list[list[float]]:
     """A scorer's values of texts as responses to the records' queries, encoded by its own tokenizer."""
-    scorer, dataset = load_kind(run, judge, kind), run.config.dataset
-    asked = [Record(record.id, record.query, responses) for record, responses in zip(records, texts, strict=True)]
-    encoded = encode(asked, scorer.tokenizer, dataset.template, dataset.max_length)
+    scorer = load_kind(run, judge, kind)
+    asked = [
+        Record(record.id, record.query, responses, messages=record.messages)
+        for record, responses in zip(records, texts, strict=True)
+    ]
+    encoded = encode(asked, scorer.tokenizer, **run.encoding())
     return run.read_all(scorer.model, [scorer.reads(record, listed) for record in encoded], f"judge {kind}")
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from rdo.data.encoding import (
     TOKENS_VERSION,
     EncodedRecord,
+    begin_ids,
     check_cuts,
     encode,
     encode_into,
@@ -87,8 +88,14 @@ class Run:
             "split": split,
             "records": self.cache.fingerprints[key],
             "template": dataset.template,
+            **({"template_date": dataset.template_date} if dataset.template == "chat" else {}),
             "max_length": dataset.max_length,
         }
+
+    def encoding(self) -> dict[str, Any]:
+        """How texts become token ids: options of `encode`."""
+        dataset = self.config.dataset
+        return {"template": dataset.template, "max_length": dataset.max_length, "today": dataset.template_date}
 
     def encoded(self, split: str, tokenizer: transformers.PreTrainedTokenizerBase) -> Sequence[EncodedRecord]:
         """Token ids of a split's records, in the order of `records(split)`: in memory for the toy world, else from a
@@ -103,11 +110,7 @@ class Run:
 
     def _encode(self, split: str, tokenizer: transformers.PreTrainedTokenizerBase) -> Sequence[EncodedRecord]:
         dataset, records = self.config.dataset, self.records(split)
-        options: dict[str, Any] = {
-            "tokenizer": tokenizer,
-            "template": dataset.template,
-            "max_length": dataset.max_length,
-        }
+        options = {"tokenizer": tokenizer, **self.encoding()}
         if dataset.source == "toy":
             # The toy world's demonstrations hold an <end> between note and review, which is meant.
             return encode(records, **options, parse_special=split == "demonstrations")
@@ -219,7 +222,7 @@ def tokenizer_key(tokenizer: transformers.PreTrainedTokenizerBase) -> str:
     """Fingerprint of everything that decides a text's ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    return fingerprint([rules, tokenizer.bos_token_id, tokenizer.eos_token_id, str(tokenizer.chat_template)])
+    return fingerprint([rules, begin_ids(tokenizer), tokenizer.eos_token_id, str(tokenizer.chat_template)])
 
 
 def model_path(artifact: Artifact) -> Path:
