@@ -13,8 +13,9 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
+from rdo.data.encoding import find_ending
 from rdo.data.records import Record, Records
-from rdo.models.generation import Generation, generate_batch
+from rdo.models.generation import Generation, find_stops, generate_batch
 from rdo.runtime.store import Artifact, stable_seed
 from rdo.sequences.forward import check_positions
 from rdo.settings import EvalConfig, TrainingConfig
@@ -36,11 +37,15 @@ def generate(run: Run, policy: Artifact, label: str) -> Artifact:
         records = [encoded[n] for n in places]
         longest = max(len(record.prompt) for record in records) + config.max_new_tokens
         check_positions(model, longest, "lower dataset.max_length or eval.max_new_tokens")
+        dataset = run.config.dataset
+        stops = find_stops(
+            model, tokenizer, find_ending(dataset.template, tokenizer, dataset.template_date), config.stop
+        )
 
         def rows(part: range, bar: tqdm) -> list[tuple[Any, ...]]:
             batch = records[part.start : part.stop]
             seed = stable_seed(run.config.seed, "generate", part.start)
-            made = generate_batch(model, tokenizer, [record.prompt for record in batch], config, seed)
+            made = generate_batch(model, tokenizer, [record.prompt for record in batch], config, seed, stops)
             bar.update(len(batch))
             return [(record.id, one.text, one.ids, one.stopped) for record, one in zip(batch, made, strict=True)]
 
