@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from rdo.data import encoding
-from rdo.data.encoding import EncodedRecord, check_cuts, encode, encode_into, encoded_in, order_fingerprint
+from rdo.data.encoding import EncodedRecord, check_cuts, encode, encode_into, encoded_in, left_out, order_fingerprint
 from rdo.data.records import Record, Records, write_records
 from rdo.runtime.errors import UserError
 
@@ -147,6 +147,7 @@ def test_too_many_cut_records_are_an_error_with_the_numbers():
         check_cuts(encoded, 6, 0.5)
     assert re.match(message, check_cuts(encoded, 6, 0.67))
     assert check_cuts(encoded[:1], 6, 0) == ""
+    assert (left_out(encoded, "cut"), left_out(encoded, "drop")) == ({2}, {1, 2})
 
 
 texts = st.text(alphabet="abé <s>/", max_size=30)
@@ -155,7 +156,7 @@ texts = st.text(alphabet="abé <s>/", max_size=30)
 @given(
     query=texts.filter(bool),
     responses=st.lists(texts, min_size=1, max_size=4),
-    max_length=st.integers(4, 60),
+    max_length=st.integers(5, 60),
     bos=st.booleans(),
 )
 def test_cutting_keeps_its_promises(query, responses, max_length, bos):
@@ -165,7 +166,9 @@ def test_cutting_keeps_its_promises(query, responses, max_length, bos):
 
     head = int(bos)
     longest = max(len(ids_of) for ids_of in whole.responses)
-    assert len(record.prompt) + max(map(len, record.responses)) == min(max_length, len(whole.prompt) + longest)
+    # The text is cut between characters, of which "é" has two tokens.
+    length, most = len(record.prompt) + max(map(len, record.responses)), min(max_length, len(whole.prompt) + longest)
+    assert length == most or (length == most - 1 and "é" in query)
     assert record.prompt[:head] == whole.prompt[:head]
     query_ids = record.prompt[head:]
     assert len(query_ids) >= 1
@@ -178,7 +181,7 @@ def test_cutting_keeps_its_promises(query, responses, max_length, bos):
     response_cut = sum(map(len, whole.responses)) - sum(map(len, record.responses))
     query_cut = len(whole.prompt) - len(record.prompt)
     if response_cut:
-        assert len(query_ids) == 1  # the query gives way first
+        assert len(query_ids) == len(ids(query[-1]))  # the query gives way first
     assert (record.query_cut, record.response_cut) == (query_cut, response_cut)
 
 
