@@ -123,8 +123,8 @@ BY_SCORES = ("stage=align", "loss=rrhf", "loss.ranking=scores")
 case("data", "a ranking by scores without scores", r"loss\.ranking=scores.*line 1", on_file(*BY_SCORES))
 TOO_SHORT = r"dataset\.max_length=3.*max_truncated_share"
 case("data", "records that are too long", TOO_SHORT, on_file("stage=sft", "dataset.max_length=3"))
-CLOSED = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-NO_ANSWER = r"add_generation_prompt.*dataset\.template"
+CLOSED = "{{ messages[0]['content'] }}"
+NO_ANSWER = r"leaves out what the assistant says.*dataset\.template"
 case("data", "a template without an answer", NO_ANSWER, lambda folder, patch: chat(folder, CLOSED))
 case("data", "a template that is not there", r"no chat template", lambda folder, patch: chat(folder, None))
 

@@ -279,15 +279,17 @@ def scoring_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Work:
 def generation_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Work:
     """Greedy responses to all prompts at once, as stage eval makes them, or one by one. What must agree are the
     first tokens: later ones follow from earlier ones, and a tie may break either way."""
-    from rdo.models.generation import generate_batch  # needs pyarrow
+    from rdo.data.encoding import find_ending  # needs pyarrow
+    from rdo.models.generation import find_stops, generate_batch
 
     config = EvalConfig(decoding="greedy", max_new_tokens=NEW_TOKENS)
+    stops = find_stops(bench.policy, bench.tokenizer, find_ending("raw", bench.tokenizer))
 
     def run(layout: LayoutName) -> torch.Tensor:
         size, made = 1 if layout == "padded" else config.batch_size, []
         for start in range(0, len(records), size):
             prompts = [record.prompt for record in records[start : start + size]]
-            made += generate_batch(bench.policy, bench.tokenizer, prompts, config, seed=start)
+            made += generate_batch(bench.policy, bench.tokenizer, prompts, config, start, stops)
         return torch.tensor([one.ids[0] for one in made])
 
     return Work(name, bench.policy, records, run)

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
+from datetime import date
 from difflib import get_close_matches
 from functools import reduce
 from pathlib import Path
@@ -31,6 +32,7 @@ READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
         f"dataset.hub_{name}": ("dataset.source", ("hub",))
         for name in ("name", "config", "revision", "split", "test_split")
     },
+    "dataset.template_date": ("dataset.template", ("chat",)),
     "dataset.format": ("dataset.source", ("file", "hub")),
     "dataset.on_invalid": ("dataset.source", ("file", "hub")),
     "dataset.max_invalid_share": ("dataset.on_invalid", ("skip",)),
@@ -242,6 +244,10 @@ def data_problems(config: Config, _: LossChoice) -> Iterator[str]:
         yield f"dataset.hub_test_split={dataset.hub_test_split} needs dataset.hub_split, what to train on"
     if dataset.hub_split and dataset.hub_split == dataset.hub_test_split:
         yield f"dataset.hub_split={dataset.hub_split} is dataset.hub_test_split, too: test on another"
+    try:
+        date.fromisoformat(dataset.template_date)
+    except ValueError as error:
+        yield f"dataset.template_date={dataset.template_date}: {error}"
     if dataset.validation_share + dataset.test_share >= 1:
         yield "dataset.validation_share + dataset.test_share must be below 1: nothing is left to train on"
 

@@ -60,8 +60,14 @@ class DatasetConfig:
     hub_test_split: Text | None = None  # and the one that becomes test
     workers: Threads | None = None  # processes that tokenize; null: one a core
     template: Template = "raw"
+    # The day that a chat template takes for today where it writes a date (Llama 3.1's does), the same for every run.
+    template_date: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\d$")] = "2024-07-26"
     max_length: Annotated[int, Field(ge=3)] = 512  # tokens of query + one response, end of sequence included
-    max_truncated_share: Share = 0.25  # fail above this share of records that had to be cut
+    # What is too long: cut: the query loses old turns, then text from the left, and where min_prompt_tokens of it leave
+    # no room for a whole response, the record is left out of training; drop: it is left out.
+    too_long: Literal["cut", "drop"] = "cut"
+    min_prompt_tokens: Count = 16  # of the query's own text
+    max_truncated_share: Share = 0.25  # fail above this share of records that had to be cut or left out
     validation_share: HeldOut = 0.05  # of the queries
     test_share: HeldOut = 0.10
     split_seed: int = 0
@@ -164,6 +170,7 @@ class EvalConfig:
     decoding: Literal["greedy", "sample"] = "sample"
     temperature: Positive = 1.0
     max_new_tokens: Count = 128
+    stop: list[Text] = field(default_factory=list)  # texts that end a response, too, and are no part of it
     batch_size: Count = 64
     judges: list[Judge] = field(default_factory=lambda: ["gold", "reward", "diff"])
     samples: FromZero = 8  # of a policy, handed to the report

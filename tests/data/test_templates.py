@@ -126,7 +126,9 @@ def test_turns_find_the_messages_again_in_their_text(asked, answered):
     ("chat_template", "query", "message"),
     [
         (None, "q", "the tokenizer has no chat template; set dataset.template"),
-        ("{% for message in messages %}{{ message.content }}{% endfor %}", "q", "ignores add_generation_prompt"),
+        ("{{ messages[0].content }}", "q", "leaves out what the assistant says; set dataset.template"),
+        (CHATML + "{% if add_generation_prompt %}<think>{% endif %}", "q", r"otherwise than .* \(with '.*<think>' at"),
+        (CHATML + "{{ strftime_now(form) }}", "q", "writes a date in a form that cannot be fixed; set"),
         ("{{ raise_exception('never') }}", "q", r"rejects the roles user \(never\); set dataset.template"),
         (NO_SYSTEM, [SYSTEM, ASK], r"roles system, user \(no system role\); set dataset.template to raw, hh, alpaca"),
     ],

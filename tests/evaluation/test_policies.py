@@ -11,7 +11,8 @@ from rdo.evaluation.numbers import describe
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import read_json, read_json_lines
 from rdo.settings import EvalConfig
-from rdo.stages.evaluate import EVALUATION, GENERATIONS, choose_prompts, evaluate_policy, evaluate_scorers
+from rdo.stages.evaluate import EVALUATION, GENERATIONS, evaluate_policy, evaluate_scorers
+from rdo.stages.generate import choose_prompts
 from rdo.stages.scorer import load_kind, scorer
 from tiny import tiny_run
 

@@ -7,7 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from helpers import TEXTS, configuration, from_configuration, tokenizer
-from rdo.models.generation import Generation, cut, generate_batch
+from layouts import layout_tokenizer
+from rdo.data.encoding import Ending, find_ending
+from rdo.models.generation import Generation, Stops, cut, find_stops, generate_batch
 from rdo.sequences.preparation import set_layout
 from rdo.settings import EvalConfig
 
@@ -31,7 +33,8 @@ def model(name: str = "llama-grouped", likelier: float = 2.0) -> PreTrainedModel
 def run(policy: PreTrainedModel, prompts=PROMPTS, seed: int = 0, **settings) -> list[Generation]:
     config = EvalConfig(**{"decoding": "greedy", "max_new_tokens": NEW, "batch_size": 4, **settings})
     batches = [prompts[start : start + config.batch_size] for start in range(0, len(prompts), config.batch_size)]
-    made = [generate_batch(policy, TOKENIZER, batch, config, seed * 100 + n) for n, batch in enumerate(batches)]
+    found = find_stops(policy, TOKENIZER, find_ending("raw", TOKENIZER))
+    made = [generate_batch(policy, TOKENIZER, batch, config, seed * 100 + n, found) for n, batch in enumerate(batches)]
     return [one for batch in made for one in batch]
 
 
@@ -67,12 +70,66 @@ def test_a_response_stops_at_its_first_end_and_no_special_token_reaches_the_text
         assert "<pad>" not in one.text
 
 
-def test_what_follows_the_end_is_dropped():
-    word = TOKENIZER("Rye").input_ids
-    assert cut([*word, END, 0, 0], TOKENIZER) == Generation("Rye", (*word, END), True)
-    assert cut([*word, END, *word], TOKENIZER) == Generation("Rye", (*word, END), True)
-    assert cut(word, TOKENIZER) == Generation("Rye", tuple(word), False)
-    assert cut([END], TOKENIZER) == Generation("", (END,), True)
+def stops(**others) -> Stops:
+    return Stops(**{"ids": (END,), "texts": (), "ending": Ending("<end>", (END,)), **others})
+
+
+WORD, MORE, SPACE = (TOKENIZER(text).input_ids for text in ("Rye", " keeps", " "))
+CUT: list[tuple[list[int], Stops, Generation]] = [
+    ([*WORD, END, 0, 0], stops(), Generation("Rye", (*WORD, END), True)),
+    ([*WORD, END, *WORD], stops(), Generation("Rye", (*WORD, END), True)),
+    (WORD, stops(), Generation("Rye", tuple(WORD), False)),
+    ([END], stops(), Generation("", (END,), True)),
+    ([*WORD, 0, END], stops(ids=(0, END)), Generation("Rye", (*WORD, 0), True)),
+    (
+        [*WORD, *SPACE, END],
+        stops(ending=Ending(" <end>", (*SPACE, END))),
+        Generation("Rye", (*WORD, *SPACE, END), True),
+    ),
+    ([*WORD, *MORE, *WORD, 0], stops(texts=("ke", "xyz")), None),
+    ([*WORD, *MORE, END], stops(texts=("xyz",)), Generation("Rye keeps", (*WORD, *MORE, END), True)),
+]
+
+
+@pytest.mark.parametrize(("row", "stops", "wanted"), CUT)
+def test_what_follows_an_end_is_dropped(row, stops, wanted):
+    found = cut(row, TOKENIZER, stops)
+    if wanted is None:  # however "keeps" is tokenized
+        assert (found.text, found.stopped) == ("Rye ", True)
+        assert "Rye ke" in TOKENIZER.decode(found.ids)
+        assert "ke" not in TOKENIZER.decode(found.ids[:-1])
+    else:
+        assert found == wanted
+
+
+# What says that a token ends a response: for each layout the tokens by which generation stops.
+STOPS = {
+    **{"Gemma": {"<eos>", "<end_of_turn>"}, "Qwen2 base": {"<|endoftext|>", "<|im_end|>"}, "Llama 2": {"</s>"}},
+    **{"Llama 3": {"<|end_of_text|>", "<|eot_id|>"}, "an end in text": {"</s>"}},
+}
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_generation_stops_at_whatever_ends_a_turn(name):
+    """A policy that says one token for ever is stopped by it where it is an end, whoever says so, and by no other."""
+    tokenizer, policy = layout_tokenizer(name), model()
+    assert len(tokenizer) <= policy.config.vocab_size
+    found = find_stops(policy, tokenizer, find_ending("chat", tokenizer))
+    ends = {tokenizer.convert_tokens_to_ids(token) for token in STOPS[name]}
+    own = tokenizer.convert_tokens_to_ids("<pad>")
+    assert set(found.ids) == ends | {policy.generation_config.eos_token_id}
+    policy.generation_config.eos_token_id = [own, own]
+    found = find_stops(policy, tokenizer, find_ending("chat", tokenizer), ["zz"])
+    assert set(found.ids) == ends | {own}
+    assert found.texts == (("zz", "\n###") if name == "an end in text" else ("zz",))
+    config = EvalConfig(decoding="greedy", max_new_tokens=4)
+    word = tokenizer("z", add_special_tokens=False).input_ids[-1]
+    for said in (*found.ids, word):
+        with torch.no_grad():
+            policy.lm_head.bias.zero_()[said] = 1e4
+        (one,) = generate_batch(policy, tokenizer, [(5, 6)], config, 0, found)
+        # A text ends a response too, and stands in its ids, not in its text.
+        assert one == Generation("", (word, word) if said == word else (said,), True)
 
 
 def test_the_same_seed_repeats_exactly_and_another_does_not():

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from helpers import COMMON, GROUPED, SIZES, configuration, policy, randomise, scorer, tokenizer
-from rdo.models.generation import generate_batch
+from rdo.data.encoding import find_ending
+from rdo.models.generation import find_stops, generate_batch
 from rdo.models.pretrained import load_policy, load_scorer, load_tokenizer, new_policy, new_scorer, save_model
 from rdo.models.traits import head_names, without_dropout
 from rdo.runtime.errors import UserError
@@ -106,8 +107,10 @@ def test_ids_without_an_embedding_are_refused():
     for model in (policy(), scorer("bert")):
         with pytest.raises(UserError, match=r"the token id 300, but .* has 300 embeddings only"):
             read(model, "padded", Reads([(5, 300), (6, 7)], scalars=[[Scalar(0, 1)]]))
+    model = policy()
+    stops = find_stops(model, TOKENIZER, find_ending("raw", TOKENIZER))
     with pytest.raises(UserError, match="the token id 300"):
-        generate_batch(policy(), TOKENIZER, [(5, 300)], EvalConfig(), seed=0)
+        generate_batch(model, TOKENIZER, [(5, 300)], EvalConfig(), 0, stops)
 
 
 @pytest.mark.parametrize(

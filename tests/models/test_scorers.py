@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from tokenizers import processors
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -164,6 +165,9 @@ def test_the_template_keeps_the_beginning_in_front():
     begun = tokenizer()
     begun.add_special_tokens({"bos_token": "<begin>"})
     begin = begun.bos_token_id
+    begun.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<begin> $A", special_tokens=[("<begin>", begin)]
+    )
     template = ComparisonTemplate(BEFORE, begun)
     query, first = ids(BEFORE[0]), ids(BEFORE[1])
     assert list(template.head((begin, 7, 8))) == [begin, *query, 7, 8, *first]

@@ -7,14 +7,16 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rdo.data.cutting import shorten
 from rdo.data.records import ROWS_PER_BATCH, Mapped, Record, Records, write_rows
-from rdo.data.templates import render_prompt
+from rdo.data.templates import TEMPLATE_DATE, around_response, render_prompt
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import replace_file
 from rdo.runtime.progress import progress_bar
@@ -23,21 +25,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raised whenever the same records would be encoded otherwise, or written otherwise.
-TOKENS_VERSION = 2
+TOKENS_VERSION = 3
 # A part of the records is a file of token ids, which one process makes.
 FEWEST_PER_PART, MOST_PARTS = 2000, 64
 
 
 @dataclass(frozen=True)
 class EncodedRecord:
-    """Token ids of a record: the model sees `prompt + responses[k]`; each response ends with end-of-sequence.
+    """Token ids of a record: the model sees `prompt + responses[k]`; each response ends with its `Ending`.
 
-    query_cut, response_cut: tokens that were cut, the query's once, however many responses share it.
+    too_long: whether it is good for no training, see `encode`. query_cut, response_cut: tokens that were cut, the
+    query's once, however many responses share it.
     """
 
     id: str
     prompt: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]
+    too_long: bool = field(default=False, compare=False)
     query_cut: int = field(default=0, compare=False)
     response_cut: int = field(default=0, compare=False)
 
@@ -48,47 +52,120 @@ def encode(
     template: str,
     max_length: int,
     parse_special: bool = False,
+    today: str = TEMPLATE_DATE,
+    min_prompt: int = 1,
 ) -> list[EncodedRecord]:
     """Token ids of the records, in their order, cut to fit `max_length`.
 
-    Prompt: the rendered prompt's ids, with the tokenizer's BOS, if it has one, in front unless they start with it.
-    Response: its text's ids and one EOS. Prompt and response are tokenized apart, so a response's ids never depend on
-    the query's last characters, and no space is put between (the replies of HH and TL;DR bring theirs with them).
+    Prompt: as `PromptEncoder` has it. Response: its text's ids, and the ids of `find_ending`. Prompt and response are
+    tokenized apart, so a response's ids never depend on the query's last characters, and no space is put between that
+    no template has (the replies of HH and TL;DR bring theirs with them).
 
     Special tokens written out in the data's texts ("</s>") stay text, unless parse_special is set, as the toy world's
-    demonstrations need it. What the chat template writes is always parsed, for its markers are the point; there a
-    special token inside a user's message becomes one too, a known limitation.
+    demonstrations need it; a response's end, written out behind it, is no second one. What the chat template writes is
+    always parsed, for its markers are the point; there a special token inside a user's message becomes one too, a
+    known limitation.
 
-    Cutting: the query loses tokens first, from the left (BOS stays), the same for all responses of the record, so that
-    the longest fits; at least one token of it stays. Responses that are still too long lose their end and keep EOS.
+    Cutting: the query loses old turns, then text (`cutting.shorten`), the same for all responses of the record, so that
+    the longest fits; `min_prompt` tokens of its text stay. A record for which that is not enough is too long: its
+    responses lose their last words and keep their end, and where what is not text is too long already, that is cut.
 
-    Raises UserError if the tokenizer has no EOS, a prompt no token, or `max_length` no room for one token of each.
+    Raises UserError if the tokenizer has no EOS, a prompt no token, or `max_length` no room for one token of each, and
+    as `render_prompt`.
     """
-    begin, end, records = begin_id(tokenizer), end_id(tokenizer), list(records)
-    rendered = [render_prompt(template, record, tokenizer) for record in records]
-    prompts = _ids(rendered, tokenizer, parse_special or template == "chat")
-    replies = iter(_ids([response for record in records for response in record.responses], tokenizer, parse_special))
+    prompter, records = PromptEncoder(tokenizer, template, today, parse_special), list(records)
+    end, around = list(find_ending(template, tokenizer, today).ids), around_response(template, tokenizer, today)
+    texts = [around.text(response, record) for record in records for response in record.responses]
+    replies = iter(_ids_behind(texts, tokenizer, parse_special))
+    fewest, limit = len(prompter.begin) + 2 + len(end), max_length - 1 - len(end)
+    if max_length < fewest:
+        raise UserError(f"dataset.max_length={max_length} is too small; it must be at least {fewest}")
     made = []
-    for record, prompt in zip(records, prompts, strict=True):
-        if begin is not None and prompt[:1] != [begin]:
-            prompt.insert(0, begin)
+    for record, whole in zip(records, prompter.ids(records), strict=True):
         responses = [next(replies) for _ in record.responses]
-        responses = [ids if ids[-1:] == [end] else [*ids, end] for ids in responses]
-        made.append(_fit(record, prompt, responses, head=int(begin is not None), max_length=max_length))
+        responses = [ids if ids[-len(end) :] == end else [*ids, *end] for ids in responses]
+        most = max_length - max(map(len, responses))
+        _, prompt = prompter.fit(record, whole, most, min_prompt, limit)
+        crowded = len(prompt) > max(most, limit)
+        if crowded:
+            prompt = [*prompter.begin, *prompt[len(prompter.begin) - limit :]]
+        room = max_length - len(prompt)
+        fitting = tuple(tuple(ids if len(ids) <= room else [*ids[: room - len(end)], *end]) for ids in responses)
+        lost = sum(max(0, len(ids) - room) for ids in responses)
+        cut = len(whole) - len(prompt)
+        made.append(EncodedRecord(record.id, tuple(prompt), fitting, crowded or lost > 0, cut, lost))
     return made
 
 
-def begin_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id that starts a sequence: BOS, or what encoders use in its place; None where the tokenizer has neither."""
-    return tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+@dataclass(frozen=True)
+class PromptEncoder:
+    """From queries to the ids of prompts: those of the rendered prompt, with what the tokenizer puts in front of any
+    text, such as BOS, unless they start with it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    today: str = TEMPLATE_DATE
+    parse_special: bool = False
+
+    @cached_property
+    def begin(self) -> tuple[int, ...]:
+        return begin_ids(self.tokenizer)
+
+    def ids(self, records: Sequence[Record]) -> list[list[int]]:
+        """The prompts of all records, whole."""
+        rendered = [render_prompt(self.template, record, self.tokenizer, self.today) for record in records]
+        prompts = _ids(rendered, self.tokenizer, self.parse_special or self.template == "chat")
+        return [ids if tuple(ids[: len(self.begin)]) == self.begin else [*self.begin, *ids] for ids in prompts]
+
+    def fit(self, record: Record, whole: list[int], most: int, least: int, limit: int) -> tuple[Record, list[int]]:
+        """The record as `cutting.shorten` leaves it, and its prompt. whole: that of the record as it is."""
+        if not whole:
+            where = record.place or f"record {record.id}"
+            raise UserError(f"{where}: the prompt has no token; correct the query or the template")
+        if len(whole) <= most:
+            return record, whole
+        record = shorten(record, lambda one: len(self.ids([one])[0]), most, least, limit)
+        return record, self.ids([record])[0]
 
 
-def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that ends a response: EOS, or what encoders use in its place; UserError where there is neither."""
-    end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    if end is None:
+def encode_prompts(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, template: str, today: str, most: int, setting: str
+) -> list[tuple[str, tuple[int, ...]]]:
+    """What a model is asked, for it to respond: of each record the query, cut so that its prompt has at most `most`
+    tokens (as `setting` has it), and the prompt. Raises UserError as `encode`."""
+    prompter, made = PromptEncoder(tokenizer, template, today), []
+    for record, whole in zip(records, prompter.ids(records), strict=True):
+        asked, prompt = prompter.fit(record, whole, most, 1, most)
+        if len(prompt) > most:
+            where = record.place or f"record {record.id}"
+            problem = f"the prompt has {len(prompt)} tokens with all of the query cut that may be"
+            raise UserError(f"{where}: {problem}, and {setting} leaves {most}: raise the first or lower the second")
+        made.append((asked.query, tuple(prompt)))
+    return made
+
+
+def begin_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What the tokenizer itself puts in front of every text: BOS, an encoder's CLS, nothing, or several ids."""
+    plain, whole = (list(tokenizer("a", add_special_tokens=added).input_ids) for added in (False, True))
+    return tuple(whole[: next(n for n in range(len(whole) + 1) if whole[n : n + len(plain)] == plain)])
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What ends a response: its text, and its ids."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+def find_ending(template: str, tokenizer: PreTrainedTokenizerBase, today: str = TEMPLATE_DATE) -> Ending:
+    """What ends a response, in training and in scoring: what the chat template writes behind an assistant's message,
+    else EOS, or what encoders use in its place. Raises UserError where there is neither, and as `render_prompt`."""
+    text = around_response(template, tokenizer, today).end
+    if not text:
         raise UserError("the tokenizer has no end-of-sequence token, so no response could end; set its eos_token")
-    return int(end)
+    own = {tokenizer.sep_token: tokenizer.sep_token_id, tokenizer.eos_token: tokenizer.eos_token_id}
+    return Ending(text, (own[text],) if text in own else tuple(_ids_behind([text], tokenizer, parse_special=True)[0]))
 
 
 def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, parse_special: bool) -> list[list[int]]:
@@ -99,28 +176,30 @@ def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, parse_special: bo
     return list(batch["input_ids"])
 
 
-def _fit(record: Record, prompt: list[int], responses: list[list[int]], head: int, max_length: int) -> EncodedRecord:
-    """One record cut to max_length. head: tokens of the prompt that stay, whatever is cut."""
-    if not prompt:
-        where = record.place or f"record {record.id}"
-        raise UserError(f"{where}: the prompt has no token; correct the query or the template")
-    fewest = min(head + 1, len(prompt))
-    # Room for the head, one token of the query, one of the response, and end-of-sequence.
-    if max_length < fewest + 2:
-        raise UserError(f"dataset.max_length={max_length} is too small; it must be at least {fewest + 2}")
-    kept = min(len(prompt), max(fewest, max_length - max(len(ids) for ids in responses)))
-    room, cut = max_length - kept, len(prompt) - kept
-    fitting = tuple(tuple(ids if len(ids) <= room else [*ids[: room - 1], ids[-1]]) for ids in responses)
-    lost = sum(max(0, len(ids) - room) for ids in responses)
-    return EncodedRecord(record.id, (*prompt[:head], *prompt[head + cut :]), fitting, cut, lost)
+def _ids_behind(texts: list[str], tokenizer: PreTrainedTokenizerBase, parse_special: bool) -> list[list[int]]:
+    """Ids of texts that stand behind another: without the space that tokenizers of Llama 2's kind put before any."""
+    line, word, both = _ids(["\n", "a", "\na"], tokenizer, parse_special)
+    if both[: len(line)] != line or both[len(line) :] == word:
+        return _ids(texts, tokenizer, parse_special)
+    return [ids[len(line) :] for ids in _ids([f"\n{text}" for text in texts], tokenizer, parse_special)]
+
+
+def left_out(encoded: Sequence[EncodedRecord], too_long: str) -> set[int]:
+    """Places of the records that nothing is trained on: those that are too long, and with too_long=drop all that were
+    cut."""
+    left = _column(encoded, "too_long")
+    return set(np.flatnonzero(left | (_column(encoded, "query_cut") > 0) if too_long == "drop" else left).tolist())
+
+
+def _column(encoded: Sequence[EncodedRecord], name: str) -> np.ndarray:
+    if isinstance(encoded, Mapped):
+        return encoded.numbers(name)
+    return np.array([getattr(record, name) for record in encoded])
 
 
 def check_cuts(encoded: Sequence[EncodedRecord], max_length: int, max_truncated_share: float) -> str:
     """How many records were cut, and by how many tokens; "" where none was. Raises UserError where too many were."""
-    if isinstance(encoded, Mapped):
-        query, response = encoded.numbers("query_cut"), encoded.numbers("response_cut")
-    else:
-        query, response = np.array([(record.query_cut, record.response_cut) for record in encoded]).T
+    query, response = _column(encoded, "query_cut"), _column(encoded, "response_cut")
     truncated = int(((query > 0) | (response > 0)).sum())
     found = (
         f"{truncated} of {len(encoded)} records are longer than dataset.max_length={max_length} tokens "
@@ -171,6 +250,7 @@ def _encode_part(file: Path, rows: np.ndarray, source: Sequence[Record], options
     records = Records(source, {}, rows)
     ids, text, count = pa.list_(pa.int32()), pa.string(), pa.int64()
     columns = {"id": text, "prompt": ids, "responses": pa.list_(ids), "query_cut": count, "response_cut": count}
+    columns["too_long"] = pa.bool_()
     batches = (records[start : start + ROWS_PER_BATCH] for start in range(0, len(records), ROWS_PER_BATCH))
     made = (vars(record) for batch in batches for record in encode(batch, **options))
     with replace_file(file) as temporary:

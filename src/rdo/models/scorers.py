@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import transformers
 
-from rdo.data.encoding import EncodedRecord, begin_id
+from rdo.data.encoding import EncodedRecord, begin_ids
 from rdo.runtime.errors import UserError
 from rdo.sequences.forward import Reads, decoder_head
 from rdo.sequences.readout import Scalar
@@ -33,14 +33,13 @@ class ComparisonTemplate:
 
     def __init__(self, texts: Sequence[str], tokenizer: transformers.PreTrainedTokenizerBase):
         self.query, self.first, self.second = (tuple(tokenizer(t, add_special_tokens=False).input_ids) for t in texts)
-        # A beginning-of-sequence id stays where it belongs: in front of everything.
-        self.begin = begin_id(tokenizer)
+        # What begins a sequence stays where it belongs: in front of everything.
+        self.begin = begin_ids(tokenizer)
 
     def head(self, prompt: Sequence[int]) -> tuple[int, ...]:
         """Everything in front of the first response's ids."""
-        if self.begin is not None and prompt and prompt[0] == self.begin:
-            return (self.begin, *self.query, *prompt[1:], *self.first)
-        return (*self.query, *prompt, *self.first)
+        begun = len(self.begin) if tuple(prompt[: len(self.begin)]) == self.begin else 0
+        return (*prompt[:begun], *self.query, *prompt[begun:], *self.first)
 
 
 def add_value(

@@ -133,7 +133,11 @@ def train_policy(run: Run, loss: LossChoice, inputs: dict[str, Artifact], folder
     selected = records.only(np.array(chosen, int))
     if config.rc.name == "gold":
         read["gold"] = own_scores(selected)
-    labels = [supervision(record, loss, read) for record in selected]
+    fitting = set(run.fitting(encoded, chosen))
+    labels = [
+        supervision(record, loss, read) if place in fitting else Supervision(record.id, (), (), None)
+        for place, record in zip(chosen, selected, strict=True)
+    ]
     weighted, statistics = weigh([s.record_id for s in labels], [s.pairs for s in labels], config.rc, read, config.seed)
     known = read_reference(inputs["reference"]) if loss.needs_reference else None
     others = partners(records, chosen) if loss.needs_kl else {}

@@ -19,6 +19,7 @@ from rdo.data.records import Record, query_key
 from rdo.evaluation import EVALUATION, GENERATIONS
 from rdo.evaluation.scorers import evaluate_scorer
 from rdo.models.generation import Generation
+from rdo.models.pretrained import load_tokenizer
 from rdo.objectives.intervals import empty_estimate, mean_interval, share_interval, win_tie_lose
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import read_json_lines, replace_file, write_json
@@ -26,8 +27,8 @@ from rdo.runtime.processes import is_rank0
 from rdo.runtime.store import Artifact, stable_seed
 from rdo.sequences.forward import Reads
 from rdo.stages.align import aligned_policy
-from rdo.stages.generate import choose_prompts, generate, generation_settings, read_responses
-from rdo.stages.run import Run
+from rdo.stages.generate import asked, chosen_records, generate, generation_settings, read_responses
+from rdo.stages.run import Run, model_path
 from rdo.stages.score import read_scores, scores
 from rdo.stages.scorer import check_labels, load_kind, scorer
 from rdo.stages.sft import base_policy
@@ -118,14 +119,12 @@ def shown_when_made(
 def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: Sequence[str], folder: Path) -> dict[str, Any]:
     """Judges and compares the responses, and writes the two files."""
     config = run.config
-    records = run.records(config.eval.split)
-    places = choose_prompts(records, config.eval)
-    chosen = [records[n] for n in places]
+    chosen = chosen_records(run)
     responses = read_responses(inputs["responses"])
     against = read_json_lines(inputs["against"].folder / GENERATIONS) if "against" in inputs else None
     judged, compared = judge_responses(run, inputs, judges, chosen, responses, against)
     queries = [query_key(record.query) for record in chosen]
-    ratios = mean_interval(log_ratios(run, inputs, places, responses), queries)
+    ratios = mean_interval(log_ratios(run, inputs, responses), queries)
     unbiased = config.eval.decoding == "sample" and config.eval.temperature == 1.0
     mean_rewards = {judge: mean_interval(values, queries) for judge, values in judged.items()}
     evaluation = {
@@ -141,7 +140,9 @@ def write_evaluation(run: Run, inputs: dict[str, Artifact], judges: Sequence[str
         "mean_difference_to_base": {judge: mean_interval(values, queries) for judge, values in compared.items()},
     }
     if is_rank0():
-        write_generations(folder / GENERATIONS, chosen, responses, judged)
+        tokenizer = load_tokenizer(model_path(inputs["policy"]), config.model)
+        seen = [query for query, _ in asked(run, tokenizer)]
+        write_generations(folder / GENERATIONS, chosen, seen, responses, judged)
         write_json(folder / EVALUATION, evaluation)
     return {"metric": next((estimate["value"] for estimate in mean_rewards.values()), None)}
 
@@ -175,18 +176,23 @@ def judge_responses(
 
 
 def write_generations(
-    path: Path, chosen: list[Record], responses: list[Generation], judged: dict[str, list[float]]
+    path: Path,
+    chosen: list[Record],
+    queries: list[str],
+    responses: list[Generation],
+    judged: dict[str, list[float]],
 ) -> None:
-    """One line a prompt, with the response and its rewards. Raises as `replace_file` does."""
+    """One line a prompt, with the query as the policy saw it, the response and its rewards. Raises as `replace_file`
+    does."""
     lines = [
         {
             "id": record.id,
-            "query": record.query,
+            "query": query,
             "response": response.text,
             "stopped": response.stopped,
             "rewards": {judge: judged[judge][n] for judge in judged},
         }
-        for n, (record, response) in enumerate(zip(chosen, responses, strict=True))
+        for n, (record, query, response) in enumerate(zip(chosen, queries, responses, strict=True))
     ]
     with replace_file(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -219,22 +225,23 @@ def judged_by(
     listed: Sequence[Sequence[int]],
 ) -> list[list[float]]:
     """A scorer's values of texts as responses to the records' queries, encoded by its own tokenizer."""
-    scorer, dataset = load_kind(run, judge, kind), run.config.dataset
-    asked = [Record(record.id, record.query, responses) for record, responses in zip(records, texts, strict=True)]
-    encoded = encode(asked, scorer.tokenizer, dataset.template, dataset.max_length)
+    scorer = load_kind(run, judge, kind)
+    answered = [
+        Record(record.id, record.query, responses, messages=record.messages)
+        for record, responses in zip(records, texts, strict=True)
+    ]
+    encoded = encode(answered, scorer.tokenizer, **run.encoding())
     return run.read_all(scorer.model, [scorer.reads(record, listed) for record in encoded], f"judge {kind}")
 
 
-def log_ratios(
-    run: Run, inputs: Mapping[str, Artifact], places: Sequence[int], responses: Sequence[Generation]
-) -> list[float]:
+def log_ratios(run: Run, inputs: Mapping[str, Artifact], responses: Sequence[Generation]) -> list[float]:
     """log pi(y) - log pi_base(y) of the policy's own responses, whose mean estimates KL(policy || base), in nats."""
     if "base" not in inputs:
         return [0.0] * len(responses)
     read = []
     for name in ("policy", "base"):
         model, tokenizer = run.policy(inputs[name])
-        encoded = run.encoded(run.config.eval.split, tokenizer)
-        items = [Reads.of(encoded[n].prompt, [one.ids]) for n, one in zip(places, responses, strict=True)]
+        prompts = [prompt for _, prompt in asked(run, tokenizer)]
+        items = [Reads.of(prompt, [one.ids]) for prompt, one in zip(prompts, responses, strict=True)]
         read.append(run.read_all(model, items, f"log-probabilities {name}"))
     return [own - base for (own,), (base,) in zip(*read, strict=True)]

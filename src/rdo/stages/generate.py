@@ -11,10 +11,12 @@ from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
+import transformers
 from tqdm import tqdm
 
+from rdo.data.encoding import encode_prompts, find_ending
 from rdo.data.records import Record, Records
-from rdo.models.generation import Generation, generate_batch
+from rdo.models.generation import Generation, find_stops, generate_batch
 from rdo.runtime.store import Artifact, stable_seed
 from rdo.sequences.forward import check_positions
 from rdo.settings import EvalConfig, TrainingConfig
@@ -31,22 +33,38 @@ def generate(run: Run, policy: Artifact, label: str) -> Artifact:
 
     def begin() -> Body:
         model, tokenizer = run.policy(policy)
-        places = choose_prompts(run.records(config.split), config)
-        encoded = run.encoded(config.split, tokenizer)
-        records = [encoded[n] for n in places]
-        longest = max(len(record.prompt) for record in records) + config.max_new_tokens
+        ids = [record.id for record in chosen_records(run)]
+        prompts = [prompt for _, prompt in asked(run, tokenizer)]
+        longest = max(map(len, prompts)) + config.max_new_tokens
         check_positions(model, longest, "lower dataset.max_length or eval.max_new_tokens")
+        dataset = run.config.dataset
+        ending = find_ending(dataset.template, tokenizer, dataset.template_date)
+        stops = find_stops(model, tokenizer, ending, config.stop)
 
         def rows(part: range, bar: tqdm) -> list[tuple[Any, ...]]:
-            batch = records[part.start : part.stop]
+            batch = slice(part.start, part.stop)
             seed = stable_seed(run.config.seed, "generate", part.start)
-            made = generate_batch(model, tokenizer, [record.prompt for record in batch], config, seed)
-            bar.update(len(batch))
-            return [(record.id, one.text, one.ids, one.stopped) for record, one in zip(batch, made, strict=True)]
+            made = generate_batch(model, tokenizer, prompts[batch], config, seed, stops)
+            bar.update(len(made))
+            return [(name, one.text, one.ids, one.stopped) for name, one in zip(ids[batch], made, strict=True)]
 
-        return Body(f"generate {label}", [record.id for record in records], rows, config.batch_size)
+        return Body(f"generate {label}", ids, rows, config.batch_size)
 
     return table(run, "generate", label, settings, {"policy": policy}, TABLE, begin)
+
+
+def chosen_records(run: Run) -> list[Record]:
+    """The records of eval.split whose queries are answered."""
+    records = run.records(run.config.eval.split)
+    return [records[n] for n in choose_prompts(records, run.config.eval)]
+
+
+def asked(run: Run, tokenizer: transformers.PreTrainedTokenizerBase) -> list[tuple[str, tuple[int, ...]]]:
+    """What a policy with this tokenizer is asked by `chosen_records`: each query as far as there is room for it beside
+    eval.max_new_tokens, and the prompt."""
+    dataset, new = run.config.dataset, run.config.eval.max_new_tokens
+    room, setting = dataset.max_length - new, f"dataset.max_length={dataset.max_length} less eval.max_new_tokens={new}"
+    return encode_prompts(chosen_records(run), tokenizer, dataset.template, dataset.template_date, room, setting)
 
 
 def read_responses(artifact: Artifact) -> list[Generation]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import transformers
 
-from rdo.data.encoding import encode
+from rdo.data.encoding import EncodedRecord, encode
 from rdo.data.loading import INVALID
 from rdo.data.records import SPLITS, Record
 from rdo.models.given import given
@@ -68,7 +68,7 @@ def described(run: Run) -> Iterator[str]:
     for name, some in examined.items():
         # The toy world's demonstrations hold an <end> between note and review, which is meant.
         parse_special = dataset.source == "toy" and name == "demonstrations"
-        encoded = encode(some, tokenizer, dataset.template, UNLIMITED, parse_special=parse_special)
+        encoded = encode(some, tokenizer, **run.encoding() | {"max_length": UNLIMITED}, parse_special=parse_special)
         prompts = np.array([len(record.prompt) for record in encoded])
         longest = np.array([max(map(len, record.responses)) for record in encoded])
         for part, lengths in (("prompt", prompts), ("longest response", longest), ("both", prompts + longest)):
@@ -77,7 +77,7 @@ def described(run: Run) -> Iterator[str]:
         cut = int((prompts + longest > dataset.max_length).sum())
         yield f"  dataset.max_length={dataset.max_length} cuts {share(cut, len(encoded))}"
     for record in evenly(examined["train"], EXAMPLES):
-        yield from example_lines(tokenizer, record, dataset.template, dataset.max_length)
+        yield from example_lines(tokenizer, record, *encode([record], tokenizer, **run.encoding()))
 
 
 def evenly(records: Sequence[Record], count: int) -> list[Record]:
@@ -127,10 +127,9 @@ def share(part: int, whole: int) -> str:
 
 
 def example_lines(
-    tokenizer: transformers.PreTrainedTokenizerBase, record: Record, template: str, longest: int
+    tokenizer: transformers.PreTrainedTokenizerBase, record: Record, encoded: EncodedRecord
 ) -> Iterator[str]:
     """A record as the model will see it, special tokens and line breaks visible."""
-    (encoded,) = encode([record], tokenizer, template, longest)
     yield f"\nExample {record.place or record.id}"
     if encoded.query_cut or encoded.response_cut:
         yield f"  cut: {encoded.query_cut} query and {encoded.response_cut} response tokens"

@@ -16,10 +16,12 @@ from tqdm import tqdm
 from rdo.data.encoding import (
     TOKENS_VERSION,
     EncodedRecord,
+    begin_ids,
     check_cuts,
     encode,
     encode_into,
     encoded_in,
+    left_out,
     order_fingerprint,
 )
 from rdo.data.loading import Splits, load_splits
@@ -88,7 +90,18 @@ class Run:
             "split": split,
             "records": self.cache.fingerprints[key],
             "template": dataset.template,
+            **({"template_date": dataset.template_date} if dataset.template == "chat" else {}),
+            **{name: getattr(dataset, name) for name in ("max_length", "too_long", "min_prompt_tokens")},
+        }
+
+    def encoding(self) -> dict[str, Any]:
+        """How texts become token ids: options of `encode`."""
+        dataset = self.config.dataset
+        return {
+            "template": dataset.template,
             "max_length": dataset.max_length,
+            "today": dataset.template_date,
+            "min_prompt": dataset.min_prompt_tokens,
         }
 
     def encoded(self, split: str, tokenizer: transformers.PreTrainedTokenizerBase) -> Sequence[EncodedRecord]:
@@ -96,19 +109,28 @@ class Run:
         file that is made once."""
         key = (self.dataset_key, split, tokenizer_key(tokenizer))
         if key not in self.cache.encoded:
-            encoded = self._encode(split, tokenizer)
-            if cut := check_cuts(encoded, self.config.dataset.max_length, self.config.dataset.max_truncated_share):
-                print(f"[data] {split}: {cut}", flush=True)
+            encoded, dataset = self._encode(split, tokenizer), self.config.dataset
+            if cut := check_cuts(encoded, dataset.max_length, dataset.max_truncated_share):
+                without = len(left_out(encoded, dataset.too_long))
+                trained_on = f"; {without} of them are not trained on" if split in ("demonstrations", "train") else ""
+                print(f"[data] {split}: {cut}{trained_on}", flush=True)
             self.cache.encoded[key] = encoded
         return self.cache.encoded[key]
 
+    def fitting(self, encoded: Sequence[EncodedRecord], places: Sequence[int]) -> list[int]:
+        """Those of the places whose records are trained on: what is too long is left out, as dataset.too_long says."""
+        dataset = self.config.dataset
+        without = left_out(encoded, dataset.too_long)
+        kept = [n for n in places if n not in without]
+        if places and not kept:
+            raise UserError(
+                f"dataset.max_length={dataset.max_length}: every record is too long to be trained on; raise it"
+            )
+        return kept
+
     def _encode(self, split: str, tokenizer: transformers.PreTrainedTokenizerBase) -> Sequence[EncodedRecord]:
         dataset, records = self.config.dataset, self.records(split)
-        options: dict[str, Any] = {
-            "tokenizer": tokenizer,
-            "template": dataset.template,
-            "max_length": dataset.max_length,
-        }
+        options = {"tokenizer": tokenizer, **self.encoding()}
         if dataset.source == "toy":
             # The toy world's demonstrations hold an <end> between note and review, which is meant.
             return encode(records, **options, parse_special=split == "demonstrations")
@@ -225,7 +247,7 @@ def tokenizer_key(tokenizer: transformers.PreTrainedTokenizerBase) -> str:
     """Fingerprint of everything that decides a text's ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    return fingerprint([rules, tokenizer.bos_token_id, tokenizer.eos_token_id, str(tokenizer.chat_template)])
+    return fingerprint([rules, begin_ids(tokenizer), tokenizer.eos_token_id, str(tokenizer.chat_template)])
 
 
 def model_path(artifact: Artifact) -> Path:

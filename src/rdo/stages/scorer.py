@@ -104,7 +104,7 @@ def train_scorer(run: Run, kind: str, base: Artifact, folder: Path) -> dict[str,
     check_form(model)
     trained = choose_trained(model, config.model, config.seed)
     records, encoded = run.records("train"), run.encoded("train", tokenizer)
-    places = select(records, section)
+    places = run.fitting(encoded, select(records, section))
     pairs = [
         (record.id, place, preference)
         for place, record in zip(places, records.only(np.array(places, int)), strict=True)

@@ -60,12 +60,14 @@ def train_base(run: Run, split: str, folder: Path) -> dict[str, Any]:
         tokenizer = make_tokenizer(config.model, training_texts(records))
         trained = model = new_policy(config.model, tokenizer, config.seed)
     encoded = run.encoded(split, tokenizer)
+    fitting = set(run.fitting(encoded, places))
+    kept = [number for number, place in enumerate(places) if place in fitting]
 
     def make(number: int) -> Example:
-        record = encoded[places[number]]
-        return Example(record.id, Reads.of(record.prompt, [record.responses[r] for r in imitated[number]]))
+        record = encoded[places[kept[number]]]
+        return Example(record.id, Reads.of(record.prompt, [record.responses[r] for r in imitated[kept[number]]]))
 
-    task = SftTask(ById(ids, make))
+    task = SftTask(ById([ids[number] for number in kept], make))
     return train_and_save(run, task, run.on_device(model), trained, tokenizer, config.sft, split, folder, "sft")
 
 
