@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raised whenever the same records would be encoded otherwise, or written otherwise.
-TOKENS_VERSION = 3
+TOKENS_VERSION = 4
 # A part of the records is a file of token ids, which one process makes.
 FEWEST_PER_PART, MOST_PARTS = 2000, 64
 
@@ -34,14 +34,16 @@ FEWEST_PER_PART, MOST_PARTS = 2000, 64
 class EncodedRecord:
     """Token ids of a record: the model sees `prompt + responses[k]`; each response ends with its `Ending`.
 
-    too_long: whether it is good for no training, see `encode`. query_cut, response_cut: tokens that were cut, the
-    query's once, however many responses share it.
+    too_long: whether it is good for no training, see `encode`. alike: whether responses of different texts have the
+    same ids, because of a cut or of the tokenizer: nothing can be learnt of their difference. query_cut, response_cut:
+    tokens that were cut, the query's once, however many responses share it.
     """
 
     id: str
     prompt: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]
     too_long: bool = field(default=False, compare=False)
+    alike: bool = field(default=False, compare=False)
     query_cut: int = field(default=0, compare=False)
     response_cut: int = field(default=0, compare=False)
 
@@ -92,8 +94,8 @@ def encode(
         room = max_length - len(prompt)
         fitting = tuple(tuple(ids if len(ids) <= room else [*ids[: room - len(end)], *end]) for ids in responses)
         lost = sum(max(0, len(ids) - room) for ids in responses)
-        cut = len(whole) - len(prompt)
-        made.append(EncodedRecord(record.id, tuple(prompt), fitting, crowded or lost > 0, cut, lost))
+        cut, alike = len(whole) - len(prompt), len(set(fitting)) < len(set(record.responses))
+        made.append(EncodedRecord(record.id, tuple(prompt), fitting, crowded or lost > 0, alike, cut, lost))
     return made
 
 
@@ -185,9 +187,9 @@ def _ids_behind(texts: list[str], tokenizer: PreTrainedTokenizerBase, parse_spec
 
 
 def left_out(encoded: Sequence[EncodedRecord], too_long: str) -> set[int]:
-    """Places of the records that nothing is trained on: those that are too long, and with too_long=drop all that were
-    cut."""
-    left = _column(encoded, "too_long")
+    """Places of the records that nothing is trained on: those that are too long or alike, and with too_long=drop all
+    that were cut."""
+    left = _column(encoded, "too_long") | _column(encoded, "alike")
     return set(np.flatnonzero(left | (_column(encoded, "query_cut") > 0) if too_long == "drop" else left).tolist())
 
 
@@ -250,7 +252,7 @@ def _encode_part(file: Path, rows: np.ndarray, source: Sequence[Record], options
     records = Records(source, {}, rows)
     ids, text, count = pa.list_(pa.int32()), pa.string(), pa.int64()
     columns = {"id": text, "prompt": ids, "responses": pa.list_(ids), "query_cut": count, "response_cut": count}
-    columns["too_long"] = pa.bool_()
+    columns |= {"too_long": pa.bool_(), "alike": pa.bool_()}
     batches = (records[start : start + ROWS_PER_BATCH] for start in range(0, len(records), ROWS_PER_BATCH))
     made = (vars(record) for batch in batches for record in encode(batch, **options))
     with replace_file(file) as temporary:

@@ -43,13 +43,19 @@ def evaluate_scorers(run: Run, kind: str) -> Artifact:
 
     def make(folder: Path) -> dict[str, Any]:
         read = read_scores(scored)
-        forward, backward, labels, gold, queries = [], [], [], [], []
+        forward, backward, labels, gold, queries, alike = [], [], [], [], [], 0
         # By id, so that the coins which show a pair first or second do not depend on the order of the file.
         records = run.records(run.config.eval.split)
+        encoded = run.encoded(run.config.eval.split, load_tokenizer(model_path(model), run.config.model))
         ids = records.ids()
-        for record in records.only(np.array(sorted(range(len(ids)), key=ids.__getitem__), int)):
+        places = sorted(range(len(ids)), key=ids.__getitem__)
+        for place, record in zip(places, records.only(np.array(places, int)), strict=True):
+            seen = encoded[place].responses
             for preference in record.preferences:
                 chosen, rejected = preference.chosen, preference.rejected
+                if seen[chosen] == seen[rejected] and not preference.tie:
+                    alike += 1  # cut where they differ: there is nothing to be right about
+                    continue
                 forward.append(read.output(record.id, chosen, rejected))
                 backward.append(read.output(record.id, rejected, chosen))
                 labels.append(0.5 if preference.tie else 1.0)
@@ -60,7 +66,7 @@ def evaluate_scorers(run: Run, kind: str) -> Artifact:
         # Only the toy world's scores are the truth; a data set's own scores are another model's opinion.
         truth = gold if run.config.dataset.source == "toy" else None
         seed = stable_seed(run.config.seed, "order")
-        evaluation = evaluate_scorer(forward, backward, labels, truth, seed, queries)
+        evaluation = evaluate_scorer(forward, backward, labels, truth, seed, queries) | {"pairs_alike": alike}
         if is_rank0():
             write_json(folder / EVALUATION, evaluation)
         return {"metric": evaluation["label_accuracy"]["value"]}

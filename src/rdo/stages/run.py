@@ -110,15 +110,16 @@ class Run:
         key = (self.dataset_key, split, tokenizer_key(tokenizer))
         if key not in self.cache.encoded:
             encoded, dataset = self._encode(split, tokenizer), self.config.dataset
-            if cut := check_cuts(encoded, dataset.max_length, dataset.max_truncated_share):
-                without = len(left_out(encoded, dataset.too_long))
-                trained_on = f"; {without} of them are not trained on" if split in ("demonstrations", "train") else ""
-                print(f"[data] {split}: {cut}{trained_on}", flush=True)
+            said = [check_cuts(encoded, dataset.max_length, dataset.max_truncated_share)]
+            if split in ("demonstrations", "train") and (without := len(left_out(encoded, dataset.too_long))):
+                said.append(f"{without} records are not trained on: too long, or of responses with the same tokens")
+            if any(said):
+                print(f"[data] {split}: {'; '.join(filter(None, said))}", flush=True)
             self.cache.encoded[key] = encoded
         return self.cache.encoded[key]
 
     def fitting(self, encoded: Sequence[EncodedRecord], places: Sequence[int]) -> list[int]:
-        """Those of the places whose records are trained on: what is too long is left out, as dataset.too_long says."""
+        """Those of the places whose records are trained on: `left_out` are the others."""
         dataset = self.config.dataset
         without = left_out(encoded, dataset.too_long)
         kept = [n for n in places if n not in without]
