@@ -28,7 +28,9 @@ def scorer(config: Config, kind: str) -> str:
     readers = {
         f"rc={kind}": config.rc.name == kind,
         f"loss.ranking={config.loss.get('ranking')}": str(config.loss.get("ranking")).startswith(kind),
-        f"eval.judges=[{','.join(config.eval.judges)}]": evaluates and kind in config.eval.judges,
+        f"eval.judges=[{','.join(config.eval.judges)}]": evaluates
+        and kind in config.eval.judges
+        and config.eval.subject not in STAGE_OF,
         f"eval.subject={kind}": evaluates and config.eval.subject == kind,
     }
     said = " and ".join(name for name, reads in readers.items() if reads)
