@@ -63,10 +63,10 @@ class DatasetConfig:
     # The day that a chat template takes for today where it writes a date (Llama 3.1's does), the same for every run.
     template_date: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\d$")] = "2024-07-26"
     max_length: Annotated[int, Field(ge=3)] = 512  # tokens of query + one response, end of sequence included
-    # What is too long: cut: the query loses old turns, then text from the left, and where min_prompt_tokens of it leave
-    # no room for a whole response, the record is left out of training; drop: it is left out.
+    # Of what is too long. cut: the query loses old turns, then text from the left, and a record that would keep fewer
+    # than min_prompt_tokens of its text beside whole responses is not trained on; drop: nor is any that is cut.
     too_long: Literal["cut", "drop"] = "cut"
-    min_prompt_tokens: Count = 16  # of the query's own text
+    min_prompt_tokens: Count = 8
     max_truncated_share: Share = 0.25  # fail above this share of records that had to be cut or left out
     validation_share: HeldOut = 0.05  # of the queries
     test_share: HeldOut = 0.10

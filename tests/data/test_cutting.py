@@ -92,6 +92,13 @@ def test_a_query_keeps_its_fewest_tokens_or_the_record_is_left_out(max_length, p
     assert left_out(encoded, "drop") == ({0} if max_length < 27 else set())
 
 
+def test_a_last_turn_that_says_little_without_the_others_is_left_out():
+    records = [text("\n\nHuman: Why?\n\nAssistant:"), text(f"{HH} Because.\n\nHuman: Why?\n\nAssistant:")]
+    encoded = encode(records, PLAIN, "hh", 60, min_prompt=10)
+    assert encoded[0].prompt == encoded[1].prompt
+    assert left_out(encoded, "cut") == {1}
+
+
 def test_what_has_no_room_for_its_template_is_left_out_of_training_and_not_asked():
     record = said(Message("system", "Be brief. " * 20), ASK)
     encoded = encode([record, said(ASK)], CHATML, "chat", 100)

@@ -11,6 +11,7 @@ from rdo.data.records import Message, Record
 from rdo.data.templates import text_of
 from rdo.runtime.errors import UserError
 from rdo.stages.run import tokenizer_key
+from tiny import tiny_run
 
 DAY = "2025-03-04"
 ASK, REPLY, WHY = Message("user", "Which bread?"), Message("assistant", "Rye."), Message("user", "Why?")
@@ -93,6 +94,17 @@ def test_a_date_is_the_one_that_is_set_whatever_the_day(monkeypatch):
     assert "Today Date: 26 Jul 2024\n" in tokenizer.decode(made.prompt)
     (made,) = encode([conversation(ASK, response="Rye.")], tokenizer, "chat", 1000, today=DAY)
     assert "Today Date: 04 Mar 2025\n" in tokenizer.decode(made.prompt)
+
+
+def test_another_date_is_another_result(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f'{{"prompt": "Why {n}?", "chosen": "Rye.", "rejected": "No."}}\n' for n in range(20)))
+
+    def settings(day: str) -> dict[str, object]:
+        chat = ("dataset.template=chat", "model=hub", f"model.path={tmp_path}", f"dataset.template_date={day}")
+        return tiny_run(tmp_path / "runs", "dataset=file", f"dataset.path={file}", *chat).data_settings("train")
+
+    assert settings("2025-01-01") == settings("2025-01-01") != settings("2025-01-02")
 
 
 def test_another_beginning_is_another_tokenizer():

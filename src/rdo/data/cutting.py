@@ -12,19 +12,21 @@ from rdo.data.records import Message, Record
 from rdo.data.templates import ASSISTANT, HUMAN, text_of
 
 
-def shorten(record: Record, count: Callable[[Record], int], most: int, least: int, limit: int) -> Record:
-    """The record with a query whose prompt has at most `most` tokens, as `count` counts them. To get there, its text
-    keeps its last `least` tokens; to get to `limit`, one character. A frame that is longer yet stays."""
-    while count(record) > most and (shorter := without_oldest(record)) is not record:
-        record = shorter
-    whole = count(record)
-    if whole <= most:
-        return record
-    text, put = last_turn(record)
+def shorten(record: Record, count: Callable[[Record], int], most: int, least: int, limit: int) -> tuple[Record, int]:
+    """The record with a query whose prompt has at most `most` tokens, as `count` counts them, and how many of them are
+    more than those of a query without text. To get to `most`, the last turn keeps its last `least` tokens; to get to
+    `limit`, one character. A frame that is longer yet stays."""
+    turns = [record]
+    while (shorter := without_oldest(turns[-1])) is not turns[-1]:
+        turns.append(shorter)
+    text, put = last_turn(turns[-1])
     frame = count(put(""))
-    most = max(most, min(limit, frame + min(least, whole - frame)))
-    start = bisect_left(range(len(text) - 1), True, key=lambda n: count(put(text[n:])) <= most)
-    return put(text[start:])
+    found = next((one for one in turns if count(one) <= most), None)
+    if found is None:
+        most = max(most, min(limit, frame + min(least, count(turns[-1]) - frame)))
+        start = bisect_left(range(len(text) - 1), True, key=lambda n: count(put(text[n:])) <= most)
+        found = put(text[start:])
+    return found, count(found) - frame
 
 
 def without_oldest(record: Record) -> Record:
@@ -41,7 +43,7 @@ def without_oldest(record: Record) -> Record:
 
 
 def last_turn(record: Record) -> tuple[str, Callable[[str], Record]]:
-    """The text of a query's only turn, and what makes the record with another text in its place."""
+    """The text of a query's only turn of the user's, and what makes the record with another text in its place."""
     if record.messages:
         *before, last = record.messages
 

@@ -69,7 +69,7 @@ def encode(
     known limitation.
 
     Cutting: the query loses old turns, then text (`cutting.shorten`), the same for all responses of the record, so that
-    the longest fits; `min_prompt` tokens of its text stay. A record for which that is not enough is too long: its
+    the longest fits. A record is too long where fewer than `min_prompt` tokens of the query's text would be left: its
     responses lose their last words and keep their end, and where what is not text is too long already, that is cut.
 
     Raises UserError if the tokenizer has no EOS, a prompt no token, or `max_length` no room for one token of each, and
@@ -83,19 +83,23 @@ def encode(
     if max_length < fewest:
         raise UserError(f"dataset.max_length={max_length} is too small; it must be at least {fewest}")
     made = []
-    for record, whole in zip(records, prompter.ids(records), strict=True):
+    for record, whole in zip(records, prompter.whole(records), strict=True):
         responses = [next(replies) for _ in record.responses]
         responses = [ids if ids[-len(end) :] == end else [*ids, *end] for ids in responses]
         most = max_length - max(map(len, responses))
-        _, prompt = prompter.fit(record, whole, most, min_prompt, limit)
+        prompt, left = whole, min_prompt
+        if len(whole) > most:
+            shorter, left = shorten(record, prompter.count, most, min_prompt, limit)
+            prompt = prompter.ids([shorter])[0]
         crowded = len(prompt) > max(most, limit)
         if crowded:
             prompt = [*prompter.begin, *prompt[len(prompter.begin) - limit :]]
         room = max_length - len(prompt)
         fitting = tuple(tuple(ids if len(ids) <= room else [*ids[: room - len(end)], *end]) for ids in responses)
         lost = sum(max(0, len(ids) - room) for ids in responses)
-        cut, alike = len(whole) - len(prompt), len(set(fitting)) < len(set(record.responses))
-        made.append(EncodedRecord(record.id, tuple(prompt), fitting, crowded or lost > 0, alike, cut, lost))
+        cut, too_long = len(whole) - len(prompt), crowded or lost > 0 or left < min_prompt
+        alike = len(set(fitting)) < len(set(record.responses))
+        made.append(EncodedRecord(record.id, tuple(prompt), fitting, too_long, alike, cut, lost))
     return made
 
 
@@ -113,21 +117,23 @@ class PromptEncoder:
     def begin(self) -> tuple[int, ...]:
         return begin_ids(self.tokenizer)
 
+    def whole(self, records: Sequence[Record]) -> list[list[int]]:
+        """The prompts of all records as they are. Raises UserError where one has no token."""
+        prompts = self.ids(records)
+        for record, prompt in zip(records, prompts, strict=True):
+            if not prompt:
+                where = record.place or f"record {record.id}"
+                raise UserError(f"{where}: the prompt has no token; correct the query or the template")
+        return prompts
+
     def ids(self, records: Sequence[Record]) -> list[list[int]]:
-        """The prompts of all records, whole."""
         rendered = [render_prompt(self.template, record, self.tokenizer, self.today) for record in records]
         prompts = _ids(rendered, self.tokenizer, self.parse_special or self.template == "chat")
         return [ids if tuple(ids[: len(self.begin)]) == self.begin else [*self.begin, *ids] for ids in prompts]
 
-    def fit(self, record: Record, whole: list[int], most: int, least: int, limit: int) -> tuple[Record, list[int]]:
-        """The record as `cutting.shorten` leaves it, and its prompt. whole: that of the record as it is."""
-        if not whole:
-            where = record.place or f"record {record.id}"
-            raise UserError(f"{where}: the prompt has no token; correct the query or the template")
-        if len(whole) <= most:
-            return record, whole
-        record = shorten(record, lambda one: len(self.ids([one])[0]), most, least, limit)
-        return record, self.ids([record])[0]
+    def count(self, record: Record) -> int:
+        """How many tokens the prompt has."""
+        return len(self.ids([record])[0])
 
 
 def encode_prompts(
@@ -136,10 +142,11 @@ def encode_prompts(
     """What a model is asked, for it to respond: of each record the query, cut so that its prompt has at most `most`
     tokens (as `setting` has it), and the prompt. Raises UserError as `encode`."""
     prompter, made = PromptEncoder(tokenizer, template, today), []
-    for record, whole in zip(records, prompter.ids(records), strict=True):
-        asked, prompt = prompter.fit(record, whole, most, 1, most)
+    for record, whole in zip(records, prompter.whole(records), strict=True):
+        where = record.place or f"record {record.id}"
+        asked = shorten(record, prompter.count, most, 1, most)[0] if len(whole) > most else record
+        prompt = prompter.ids([asked])[0]
         if len(prompt) > most:
-            where = record.place or f"record {record.id}"
             problem = f"the prompt has {len(prompt)} tokens with all of the query cut that may be"
             raise UserError(f"{where}: {problem}, and {setting} leaves {most}: raise the first or lower the second")
         made.append((asked.query, tuple(prompt)))
