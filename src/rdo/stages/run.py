@@ -25,6 +25,7 @@ from rdo.data.encoding import (
 from rdo.data.loading import Splits, load_splits
 from rdo.data.records import Record, Records
 from rdo.models.pretrained import load_policy, load_scorer, load_tokenizer
+from rdo.models.traits import stop_between_layers
 from rdo.runtime.errors import NotFiniteError, UserError
 from rdo.runtime.processes import dealt, world
 from rdo.runtime.progress import progress_bar
@@ -170,6 +171,7 @@ class Run:
         """`forward.read_all` with the model, in the layout that it can run, as the config has it."""
         engine = self.config.engine
         layout = set_layout(model, engine.layout, engine.attention)
+        stop_between_layers(model)
         return lambda bar, items: read_all(bar, model, layout, items, engine.tokens_per_micro_batch)
 
     def read_all(self, model: transformers.PreTrainedModel, items: Sequence[Reads], title: str) -> list[list[float]]:

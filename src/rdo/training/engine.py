@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from rdo.models.lora import trained_state
+from rdo.models.traits import stop_between_layers
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import Damaged, check_zip, replace_file
 from rdo.runtime.processes import barrier, broadcast, is_rank0
@@ -68,6 +69,7 @@ class TorchEngine:
         config: EngineConfig,
     ):
         self.model, self.optimizer = model, optimizer
+        stop_between_layers(model)
         self.largest = math.inf if max_gradient_norm is None else max_gradient_norm
         self.precision = precision_of(config, model.device)
 

@@ -78,15 +78,14 @@ class Dealt:
 def training_step(task: Task, engine: Engine, layout: LayoutName, step: Dealt) -> dict[str, float]:
     """Accumulates the gradient of the step's mean loss; returns the step's metrics, over all processes.
 
-    A GPU is waited for once, at the end. One process alone raises Stopped between two micro-batches when it is asked to
-    stop.
+    A GPU is waited for once, at the end. Raises Stopped between two micro-batches, in every process, when one is asked
+    to stop.
     """
     batches, real = step.learnt.batches, step.learnt.real
     denominators, sums = task.denominators(step.examples), Sums()
     kl = kl_estimate(engine, layout, step.mismatched) if step.mismatched else None
     for number, batch in enumerate(batches):
-        if world().size == 1:
-            stopping.check()
+        stopping.check_together()
         reads = merge([example.reads for example in batch])
         share, metrics = task.losses(batch, engine.read(layout, reads), denominators, kl)
         ids = reads.sequences
@@ -103,6 +102,7 @@ def kl_estimate(engine: Engine, layout: LayoutName, hand: Hand) -> torch.Tensor:
     parts = []
     with torch.no_grad():
         for batch in hand.batches:
+            stopping.check_together()
             policy = engine.read(layout, merge([example.mismatched.reads for example in batch]))
             known = [value for example in batch for value in example.mismatched.reference]
             parts.append(policy - tensor_on(policy.device, known, policy.dtype))
