@@ -13,7 +13,7 @@ import torch
 
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Record
-from rdo.models.lora import choose_trained, lora_settings
+from rdo.models.lora import check_trained, choose_trained, lora_settings
 from rdo.objectives import coefficients
 from rdo.objectives.choice import LossChoice, choose_loss
 from rdo.objectives.losses import best_response, rrhf_pairs
@@ -37,6 +37,7 @@ def aligned_policy(run: Run) -> Artifact:
     """The policy that the config's loss and coefficients make of the base policy."""
     config = run.config
     loss = choose_loss(config.loss)
+    check_trained(config)
     check_data(run, loss)
     inputs = {"base": base_policy(run)}
     kinds, both_orders = needed_scores(run, loss)

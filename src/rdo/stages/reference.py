@@ -52,13 +52,16 @@ def partners(records: Sequence[Record], chosen: list[int]) -> dict[int, int]:
 
 
 def reference(run: Run, mismatched: bool) -> Artifact:
-    """Log-probabilities under the base policy of the responses that `align` selects."""
+    """Log-probabilities under the base policy of the responses that `align` selects, computed as the first step of
+    training computes them: else that would begin with log-ratios of another rounding."""
     base, selection = base_policy(run), run.config.align
     kept = [selection.min_responses, selection.max_records]
     settings = run.settings("train", selection=kept, mismatched=mismatched)
+    if run.autocasts():
+        settings["autocast"] = True
 
     def begin() -> Body:
-        model, tokenizer = run.policy(base)
+        model, tokenizer = run.policy(base, trained=run.autocasts())
         records, encoded = run.records("train"), run.encoded("train", tokenizer)
         chosen = select(records, selection)
         other = partners(records, chosen) if mismatched else {}

@@ -14,7 +14,7 @@ import transformers
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
 from rdo.models.given import given
-from rdo.models.lora import choose_trained, lora_settings
+from rdo.models.lora import check_trained, choose_trained, lora_settings
 from rdo.models.pretrained import load_tokenizer, new_scorer
 from rdo.models.scorers import ComparisonTemplate, add_value, check_form
 from rdo.runtime.errors import UserError
@@ -36,6 +36,7 @@ def scorer(run: Run, kind: str) -> Artifact:
     section = getattr(run.config, stage)
     if section.path:
         return given(section.path, setting=f"{stage}.path")
+    check_trained(run.config)
     check_labels(run, kind)
     form = form_of(section)
     base = given(section.backbone, setting=f"{stage}.backbone") if section.backbone else base_policy(run)

@@ -12,7 +12,7 @@ import numpy as np
 
 from rdo.data.records import Record
 from rdo.models.given import given
-from rdo.models.lora import choose_trained, lora_settings
+from rdo.models.lora import check_trained, choose_trained, lora_settings
 from rdo.models.pretrained import load_policy, load_tokenizer, new_policy
 from rdo.models.tokenizers import make_tokenizer
 from rdo.objectives.losses import best_response
@@ -32,6 +32,7 @@ def base_policy(run: Run) -> Artifact:
         if not inputs:
             raise UserError("sft.enabled=false takes model.path as the base policy, but model.path is not set")
         return inputs["model"]
+    check_trained(config)
     unread = ("name", "path", "difference_template", "lora")
     split = "demonstrations" if run.splits().splits.get("demonstrations") else "train"
     settings = run.settings(

@@ -21,6 +21,7 @@ from rdo.runtime.processes import barrier, broadcast, is_rank0
 from rdo.runtime.progress import say, warn
 from rdo.sequences.forward import Reads, read
 from rdo.sequences.layout import LayoutName
+from rdo.sequences.preparation import computing_in
 from rdo.settings import EngineConfig
 
 
@@ -78,7 +79,7 @@ class TorchEngine:
         return self.optimizer.param_groups
 
     def read(self, layout: LayoutName, reads: Reads) -> torch.Tensor:
-        with torch.autocast(self.model.device.type, self.precision, enabled=self.precision != torch.float32):
+        with computing_in(self.precision, self.model):
             return read(self.model, layout, reads)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:

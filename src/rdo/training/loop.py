@@ -111,9 +111,6 @@ def train(
     Raises UserError where training is impossible, and Stopped, with a checkpoint of the last whole step, when the
     process is asked to stop.
     """
-    if model.dtype not in (torch.float32, torch.float64):
-        # An update below 1/256 of a weight is lost in bfloat16, and at 1e-6 nearly all are.
-        raise UserError(f"weights of {model.dtype} cannot be trained exactly: use model.dtype=float32")
     layout = set_layout(model, engine_config.layout, engine_config.attention, precision_of(engine_config, model.device))
     if engine_config.gradient_checkpointing:
         recompute_activations(model)
