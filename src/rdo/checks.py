@@ -44,7 +44,7 @@ READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
     "diffmodel.beta1": ("diffmodel.form", ("paper",)),
 }
 # The same, but a sweep or a comparison over rc has reason to give them for rc=none, too: these are only said.
-READ_WITH_COEFFICIENTS = ("rc.alpha", "rc.negative", "rc.scale")
+READ_WITH_COEFFICIENTS = ("rc.alpha", "rc.negative", "rc.scale", "rc.min_effective_share")
 
 register()
 

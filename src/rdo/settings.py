@@ -152,6 +152,7 @@ class RcConfig:
     negative: Negative = "clip"  # what R < 0 becomes
     epsilon: Positive = 1e-3  # of negative=floor
     scale: Literal["none", "mean"] = "none"  # mean: divide by the mean weight over the training set
+    min_effective_share: Annotated[float, Field(gt=0, le=1)] = 0.05  # effective sample size over pairs: fail below
     order: Literal["forward", "antisymmetric"] = "forward"  # which f of the difference model is R
     ablation: Literal["none", "shuffle", "filter"] = "none"  # of the toy study
 

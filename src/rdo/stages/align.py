@@ -107,7 +107,7 @@ def rc_settings(rc: RcConfig) -> dict[str, Any] | None:
     """The settings of the coefficients that have an effect, so that the others make no second run of the same."""
     if rc.name == "none":
         return None
-    ignored = set() if rc.name == "diff" else {"order"}
+    ignored = {"min_effective_share"} if rc.name == "diff" else {"min_effective_share", "order"}
     if rc.negative != "floor":
         ignored.add("epsilon")
     if rc.ablation == "filter":
@@ -268,9 +268,14 @@ def weigh(
         f"{statistics['mean']:.3f}; effective sample size {statistics['effective_sample_size']:.0f}",
         flush=True,
     )
-    if not weight.any():
+    if (share := statistics["effective_sample_share"]) < rc.min_effective_share:
+        # The paper's form may have learnt nothing but which response it reads first.
+        one_sided = rc.name == "diff" and rc.order == "forward" and rc.ablation == "none"
         raise UserError(
-            "every coefficient is 0, for the scorer contradicts every label: train it longer, or set rc.negative"
+            f"rc={rc.name}: the weights count for {share:.2%} of the pairs (R < 0 in "
+            f"{statistics['negative_share']:.1%}), under rc.min_effective_share={rc.min_effective_share:g}: "
+            f"{'try rc.order=antisymmetric or diffmodel.form=residual, ' if one_sided else ''}"
+            "train the scorer longer, set rc.negative=abs or flip, or lower that setting"
         )
     entries = iter(zip(flat, weight.tolist(), flipped.tolist(), strict=True))
     weighted = []

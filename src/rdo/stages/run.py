@@ -152,8 +152,8 @@ class Run:
         return self._loaded(artifact, load_policy(model_path(artifact), self.config.model), trained)
 
     def autocasts(self) -> bool:
-        """Whether this run computes in half precision under autocast, as engine=torch trains; under DeepSpeed the weights
-        are in half precision and nothing else, and the two round differently."""
+        """Whether this run computes in half precision under autocast, as engine=torch trains; under DeepSpeed the
+        weights are in half precision and nothing else, and the two round differently."""
         return self.config.engine.name == "torch" and self.precision() != torch.float32
 
     def scorer(self, artifact: Artifact) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
