@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,14 @@ import torch
 
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Record
+from rdo.evaluation.numbers import LAST, movement_hint
 from rdo.models.lora import check_trained, choose_trained, lora_settings
 from rdo.objectives import coefficients
 from rdo.objectives.choice import LossChoice, choose_loss
 from rdo.objectives.losses import best_response, rrhf_pairs
 from rdo.runtime.errors import UserError
+from rdo.runtime.files import read_json_lines
+from rdo.runtime.processes import is_rank0
 from rdo.runtime.store import Artifact, stable_seed
 from rdo.sequences.forward import Reads
 from rdo.settings import RcConfig
@@ -27,6 +32,7 @@ from rdo.stages.score import Scores, read_scores, scores
 from rdo.stages.scorer import STAGE_OF, check_labels
 from rdo.stages.sft import base_policy
 from rdo.stages.training import train_and_save
+from rdo.tracking import METRICS
 from rdo.training.alignment import AlignmentRecord, AlignmentTask, Mismatched, Pair, Sample
 from rdo.training.tasks import ById
 
@@ -155,7 +161,22 @@ def train_policy(run: Run, loss: LossChoice, inputs: dict[str, Artifact], folder
     done = train_and_save(
         run, task, model, trained, tokenizer, config.align, "train", folder, name, {"coefficients": statistics}
     )
+    say_movement(folder, name)
     return {**done, "records": len(used), "samples": samples}
+
+
+def say_movement(folder: Path, title: str) -> None:
+    """Prints how far the policy is from its reference on what it was trained on, from the last steps that were logged.
+    Those are no samples of its own: stage=eval estimates its KL."""
+    lines = read_json_lines(folder / METRICS) if is_rank0() else []
+    last = [line for line in lines[-math.ceil(LAST * len(lines)) :] if "log_ratio_size" in line]
+    if not last:
+        return
+    size = fmean(line["log_ratio_size"] for line in last)
+    chosen = [line["log_ratio_chosen"] for line in last if "log_ratio_chosen" in line]
+    of_chosen = f"; of chosen responses {fmean(chosen):+.3f}" if chosen else ""
+    hint = movement_hint(size)
+    print(f"[{title}] moved by {size:.3f} nats a response (mean |log-ratio|{of_chosen}){hint}", flush=True)
 
 
 def alignment_record(

@@ -180,10 +180,14 @@ class AlignmentTask(Task):
         for name in ("policy_chosen", "policy_rejected"):
             metrics[name] = (inputs[name].sum(), pairs)
         if self.loss.needs_reference:
+            ratios: list[Tensor] = []
             for name in ("chosen", "rejected"):
                 # In nats. The data's responses are not the policy's own, so this is no KL: stage eval estimates that.
                 log_ratio = inputs[f"policy_{name}"] - inputs[f"reference_{name}"]
                 metrics[f"log_ratio_{name}"] = (log_ratio.sum(), pairs)
+                ratios.append(log_ratio)
+            sizes = inputs.get("log_ratio", torch.cat(ratios)).abs()
+            metrics["log_ratio_size"] = (sizes.sum(), len(sizes))
             margin = policy - (inputs["reference_chosen"] - inputs["reference_rejected"])
             # A tie counts as half right: at the first step policy and reference are the same, but for rounding.
             right = torch.where(margin.abs() < TIE, 0.5, (margin > 0).to(margin.dtype))
