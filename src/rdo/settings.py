@@ -186,7 +186,7 @@ class EngineConfig:
     layout: Literal["auto", "tree", "padded"] = "auto"
     attention: Kernel = "auto"  # of a tree; varlen: on a GPU
     gradient_checkpointing: bool = False  # less memory for about a third more time: layers run again going backward
-    tokens_per_micro_batch: Count = 16384
+    tokens_per_micro_batch: Count | None = None  # null: by free memory and the model's size (sequences/budget.py)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Threads | None = None  # of a CPU; null: one a core
     checkpoint_every_steps: Count = 200

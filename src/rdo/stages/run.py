@@ -30,6 +30,7 @@ from rdo.runtime.errors import NotFiniteError, UserError
 from rdo.runtime.processes import dealt, world
 from rdo.runtime.progress import progress_bar
 from rdo.runtime.store import PART_OF, Artifact, Provenance, fingerprint, produce
+from rdo.sequences.budget import tokens_per_micro_batch
 from rdo.sequences.forward import Reads, read_all
 from rdo.sequences.preparation import computing_in, set_layout
 from rdo.settings import Config, TrainingConfig
@@ -177,10 +178,11 @@ class Run:
         engine = self.config.engine
         layout = set_layout(model, engine.layout, engine.attention, self.precision())
         stop_between_layers(model)
+        budget = tokens_per_micro_batch(model, engine, trained=False)
 
         def read(bar: tqdm, items: Sequence[Reads]) -> list[list[float]]:
             with computing_in(self.precision(), model) if self.autocasts() else nullcontext():
-                return read_all(bar, model, layout, items, engine.tokens_per_micro_batch)
+                return read_all(bar, model, layout, items, budget)
 
         return read
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,11 @@ import transformers
 from rdo.models.traits import head_parameters, recompute_activations
 from rdo.runtime import stopping
 from rdo.runtime.errors import NotFiniteError, UserError
-from rdo.runtime.processes import all_reduce_sum, world
+from rdo.runtime.files import read_json, write_json
+from rdo.runtime.processes import all_reduce_sum, broadcast, is_rank0, world
 from rdo.runtime.progress import progress_bar
 from rdo.runtime.store import stable_seed
+from rdo.sequences.budget import tokens_per_micro_batch
 from rdo.sequences.forward import check_positions
 from rdo.sequences.preparation import described_layout, set_layout
 from rdo.settings import EngineConfig, ScorerConfig, TrainingConfig
@@ -120,7 +122,10 @@ def train(
     checkpoints = Checkpoints(folder / "checkpoints", engine_config, tracker.synchronize)
     done = checkpoints.restore(engine)
     tracker.resume(done)
-    how = f"layout {described_layout(model, layout)}"
+    budget = engine_config.tokens_per_micro_batch or kept_budget(
+        checkpoints.folder, lambda: tokens_per_micro_batch(model, engine_config, trained=True)
+    )
+    how = f"layout {described_layout(model, layout)}, {budget} tokens a micro-batch"
     if engine_config.name != "torch":
         how += f", {engine_config.name} on {world().size} process{'es' if world().size > 1 else ''}"
     print(f"[{title}] {plan.records} records, {plan.steps} steps, {how}", flush=True)
@@ -128,7 +133,7 @@ def train(
     def dealt_step(step: int) -> Dealt:
         epoch, numbers = plan.batch(step)
         examples = [task.example(number, epoch) for number in numbers]
-        return deal_step(examples, layout, engine_config.tokens_per_micro_batch)
+        return deal_step(examples, layout, budget)
 
     bar = progress_bar(plan.steps, title, initial=done)
     # Reading, encoding and packing a step's records takes no time from the step before it.
@@ -158,6 +163,17 @@ def train(
                 checkpoints.save(step + 1, engine)
         tracker.synchronize()
     return engine.finish()
+
+
+def kept_budget(folder: Path, choose: Callable[[], int]) -> int:
+    """The budget that a run began with: what goes on from its checkpoint has the same bits, whatever is free then."""
+    file = folder / "budget.json"
+    if not broadcast(file.exists):
+        budget = choose()
+        if is_rank0():
+            file.parent.mkdir(exist_ok=True)
+            write_json(file, budget)
+    return int(broadcast(lambda: read_json(file)))
 
 
 def part(checkpoints: Checkpoints, engine: Engine, step: int, plan: Plan) -> str:
