@@ -117,6 +117,10 @@ class TrainingConfig:
     max_gradient_norm: Positive | None = 1.0
     min_responses: Count = 1  # train on the records with at least so many responses
     max_records: Count | None = None  # train on so many of them at most
+    validate_every_steps: Count | None = None  # and at the end: loss and accuracy on the validation split; null: never
+    validation_records: Count = 512  # on so many records of it at most
+    keep_best: Literal["validation/loss", "validation/accuracy"] | None = None  # by what; null: the last weights
+    patience: Count | None = None  # stop after so many validations without a better one
 
 
 @dataclass(config=SECTION)

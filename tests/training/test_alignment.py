@@ -15,10 +15,11 @@ from rdo.objectives.choice import LossChoice, choose_loss
 from rdo.objectives.losses import dpo
 from rdo.runtime.errors import UserError
 from rdo.settings import RcConfig, TrainingConfig
-from rdo.stages.align import check_data, own_scores, rc_settings, supervision, weigh
+from rdo.stages.align import check_data, rc_settings
 from rdo.stages.reference import partners
 from rdo.stages.run import select
 from rdo.stages.score import Scores, pairs_to_score
+from rdo.stages.supervision import own_scores, supervision, weigh
 
 
 def pair_record(identifier: str, chosen: int = 0, **others: object) -> Record:

@@ -155,6 +155,11 @@ class Checkpoints:
         self.folder, self.config, self.before_saving = folder, config, before_saving
         self.last_saved = time.monotonic()
         self.newest: Path | None = None
+        self.kept: int | None = None  # the step whose checkpoint stays, however old it is
+
+    def path(self, step: int, engine: Engine) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.folder / f"step_{step:08d}{engine.suffix}"
 
     def restore(self, engine: Engine) -> int:
         """Takes up the newest whole checkpoint; the steps it had done (0: there is none).
@@ -180,7 +185,7 @@ class Checkpoints:
 
     def save(self, step: int, engine: Engine) -> None:
         """Saves, unless this step is saved already, and then removes all but the last few."""
-        path = self.folder / f"step_{step:08d}{engine.suffix}"
+        path = self.path(step, engine)
         if self.newest == path:
             return
         self.before_saving()
@@ -191,6 +196,8 @@ class Checkpoints:
             upto = files.index(path) + 1
             # Of a later step are only those that were damaged when this run began.
             for other in (*files[:upto][: -self.config.keep_checkpoints], *files[upto:]):
+                if self.kept is not None and other == self.path(self.kept, engine):
+                    continue
                 if other.is_dir():
                     other = other.rename(other.with_name(f".{other.name}.old"))  # whole or not at all
                     shutil.rmtree(other, ignore_errors=True)

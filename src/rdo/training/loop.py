@@ -31,6 +31,7 @@ from rdo.settings import EngineConfig, ScorerConfig, TrainingConfig
 from rdo.tracking import Tracker
 from rdo.training.engine import Checkpoints, Engine, TorchEngine, precision_of
 from rdo.training.step import Dealt, Task, deal_step, training_step
+from rdo.training.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,10 @@ def train(
     folder: Path,
     tracker: Tracker,
     title: str,
+    validation_task: Task | None = None,
 ) -> dict[str, torch.Tensor] | None:
     """Trains the model, going on from the folder's last checkpoint if there is one. Every process calls this.
+    validation_task: what the config has validated, over records that are not trained on.
 
     Returns the trained weights, on the first process, where the engine has divided them; else the model has them.
     Raises UserError where training is impossible, and Stopped, with a checkpoint of the last whole step, when the
@@ -122,6 +125,7 @@ def train(
     checkpoints = Checkpoints(folder / "checkpoints", engine_config, tracker.synchronize)
     done = checkpoints.restore(engine)
     tracker.resume(done)
+    validation = Validation(validation_task, config, tracker, checkpoints)
     budget = engine_config.tokens_per_micro_batch or kept_budget(
         checkpoints.folder, lambda: tokens_per_micro_batch(model, engine_config, trained=True)
     )
@@ -139,7 +143,13 @@ def train(
     # Reading, encoding and packing a step's records takes no time from the step before it.
     with stopping.postponed(), bar, ThreadPoolExecutor(1) as thread:
         coming = thread.submit(dealt_step, done)
-        for step in range(done, plan.steps):
+        for step in range(done, plan.steps + 1):
+            try:
+                validation.after(step, step == plan.steps, engine, layout, budget, title)
+            except stopping.Stopped:
+                raise stopping.Stopped(part(checkpoints, engine, step, plan)) from None
+            if step == plan.steps or validation.exhausted:
+                break
             started = time.perf_counter()
             dealt, coming = coming.result(), thread.submit(dealt_step, step + 1)
             for group in engine.param_groups:
@@ -162,6 +172,7 @@ def train(
             if save and step + 1 < plan.steps:
                 checkpoints.save(step + 1, engine)
         tracker.synchronize()
+        validation.take_best(step, engine, title)
     return engine.finish()
 
 

@@ -75,8 +75,9 @@ class Dealt:
     mismatched: Hand | None
 
 
-def training_step(task: Task, engine: Engine, layout: LayoutName, step: Dealt) -> dict[str, float]:
-    """Accumulates the gradient of the step's mean loss; returns the step's metrics, over all processes.
+def training_step(task: Task, engine: Engine, layout: LayoutName, step: Dealt, learns: bool = True) -> dict[str, float]:
+    """Accumulates the gradient of the step's mean loss (where it `learns`); returns the step's metrics,
+    over all processes.
 
     A GPU is waited for once, at the end. Raises Stopped between two micro-batches, in every process, when one is asked
     to stop.
@@ -87,12 +88,14 @@ def training_step(task: Task, engine: Engine, layout: LayoutName, step: Dealt) -
     for number, batch in enumerate(batches):
         stopping.check_together()
         reads = merge([example.reads for example in batch])
-        share, metrics = task.losses(batch, engine.read(layout, reads), denominators, kl)
+        with torch.set_grad_enabled(learns):
+            share, metrics = task.losses(batch, engine.read(layout, reads), denominators, kl)
         ids = reads.sequences
         metrics["tokens"] = torch.tensor(float(sum(map(len, ids)))), 0.0
         metrics["tokens_unique"] = torch.tensor(float(cost(ids, layout)[0])), 0.0
         # A process with fewer micro-batches than another runs one more for nothing, for all must run equally many.
-        engine.backward(share if number < real else 0.0 * share, last=number == len(batches) - 1)
+        if learns:
+            engine.backward(share if number < real else 0.0 * share, last=number == len(batches) - 1)
         sums.add(share, metrics, 1.0 if number < real else 0.0)
     return task.described(step.examples) | sums.agreed()
 
