@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import rdo.training.validation
 from rdo.checks import compose_config
 from rdo.runtime.errors import UserError
+from rdo.runtime.stopping import Stopped, handled
 from rdo.runtime.store import Artifact
 from rdo.stages.align import aligned_policy
 from rdo.stages.run import Cache, Run
 from rdo.stages.scorer import scorer
 from rdo.stages.sft import base_policy
 from rdo.tracking import Tracker
+from rdo.training.step import training_step
 from tiny import TINY, metrics, tiny_run, weights
 
 STAGES: dict[str, tuple[str, Callable[[Run], Artifact], list[str]]] = {
@@ -75,7 +80,7 @@ def test_a_policy_that_has_not_moved_has_the_loss_ln2_on_the_validation_split(ru
         assert [line[LOSS], line[ACCURACY]] == pytest.approx([math.log(2), 0.5], abs=1e-5)
 
 
-@pytest.mark.parametrize(("name", "by"), [("sft", LOSS), ("dpo", LOSS), ("kto", ACCURACY)])
+@pytest.mark.parametrize(("name", "by"), [("sft", LOSS), ("dpo", ACCURACY)])
 def test_the_best_weights_are_kept_training_stops_early_and_goes_on_to_the_same_bits(
     name: str, by: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +117,24 @@ def test_the_best_weights_are_kept_training_stops_early_and_goes_on_to_the_same_
                 stage(again)
         assert stage(again) == stopped
         assert (weights(stopped), metrics(stopped)) == wanted
+
+
+def test_a_stop_within_a_validation_keeps_the_steps_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, stage = made("sft", tmp_path)
+    whole = stage(run)
+    wanted = weights(whole), metrics(whole)
+    shutil.rmtree(whole.folder)
+
+    def stopped(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return training_step(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rdo.training.validation, "training_step", stopped)
+        with handled(), pytest.raises(Stopped, match=r"after 2 of 6 steps; .*step_00000002\.pt is saved"):
+            stage(run)
+    assert stage(run) == whole
+    assert (weights(whole), metrics(whole)) == wanted
 
 
 @pytest.mark.parametrize(
