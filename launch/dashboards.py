@@ -28,6 +28,7 @@ CURVES: dict[str, tuple[str, ...]] = {
     "Implicit reward": (
         "implicit_reward_accuracy", "implicit_reward_margin", "implicit_reward_desirable",
         "implicit_reward_undesirable", "policy_margin", "kl_estimate", "log_ratio_chosen", "log_ratio_rejected",
+        "log_ratio_size",
     ),
     "Coefficients": ("weight_mean", "weight_zero_share", "effective_sample_share"),
     "Scorers": ("accuracy", "difference_size"),

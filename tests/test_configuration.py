@@ -31,7 +31,7 @@ NEEDS = {
     "dataset/hh": ["model=small"],
     "dataset/hh_plus": ["model=small", "dataset.path=pairs.jsonl"],
     "dataset/tldr": ["model=small"],
-    "model/hub": ["model.path=someone/model"],
+    **{f"model/{name}": ["model.path=someone/model"] for name in ("hub", "hub_small", "hub_medium")},
 }
 
 

@@ -202,7 +202,9 @@ PAIRS = {
     "alignment_loss", "weight_mean", "weight_zero_share", "effective_sample_share", "policy_margin", "chosen_length",
     "rejected_length",
 }  # fmt: skip
-REFERENCE = {"implicit_reward_accuracy", "implicit_reward_margin", "log_ratio_chosen", "log_ratio_rejected"}
+REFERENCE = {
+    "implicit_reward_accuracy", "implicit_reward_margin", "log_ratio_chosen", "log_ratio_rejected", "log_ratio_size",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ def alignment_work(name: str, bench: Bench, records: list[EncodedRecord]) -> Wor
         count = len(record.responses)
         pairs = tuple(Pair(i, j) for i, j in rrhf_pairs(range(0, -count, -1)))
         best, more = 0 if loss.sft_weight else None, Reads.of(other.prompt, other.responses)
-        mismatch = Mismatched(more, tuple(values[count:]))
+        mismatch = Mismatched(more, tuple(values[count:])) if loss.needs_kl else None
         examples.append(AlignmentRecord(record, pairs, tuple(values[:count]), best=best, mismatched=mismatch))
     task = AlignmentTask(ById([record.id for record in records], examples.__getitem__), loss)
     passes = [reading(records, trained=True), *([reading(others)] if loss.needs_kl else [])]

@@ -46,7 +46,7 @@ READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
     "diffmodel.beta1": ("diffmodel.form", ("paper",)),
 }
 # The same, but a sweep or a comparison over rc has reason to give them for rc=none, too: these are only said.
-READ_WITH_COEFFICIENTS = ("rc.alpha", "rc.negative", "rc.scale")
+READ_WITH_COEFFICIENTS = ("rc.alpha", "rc.negative", "rc.scale", "rc.min_effective_share")
 
 register()
 
@@ -168,7 +168,8 @@ def one_line(error: BaseException, overrides: Sequence[str] = ()) -> str:
 def check(config: Config) -> None:
     """Raises UserError for settings that exclude each other, or that nothing would read."""
     loss = choose_loss(config.loss)
-    for rule in (loss_problems, data_problems, model_problems, scorer_problems, report_problems, unread):
+    about = (loss_problems, data_problems, model_problems, scorer_problems, validation_problems, report_problems)
+    for rule in (*about, unread):
         for problem in rule(config, loss):
             raise UserError(problem)
     try_loss(loss)
@@ -311,6 +312,20 @@ def scorer_problems(config: Config, _: LossChoice) -> Iterator[str]:
             yield f"stage={name} trains a scorer, but {name}.path names a finished one: leave one out"
     if len(set(config.eval.judges)) < len(config.eval.judges):
         yield f"eval.judges={','.join(config.eval.judges)}: names a judge twice"
+
+
+def validation_problems(config: Config, loss: LossChoice) -> Iterator[str]:
+    """What is measured on the validation split, and what for."""
+    for name in ("sft", "rm", "diffmodel", "align"):
+        section = getattr(config, name)
+        if section.keep_best and section.validate_every_steps is None:
+            yield f"{name}.keep_best={section.keep_best} needs {name}.validate_every_steps"
+        if section.patience and not section.keep_best:
+            yield f"{name}.patience={section.patience} needs {name}.keep_best, which says by what"
+        measured = name != "sft" and (name != "align" or loss.needs_reference)
+        if section.keep_best == "validation/accuracy" and not measured:
+            what = "sft" if name == "sft" else f"loss={loss.name}"
+            yield f"{name}.keep_best=validation/accuracy: {what} has no accuracy; use validation/loss"
 
 
 def report_problems(config: Config, _: LossChoice) -> Iterator[str]:

@@ -123,6 +123,10 @@ class TrainingConfig:
     max_gradient_norm: Positive | None = 1.0
     min_responses: Count = 1  # train on the records with at least so many responses
     max_records: Count | None = None  # train on so many of them at most
+    validate_every_steps: Count | None = None  # and at the end: loss and accuracy on the validation split; null: never
+    validation_records: Count = 512  # on so many records of it at most
+    keep_best: Literal["validation/loss", "validation/accuracy"] | None = None  # by what; null: the last weights
+    patience: Count | None = None  # stop after so many validations without a better one
 
 
 @dataclass(config=SECTION)
@@ -158,6 +162,7 @@ class RcConfig:
     negative: Negative = "clip"  # what R < 0 becomes
     epsilon: Positive = 1e-3  # of negative=floor
     scale: Literal["none", "mean"] = "none"  # mean: divide by the mean weight over the training set
+    min_effective_share: Annotated[float, Field(gt=0, le=1)] = 0.05  # effective sample size over pairs: fail below
     order: Literal["forward", "antisymmetric"] = "forward"  # which f of the difference model is R
     ablation: Literal["none", "shuffle", "filter"] = "none"  # of the toy study
 
@@ -192,7 +197,7 @@ class EngineConfig:
     layout: Literal["auto", "tree", "padded"] = "auto"
     attention: Kernel = "auto"  # of a tree; varlen: on a GPU
     gradient_checkpointing: bool = False  # less memory for about a third more time: layers run again going backward
-    tokens_per_micro_batch: Count = 16384
+    tokens_per_micro_batch: Count | None = None  # null: by free memory and the model's size (sequences/budget.py)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Threads | None = None  # of a CPU; null: one a core
     checkpoint_every_steps: Count = 200

@@ -15,10 +15,11 @@ from rdo.data.records import Preference, Record, Records
 from rdo.objectives.choice import LossChoice, choose_loss
 from rdo.runtime.errors import UserError
 from rdo.settings import Config, DifferenceConfig, RcConfig, ScorerConfig, SftConfig, TrainingConfig
-from rdo.stages.align import aligned_policy, check_data, count_samples, supervision
+from rdo.stages.align import aligned_policy, check_data
 from rdo.stages.evaluate import evaluate_policy
 from rdo.stages.scorer import check_labels
 from rdo.stages.sft import base_policy, demonstrations, to_imitate
+from rdo.stages.supervision import count_samples, supervision
 from rdo.training.alignment import AlignmentTask, Pair, Sample
 from tiny import metrics, tiny_run, weights
 

@@ -13,10 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import rdo.stages.run
 import rdo.stages.training
+import rdo.training.loop
 from rdo.runtime.stopping import SIGNALS, Stopped, check, handled, postponed, requested
+from rdo.sequences.readout import LogProbability
+from rdo.stages.align import aligned_policy
 from rdo.stages.score import scores
 from rdo.stages.sft import base_policy
 from rdo.tracking import Tracker
@@ -159,6 +164,47 @@ def test_training_saves_the_last_whole_step(stop, steps, tmp_path, monkeypatch):
         assert "after 0 of 5 steps, none of them saved; the same command starts again" in str(caught.value)
     assert weights(base_policy(run)) == wanted
     assert metrics(whole) == wanted_metrics
+
+
+@pytest.mark.parametrize("where", ["reference", "kl", "forward", "backward"])
+def test_a_stop_does_not_wait_for_the_end_of_a_micro_batch(where, tmp_path, monkeypatch):
+    """It comes in the first of two layers, or when the head's gradient is known: no layer is run, or
+    learns, after that. The same command does the step again."""
+    run = tiny_run(tmp_path, "loss=kto", "rc=none", "align.batch_size=8")
+    whole = aligned_policy(run)
+    wanted, wanted_metrics = weights(whole), metrics(whole)
+    shutil.rmtree(whole.folder)
+    if where == "reference":
+        shutil.rmtree(tmp_path / "reference")
+    passes: list[str] = []  # that are under way
+    ran: list[str] = []  # since the signal
+
+    def within(name: str, works: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments, **named: (passes.append(name), works(*arguments, **named), passes.pop())[1]
+
+    def part(name: str, works: Callable[..., Any]) -> Callable[..., Any]:
+        def run_part(*arguments: Any, **named: Any) -> Any:
+            ran.append(name)
+            names = {"read_all": "reference", "step": "forward" if torch.is_grad_enabled() else "kl"}
+            place = name if name != "layer" else names.get(passes[-1]) if passes else None
+            if place == where and not requested():
+                send(signal.SIGTERM)
+                ran.clear()
+            return works(*arguments, **named)
+
+        return run_part
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rdo.training.loop, "training_step", within("step", rdo.training.loop.training_step))
+        patched.setattr(rdo.stages.run, "read_all", within("read_all", rdo.stages.run.read_all))
+        patched.setattr(LlamaDecoderLayer, "forward", part("layer", LlamaDecoderLayer.forward))
+        patched.setattr(LogProbability, "backward", staticmethod(part("backward", LogProbability.backward)))
+        patched.setattr(rdo.training.loop, "update", lambda *_: pytest.fail("half a gradient is used"))
+        with handled(), pytest.raises(Stopped):
+            aligned_policy(run)
+    assert ran == []
+    assert aligned_policy(run) == whole
+    assert (weights(whole), metrics(whole)) == (wanted, wanted_metrics)
 
 
 def test_a_stop_while_the_model_is_saved_waits_for_the_manifest(tmp_path, monkeypatch):

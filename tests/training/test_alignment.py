@@ -15,10 +15,11 @@ from rdo.objectives.choice import LossChoice, choose_loss
 from rdo.objectives.losses import dpo
 from rdo.runtime.errors import UserError
 from rdo.settings import RcConfig, TrainingConfig
-from rdo.stages.align import check_data, own_scores, rc_settings, supervision, weigh
+from rdo.stages.align import check_data, rc_settings
 from rdo.stages.reference import partners
 from rdo.stages.run import select
 from rdo.stages.score import Scores, pairs_to_score
+from rdo.stages.supervision import own_scores, supervision, weigh
 
 
 def pair_record(identifier: str, chosen: int = 0, **others: object) -> Record:
@@ -77,6 +78,34 @@ def test_ablations() -> None:
     assert shuffled in ({(3.0, 7.0)}, {(7.0, 3.0)})  # the same permutation every time
 
 
+ONE_SIDED = [-1.0] * 198 + [0.5, 1.0]  # a paper's form that always says "the second"
+
+
+@pytest.mark.parametrize(
+    ("rc", "differences", "said"),
+    [
+        (RcConfig("diff"), ONE_SIDED, r"for 0\.97% .*R < 0 in 99\.0%.*rc\.order=antisymmetric or diffmodel\.form="),
+        (RcConfig("diff", ablation="filter"), ONE_SIDED, r"count for 1\.00% .*train the scorer longer"),
+        (RcConfig("diff", order="antisymmetric"), [-1.0] * 200, r"count for 0\.00% .*: train the scorer longer"),
+        (RcConfig("diff", min_effective_share=1e-6), [-1.0] * 200, "count for 0"),
+        (RcConfig("diff", alpha=1.0), [1e-3] * 199 + [100.0], r"count for 0\.50%.*R < 0 in 0\.0%"),
+        (RcConfig("diff", min_effective_share=0.001), ONE_SIDED, None),
+        (RcConfig("diff", negative="abs"), ONE_SIDED, None),
+        (RcConfig("diff"), [-1.0] * 180 + [1.0] * 20, None),
+    ],
+)
+def test_weights_that_leave_next_to_nothing_to_learn_from_are_refused(
+    rc: RcConfig, differences: list[float], said: str | None
+) -> None:
+    ids = [f"r{n}" for n in range(len(differences))]
+    outputs = {(name, 0, 1): value for name, value in zip(ids, differences, strict=True)}
+    outputs |= {(name, 1, 0): -value for name, value in zip(ids, differences, strict=True)}
+    read = {"diff": Scores({}, outputs, frozenset((name, 0, 1) for name in ids))}
+    with pytest.raises(UserError, match=said) if said else nullcontext() as caught:
+        weigh(ids, [((0, 1),)] * len(ids), rc, read, seed=0)
+    assert said is None or len(str(caught.value)) < 300
+
+
 @pytest.mark.parametrize("outputs", [{("x", 0, 1): 3.0, ("x", 1, 0): 1.0}, {("x", 0, 1): 3.0}])
 def test_r_is_read_from_the_forward_order_whatever_else_was_scored(outputs: dict[tuple[str, int, int], float]) -> None:
     read = Scores({}, outputs, frozenset({("x", 0, 1)}))
@@ -96,6 +125,7 @@ def test_settings_without_effect_do_not_make_another_run() -> None:
     assert rc_settings(RcConfig("none", alpha=0.1)) is None
     reward, filtered = RcConfig("reward"), RcConfig("reward", ablation="filter")
     assert rc_settings(RcConfig("reward", order="antisymmetric")) == rc_settings(reward)
+    assert rc_settings(RcConfig("reward", min_effective_share=0.5)) == rc_settings(reward)
     assert rc_settings(RcConfig("diff", order="antisymmetric")) != rc_settings(RcConfig("diff"))
     assert rc_settings(RcConfig("reward", alpha=1.0)) != rc_settings(reward)
     assert rc_settings(RcConfig("reward", alpha=1.0, ablation="filter")) == rc_settings(filtered)

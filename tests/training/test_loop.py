@@ -266,7 +266,7 @@ def test_no_stage_holds_the_texts_or_token_ids_of_all_records(
     split = "demonstrations" if name == "sft" else "train"
     records = run.records(split)
     tokenizer = load_tokenizer(model_path(base_policy(run)), run.config.model)
-    reference(run, mismatched=True)
+    reference(run, True, "train", run.config.align)
     texts, ids = Fleeting(records.source), Fleeting(run.encoded(split, tokenizer))
     lazy = type(records)(texts, records.numbers, records.rows)
     monkeypatch.setattr(Run, "records", lambda self, split: lazy)

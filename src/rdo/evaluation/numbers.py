@@ -14,6 +14,7 @@ from rdo.runtime.store import Artifact
 from rdo.tracking import METRICS
 
 LAST = 0.1  # of a training run's steps are averaged: one step alone is noise
+HARDLY, FAR = 0.01, 20.0  # nats between a policy and its reference
 # What a terminal shows of an evaluation.
 SHOWN = re.compile(
     r"pairs|prompts|length|kl|rewards\..*|against_base\..*\.win|(label|gold|labels_gold)_accuracy|negative_share|"
@@ -78,8 +79,18 @@ def shortened(name: str, longest: int = 44) -> str:
 def describe(evaluation: Mapping[str, Any]) -> str:
     """The main numbers of an evaluation in lines, of whose text a terminal acts upon nothing."""
     found = {name: as_number(estimate) for name, estimate in estimates(evaluation) if SHOWN.fullmatch(name)}
-    lines = (f"  {name:<34}{interval(value, 0 if value.value > 99 else 3)}" for name, value in found.items())
+    lines = [f"  {name:<34}{interval(value, 0 if value.value > 99 else 3)}" for name, value in found.items()]
+    # A base policy, which is compared with nothing, has not moved.
+    if evaluation.get("against_base") and not math.isnan(found["kl"].value):
+        lines += [f"  kl{hint}" for hint in [movement_hint(found["kl"].value)] if hint]
     return "\n".join(printable(line, keep="") for line in lines)
+
+
+def movement_hint(nats: float) -> str:
+    """What to do about a policy that is so far from its reference: nothing, mostly."""
+    if nats < HARDLY:
+        return ": it hardly moved; raise align.learning_rate (docs/recipes.md has rates by model size)"
+    return ": it ran away; lower align.learning_rate, or raise loss.beta" if nats > FAR else ""
 
 
 def stage_metric(artifact: Artifact, name: str | None) -> float | None:

@@ -17,8 +17,9 @@ import torch
 import transformers
 
 from rdo.models.traits import beside_backbone
+from rdo.runtime.errors import UserError
 from rdo.runtime.files import write_json
-from rdo.settings import ModelConfig
+from rdo.settings import Config, ModelConfig
 
 CONFIG = "adapter_config.json"
 # What peft's format has no place for: a scorer's form, and where the base lies from here, for folders that move.
@@ -48,6 +49,22 @@ def lora_settings(config: ModelConfig) -> dict[str, Any]:
     return {} if config.lora.rank is None else {"lora": asdict(config.lora)}
 
 
+def check_trained(config: Config) -> None:
+    """Raises UserError where weights in half precision would be trained, or stay frozen beside an adapter in a way that
+    no engine can compute."""
+    model, engine = config.model, config.engine
+    if model.dtype in ("float32", "float64"):
+        return
+    frozen = model.dtype == "bfloat16" and model.lora.rank is not None
+    if not frozen or engine.name != "torch" or engine.precision not in ("bfloat16", "auto"):
+        # An update below 1/256 of a weight is lost in bfloat16, and at 1e-6 nearly all are.
+        raise UserError(
+            f"model.dtype={model.dtype}: what is trained is trained in float32; set model.dtype=float32 (with "
+            "engine.precision=bfloat16 to compute in half precision), or freeze it in bfloat16 under an adapter: "
+            "model.lora.rank=8 engine=torch engine.precision=bfloat16"
+        )
+
+
 def choose_trained(model: transformers.PreTrainedModel, config: ModelConfig, seed: int) -> Any:
     """Decides by model.lora which weights are trained: all, or a new adapter's, and of a scorer also its head's.
 
@@ -75,6 +92,9 @@ def choose_trained(model: transformers.PreTrainedModel, config: ModelConfig, see
     torch.manual_seed(seed)
     adapted = get_peft_model(model, settings)
     settings.target_modules = sorted(settings.target_modules or ())  # a set's order is another in every process
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32))  # a head beside a half base
     trained, total = adapted.get_nb_trainable_parameters()
     print(f"[lora] {trained} of {total} parameters are trained", flush=True)
     return adapted

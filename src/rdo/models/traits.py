@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
+from rdo.runtime import stopping
 from rdo.runtime.errors import UserError
 from rdo.sequences.forward import input_embeddings
 from rdo.sequences.preparation import TRIAL
@@ -36,6 +38,23 @@ def recompute_activations(model: transformers.PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, transformers.GradientCheckpointingLayer):
             module.training = True
+
+
+def stop_between_layers(model: torch.nn.Module) -> None:
+    """Lets one process stop within a pass, between two layers, forward or backward: a micro-batch of a CPU may take
+    minutes. The pass raises Stopped, and leaves gradients that are of no use."""
+    for module in model.modules():
+        is_layer = isinstance(module, transformers.GradientCheckpointingLayer)
+        if is_layer and stop_after not in module._forward_hooks.values():
+            module.register_forward_hook(stop_after)
+
+
+def stop_after(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    """The hook of a layer that was run."""
+    stopping.check_alone()
+    states = output[0] if isinstance(output, tuple) else output
+    if states.requires_grad:
+        states.register_hook(stopping.check_alone)
 
 
 def head_parameters(model: transformers.PreTrainedModel) -> list[torch.nn.Parameter]:

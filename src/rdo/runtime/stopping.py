@@ -1,7 +1,8 @@
 """Ctrl-C, SIGTERM and a scheduler's SIGUSR2 set a flag, which long work reads where nothing is lost.
 
-Such work runs as `postponed()` and asks `check()` between two steps, parts or batches; anywhere else the first signal
-ends the work right away. Either way `Stopped` is raised, which `handled` turns into one line and an exit code.
+Such work runs as `postponed()` and asks `check()` between two parts or batches, or `check_together()` where processes
+work hand in hand; anywhere else the first signal ends the work right away. Either way `Stopped` is raised, which
+`handled` turns into one line and an exit code.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from rdo.runtime.processes import is_rank0
+import torch
+
+from rdo.runtime.processes import all_reduce_sum, is_rank0, world
 
 NOTE = "what is finished is kept, and the same command goes on"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
@@ -93,3 +96,15 @@ def check(note: str = NOTE) -> None:
     """Raises Stopped if this process was asked to stop."""
     if requested():
         raise Stopped(note)
+
+
+def check_alone(*_: object) -> None:
+    """`check`, where there is one process: a hook for the midst of a pass, which several must not leave one by one."""
+    if world().size == 1:
+        check()
+
+
+def check_together() -> None:
+    """Raises Stopped in every process if any of them was asked to stop; all call it at the same point of their work."""
+    if int(all_reduce_sum(torch.tensor(int(requested())))):
+        raise Stopped(NOTE)

@@ -105,8 +105,8 @@ def described_layout(model: transformers.PreTrainedModel, layout: LayoutName) ->
 
 
 def computing_in(dtype: torch.dtype, model: transformers.PreTrainedModel) -> AbstractContextManager[Any]:
-    """Autocast, where a model is to compute in another dtype than its weights are in."""
-    return nullcontext() if dtype == model.dtype else torch.autocast(model.device.type, dtype)
+    """Autocast, where a model is to compute in half precision."""
+    return torch.autocast(model.device.type, dtype) if dtype in HALF else nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

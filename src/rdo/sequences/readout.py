@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
+from rdo.runtime import stopping
 from rdo.sequences.layout import Layout, tensor_on, to_device
 
 # Logits that may exist at once, in elements: 64 Mi of float32 are 256 MiB.
@@ -71,6 +72,7 @@ def token_log_probabilities(
     """log softmax(head(hidden))[target] for hidden [tokens, width] and target [tokens]."""
 
     def chunk_log_probabilities(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        stopping.check_alone()  # a chunk takes as long as several layers
         return LogProbability.apply(in_full_precision(head(rows)), wanted)
 
     step = max(1, logits_budget // head.weight.shape[0])

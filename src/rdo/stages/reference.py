@@ -18,6 +18,7 @@ from rdo.data.records import Record, Records
 from rdo.runtime.errors import UserError
 from rdo.runtime.store import Artifact
 from rdo.sequences.forward import Reads
+from rdo.settings import TrainingConfig
 from rdo.stages.run import Run, select
 from rdo.stages.sft import base_policy
 from rdo.stages.tables import Body, read_table, reading, table
@@ -51,15 +52,18 @@ def partners(records: Sequence[Record], chosen: list[int]) -> dict[int, int]:
     return found
 
 
-def reference(run: Run, mismatched: bool) -> Artifact:
-    """Log-probabilities under the base policy of the responses that `align` selects."""
-    base, selection = base_policy(run), run.config.align
+def reference(run: Run, mismatched: bool, split: str, selection: TrainingConfig) -> Artifact:
+    """Log-probabilities under the base policy of the responses of a split's selected records, computed as the first
+    step of training computes them: else that would begin with log-ratios of another rounding."""
+    base = base_policy(run)
     kept = [selection.min_responses, selection.max_records]
-    settings = run.settings("train", selection=kept, mismatched=mismatched)
+    settings = run.settings(split, selection=kept, mismatched=mismatched)
+    if run.autocasts():
+        settings["autocast"] = True
 
     def begin() -> Body:
-        model, tokenizer = run.policy(base)
-        records, encoded = run.records("train"), run.encoded("train", tokenizer)
+        model, tokenizer = run.policy(base, trained=run.autocasts())
+        records, encoded = run.records(split), run.encoded(split, tokenizer)
         chosen = select(records, selection)
         other = partners(records, chosen) if mismatched else {}
 

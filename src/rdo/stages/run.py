@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,14 @@ from rdo.data.encoding import (
 from rdo.data.loading import Splits, load_splits
 from rdo.data.records import Record, Records
 from rdo.models.pretrained import load_policy, load_scorer, load_tokenizer
+from rdo.models.traits import stop_between_layers
 from rdo.runtime.errors import NotFiniteError, UserError
 from rdo.runtime.processes import broadcast, dealt, world
 from rdo.runtime.progress import progress_bar
 from rdo.runtime.store import PART_OF, Artifact, Provenance, artifact_of, fingerprint, found, produce
+from rdo.sequences.budget import tokens_per_micro_batch
 from rdo.sequences.forward import Reads, read_all
-from rdo.sequences.preparation import set_layout
+from rdo.sequences.preparation import computing_in, set_layout
 from rdo.settings import Config, TrainingConfig
 from rdo.tracking import Tracker
 from rdo.training.engine import precision_of
@@ -170,9 +172,14 @@ class Run:
     def policy(
         self, artifact: Artifact, trained: bool = False
     ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-        """A policy and its tokenizer, on the run's device; with the weights that it computes with, unless it is to be
-        trained."""
+        """A policy and its tokenizer, on the run's device; with the weights that it computes with, or with those that
+        training starts from."""
         return self._loaded(artifact, load_policy(model_path(artifact), self.config.model), trained)
+
+    def autocasts(self) -> bool:
+        """Whether this run computes in half precision under autocast, as engine=torch trains; under DeepSpeed the
+        weights are in half precision and nothing else, and the two round differently."""
+        return self.config.engine.name == "torch" and self.precision() != torch.float32
 
     def scorer(self, artifact: Artifact) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
         """A scorer and its tokenizer, on the run's device, with the weights that it computes with."""
@@ -193,8 +200,15 @@ class Run:
     def reader(self, model: transformers.PreTrainedModel) -> Callable[[tqdm, Sequence[Reads]], list[list[float]]]:
         """`forward.read_all` with the model, in the layout that it can run, as the config has it."""
         engine = self.config.engine
-        layout = set_layout(model, engine.layout, engine.attention)
-        return lambda bar, items: read_all(bar, model, layout, items, engine.tokens_per_micro_batch)
+        layout = set_layout(model, engine.layout, engine.attention, self.precision())
+        stop_between_layers(model)
+        budget = tokens_per_micro_batch(model, engine, trained=False)
+
+        def read(bar: tqdm, items: Sequence[Reads]) -> list[list[float]]:
+            with computing_in(self.precision(), model) if self.autocasts() else nullcontext():
+                return read_all(bar, model, layout, items, budget)
+
+        return read
 
     def read_all(self, model: transformers.PreTrainedModel, items: Sequence[Reads], title: str) -> list[list[float]]:
         """What the model reads off all items, dealt to the processes, in the order given."""

@@ -14,16 +14,16 @@ import transformers
 from rdo.data.encoding import EncodedRecord
 from rdo.data.records import Preference
 from rdo.models.given import given
-from rdo.models.lora import choose_trained, lora_settings
+from rdo.models.lora import check_trained, choose_trained, lora_settings
 from rdo.models.pretrained import load_tokenizer, new_scorer
 from rdo.models.scorers import ComparisonTemplate, add_value, check_form
 from rdo.runtime.errors import UserError
 from rdo.runtime.store import Artifact
 from rdo.sequences.forward import Reads
-from rdo.settings import DifferenceConfig, ScorerConfig
+from rdo.settings import DifferenceConfig, ScorerConfig, TrainingConfig
 from rdo.stages.run import Run, model_path, select
 from rdo.stages.sft import base_policy
-from rdo.stages.training import train_and_save
+from rdo.stages.training import train_and_save, validation_selection, validation_settings
 from rdo.training.tasks import ById, ScorerTask, learns_from
 
 # The two kinds of scorer, by the name that rc and eval.subject call them, and the stage that makes each.
@@ -36,10 +36,17 @@ def scorer(run: Run, kind: str) -> Artifact:
     section = getattr(run.config, stage)
     if section.path:
         return given(section.path, setting=f"{stage}.path")
+    check_trained(run.config)
     check_labels(run, kind)
     form = form_of(section)
     base = given(section.backbone, setting=f"{stage}.backbone") if section.backbone else base_policy(run)
-    settings = run.settings("train", training=asdict(section), seed=run.config.seed, **lora_settings(run.config.model))
+    settings = run.settings(
+        "train",
+        training=asdict(section),
+        seed=run.config.seed,
+        **validation_settings(run, section),
+        **lora_settings(run.config.model),
+    )
     if form != "pointwise":
         settings["difference_template"] = list(run.config.model.difference_template)
 
@@ -103,8 +110,32 @@ def train_scorer(run: Run, kind: str, base: Artifact, folder: Path) -> dict[str,
     model = new_scorer(model_path(base), form, config.model, config.seed)
     check_form(model)
     trained = choose_trained(model, config.model, config.seed)
-    records, encoded = run.records("train"), run.encoded("train", tokenizer)
-    places = run.fitting(encoded, select(records, section))
+    task, validated = comparison(run, "train", section, section, tokenizer), validation_selection(section)
+    return train_and_save(
+        run,
+        task,
+        run.on_device(model),
+        trained,
+        tokenizer,
+        section,
+        "train",
+        folder,
+        stage,
+        validation=comparison(run, "validation", section, validated, tokenizer) if validated else None,
+    )
+
+
+def comparison(
+    run: Run,
+    split: str,
+    section: ScorerConfig,
+    selection: TrainingConfig,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+) -> ScorerTask:
+    """The task of a section on a split's labelled pairs."""
+    config, form = run.config, form_of(section)
+    records, encoded = run.records(split), run.encoded(split, tokenizer)
+    places = run.fitting(encoded, select(records, selection))
     pairs = [
         (record.id, place, preference)
         for place, record in zip(places, records.only(np.array(places, int)), strict=True)
@@ -121,5 +152,4 @@ def train_scorer(run: Run, kind: str, base: Artifact, folder: Path) -> dict[str,
         template = ComparisonTemplate(config.model.difference_template, tokenizer)
         betas = (section.beta0, section.beta1)
     keys = [(record_id, preference.chosen, preference.rejected) for record_id, _, preference in pairs]
-    task = ScorerTask(ById(keys, make), form, template, *betas, config.seed)
-    return train_and_save(run, task, run.on_device(model), trained, tokenizer, section, "train", folder, stage)
+    return ScorerTask(ById(keys, make), form, template, *betas, config.seed)

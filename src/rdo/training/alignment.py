@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,11 +76,22 @@ class AlignmentRecord:
         return len(self.encoded.prompt) + max(map(len, self.encoded.responses)) - 1
 
     @cached_property
+    def weighted(self) -> list[Pair]:
+        """The pairs that move the policy: what has the weight 0 is counted, and not read."""
+        return [pair for pair in self.pairs if pair.weight]
+
+    @property
+    def counts(self) -> bool:
+        """Whether the loss reads any response."""
+        return bool(self.weighted or self.samples or self.best is not None)
+
+    @cached_property
     def responses(self) -> list[int]:
-        """The responses that the loss reads, in order."""
-        used = {r for pair in self.pairs for r in (pair.chosen, pair.rejected)}
+        """The responses that the loss reads, in order; the first of a record that does not count, which may have to be
+        read for nothing (see step.deal_step)."""
+        used = {r for pair in self.weighted for r in (pair.chosen, pair.rejected)}
         used |= {sample.response for sample in self.samples}
-        return sorted(used | ({self.best} if self.best is not None else set()))
+        return sorted(used | ({self.best} if self.best is not None else set())) or [0]
 
     @cached_property
     def reads(self) -> Reads:
@@ -91,13 +103,27 @@ class AlignmentTask(Task):
 
     def __init__(self, records: ById[AlignmentRecord], loss: LossChoice):
         super().__init__(records)
-        self.loss, self.needs_kl = loss, loss.needs_kl
+        self.loss = loss
 
     def denominators(self, examples: Sequence[AlignmentRecord]) -> Denominators:
         pairs = sum(len(example.pairs) for example in examples)
         samples = 2 * pairs + sum(len(example.samples) for example in examples)
         best = sum(example.best is not None for example in examples)
         return {"pairs": max(1, pairs), "samples": max(1, samples), "queries": len(examples), "best": max(1, best)}
+
+    def described(self, examples: Sequence[AlignmentRecord]) -> dict[str, float]:
+        named = [(example, pair) for example in examples for pair in example.pairs]
+        weights = [pair.weight for _, pair in named]
+        if self.loss.mean_over == "samples":
+            weights = 2 * weights + [1.0 for example in examples for _ in example.samples]
+        logged: dict[str, list[float]] = {
+            "weight_mean": weights,
+            "weight_square_mean": [weight**2 for weight in weights],
+            "weight_zero_share": [float(weight == 0) for weight in weights],
+            "chosen_length": [float(len(example.encoded.responses[pair.chosen])) for example, pair in named],
+            "rejected_length": [float(len(example.encoded.responses[pair.rejected])) for example, pair in named],
+        }
+        return {name: math.fsum(values) / len(values) for name, values in logged.items() if values}
 
     def losses(
         self, examples: Sequence[AlignmentRecord], values: Tensor, denominators: Denominators, kl: Tensor | None
@@ -109,7 +135,7 @@ class AlignmentTask(Task):
         # One a pair, or one a sample.
         unreduced = self.loss.function(**{name: inputs[name] for name in self.loss.inputs}, **self.loss.settings)
         loss = (weight * unreduced).sum() / denominators[self.loss.mean_over]
-        metrics = self.measure(inputs, weight, unreduced, desirable)
+        metrics = self.measure(inputs, unreduced, desirable)
         if self.loss.sft_weight:
             best = [(n, example.best) for n, example in enumerate(examples) if example.best is not None]
             cross_entropy = losses.sft(read.policy(best), read.length(best), reduction=self.loss.sft_reduction)
@@ -120,7 +146,7 @@ class AlignmentTask(Task):
     def inputs(self, read: Responses) -> tuple[dict[str, Tensor], Tensor, list[bool]]:
         """What losses ask for (see objectives/choice.py), the weights, [pairs] or [samples], and which samples are
         desirable, known on the host, which need not wait for a GPU to count them."""
-        pairs = [(n, pair) for n, example in enumerate(read.examples) for pair in example.pairs]
+        pairs = [(n, pair) for n, example in enumerate(read.examples) for pair in example.weighted]
         chosen = [(n, pair.chosen) for n, pair in pairs]
         rejected = [(n, pair.rejected) for n, pair in pairs]
         weight = read.tensor([pair.weight for _, pair in pairs])
@@ -142,24 +168,26 @@ class AlignmentTask(Task):
         inputs["desirable"] = read.tensor(desirable, torch.bool)
         return inputs, torch.cat([weight, weight, weight.new_ones(len(alone))]), desirable
 
-    def measure(self, inputs: dict[str, Tensor], weight: Tensor, values: Tensor, desirable: Sequence[bool]) -> Metrics:
-        """Sums and counts of what the dashboards show; what no pair or sample is there for has the count 0."""
+    def measure(self, inputs: dict[str, Tensor], values: Tensor, desirable: Sequence[bool]) -> Metrics:
+        """Sums and counts, over what the loss reads, of what the dashboards show; what no pair or sample is there for
+        has the count 0."""
         policy, beta = inputs["policy_chosen"] - inputs["policy_rejected"], self.loss.settings.get("beta", 1.0)
         pairs = len(policy)
         metrics: Metrics = {
             "alignment_loss": (values.sum(), len(values)),
-            "weight_mean": (weight.sum(), len(weight)),
-            "weight_square_mean": (weight.square().sum(), len(weight)),
-            "weight_zero_share": ((weight == 0).sum(), len(weight)),
             "policy_margin": (policy.sum(), pairs),
         }
-        for name in ("policy_chosen", "policy_rejected", "chosen_length", "rejected_length"):
+        for name in ("policy_chosen", "policy_rejected"):
             metrics[name] = (inputs[name].sum(), pairs)
         if self.loss.needs_reference:
+            ratios: list[Tensor] = []
             for name in ("chosen", "rejected"):
                 # In nats. The data's responses are not the policy's own, so this is no KL: stage eval estimates that.
                 log_ratio = inputs[f"policy_{name}"] - inputs[f"reference_{name}"]
                 metrics[f"log_ratio_{name}"] = (log_ratio.sum(), pairs)
+                ratios.append(log_ratio)
+            sizes = inputs.get("log_ratio", torch.cat(ratios)).abs()
+            metrics["log_ratio_size"] = (sizes.sum(), len(sizes))
             margin = policy - (inputs["reference_chosen"] - inputs["reference_rejected"])
             # A tie counts as half right: at the first step policy and reference are the same, but for rounding.
             right = torch.where(margin.abs() < TIE, 0.5, (margin > 0).to(margin.dtype))

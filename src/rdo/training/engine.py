@@ -14,12 +14,14 @@ import torch
 import transformers
 
 from rdo.models.lora import trained_state
+from rdo.models.traits import stop_between_layers
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import Damaged, check_zip, replace_file
 from rdo.runtime.processes import barrier, broadcast, is_rank0
 from rdo.runtime.progress import say, warn
 from rdo.sequences.forward import Reads, read
 from rdo.sequences.layout import LayoutName
+from rdo.sequences.preparation import computing_in
 from rdo.settings import EngineConfig
 
 
@@ -68,6 +70,7 @@ class TorchEngine:
         config: EngineConfig,
     ):
         self.model, self.optimizer = model, optimizer
+        stop_between_layers(model)
         self.largest = math.inf if max_gradient_norm is None else max_gradient_norm
         self.precision = precision_of(config, model.device)
 
@@ -76,7 +79,7 @@ class TorchEngine:
         return self.optimizer.param_groups
 
     def read(self, layout: LayoutName, reads: Reads) -> torch.Tensor:
-        with torch.autocast(self.model.device.type, self.precision, enabled=self.precision != torch.float32):
+        with computing_in(self.precision, self.model):
             return read(self.model, layout, reads)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
@@ -152,6 +155,11 @@ class Checkpoints:
         self.folder, self.config, self.before_saving = folder, config, before_saving
         self.last_saved = time.monotonic()
         self.newest: Path | None = None
+        self.kept: int | None = None  # the step whose checkpoint stays, however old it is
+
+    def path(self, step: int, engine: Engine) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.folder / f"step_{step:08d}{engine.suffix}"
 
     def restore(self, engine: Engine) -> int:
         """Takes up the newest whole checkpoint; the steps it had done (0: there is none).
@@ -177,7 +185,7 @@ class Checkpoints:
 
     def save(self, step: int, engine: Engine) -> None:
         """Saves, unless this step is saved already, and then removes all but the last few."""
-        path = self.folder / f"step_{step:08d}{engine.suffix}"
+        path = self.path(step, engine)
         if self.newest == path:
             return
         self.before_saving()
@@ -188,6 +196,8 @@ class Checkpoints:
             upto = files.index(path) + 1
             # Of a later step are only those that were damaged when this run began.
             for other in (*files[:upto][: -self.config.keep_checkpoints], *files[upto:]):
+                if self.kept is not None and other == self.path(self.kept, engine):
+                    continue
                 if other.is_dir():
                     other = other.rename(other.with_name(f".{other.name}.old"))  # whole or not at all
                     shutil.rmtree(other, ignore_errors=True)

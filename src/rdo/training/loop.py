@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +20,18 @@ import transformers
 from rdo.models.traits import head_parameters, recompute_activations
 from rdo.runtime import stopping
 from rdo.runtime.errors import NotFiniteError, UserError
-from rdo.runtime.processes import all_reduce_sum, world
+from rdo.runtime.files import read_json, write_json
+from rdo.runtime.processes import all_reduce_sum, broadcast, is_rank0, world
 from rdo.runtime.progress import progress_bar
 from rdo.runtime.store import stable_seed
+from rdo.sequences.budget import tokens_per_micro_batch
 from rdo.sequences.forward import check_positions
 from rdo.sequences.preparation import described_layout, set_layout
 from rdo.settings import EngineConfig, ScorerConfig, TrainingConfig
 from rdo.tracking import Tracker
 from rdo.training.engine import Checkpoints, Engine, TorchEngine, precision_of
 from rdo.training.step import Dealt, Task, deal_step, training_step
+from rdo.training.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -104,16 +107,15 @@ def train(
     folder: Path,
     tracker: Tracker,
     title: str,
+    validation_task: Task | None = None,
 ) -> dict[str, torch.Tensor] | None:
     """Trains the model, going on from the folder's last checkpoint if there is one. Every process calls this.
+    validation_task: what the config has validated, over records that are not trained on.
 
     Returns the trained weights, on the first process, where the engine has divided them; else the model has them.
     Raises UserError where training is impossible, and Stopped, with a checkpoint of the last whole step, when the
     process is asked to stop.
     """
-    if model.dtype not in (torch.float32, torch.float64):
-        # An update below 1/256 of a weight is lost in bfloat16, and at 1e-6 nearly all are.
-        raise UserError(f"weights of {model.dtype} cannot be trained exactly: use model.dtype=float32")
     layout = set_layout(model, engine_config.layout, engine_config.attention, precision_of(engine_config, model.device))
     if engine_config.gradient_checkpointing:
         recompute_activations(model)
@@ -123,7 +125,11 @@ def train(
     checkpoints = Checkpoints(folder / "checkpoints", engine_config, tracker.synchronize)
     done = checkpoints.restore(engine)
     tracker.resume(done)
-    how = f"layout {described_layout(model, layout)}"
+    validation = Validation(validation_task, config, tracker, checkpoints)
+    budget = engine_config.tokens_per_micro_batch or kept_budget(
+        checkpoints.folder, lambda: tokens_per_micro_batch(model, engine_config, trained=True)
+    )
+    how = f"layout {described_layout(model, layout)}, {budget} tokens a micro-batch"
     if engine_config.name != "torch":
         how += f", {engine_config.name} on {world().size} process{'es' if world().size > 1 else ''}"
     print(f"[{title}] {plan.records} records, {plan.steps} steps, {how}", flush=True)
@@ -131,13 +137,19 @@ def train(
     def dealt_step(step: int) -> Dealt:
         epoch, numbers = plan.batch(step)
         examples = [task.example(number, epoch) for number in numbers]
-        return deal_step(examples, layout, engine_config.tokens_per_micro_batch)
+        return deal_step(examples, layout, budget)
 
     bar = progress_bar(plan.steps, title, initial=done)
     # Reading, encoding and packing a step's records takes no time from the step before it.
     with stopping.postponed(), bar, ThreadPoolExecutor(1) as thread:
         coming = thread.submit(dealt_step, done)
-        for step in range(done, plan.steps):
+        for step in range(done, plan.steps + 1):
+            try:
+                validation.after(step, step == plan.steps, engine, layout, budget, title)
+            except stopping.Stopped:
+                raise stopping.Stopped(part(checkpoints, engine, step, plan)) from None
+            if step == plan.steps or validation.exhausted:
+                break
             started = time.perf_counter()
             dealt, coming = coming.result(), thread.submit(dealt_step, step + 1)
             for group in engine.param_groups:
@@ -160,7 +172,19 @@ def train(
             if save and step + 1 < plan.steps:
                 checkpoints.save(step + 1, engine)
         tracker.synchronize()
+        validation.take_best(step, engine, title)
     return engine.finish()
+
+
+def kept_budget(folder: Path, choose: Callable[[], int]) -> int:
+    """The budget that a run began with: what goes on from its checkpoint has the same bits, whatever is free then."""
+    file = folder / "budget.json"
+    if not broadcast(file.exists):
+        budget = choose()
+        if is_rank0():
+            file.parent.mkdir(exist_ok=True)
+            write_json(file, budget)
+    return int(broadcast(lambda: read_json(file)))
 
 
 def part(checkpoints: Checkpoints, engine: Engine, step: int, plan: Plan) -> str:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class Example:
     record_id: str
     reads: Reads
     target: float = 1.0
+    counts: ClassVar[bool] = True
 
 
 class SftTask(Task):
