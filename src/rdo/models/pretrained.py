@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from transformers.utils import find_adapter_config_file
 
 from rdo.models.lora import NOTES, adapter_base, is_adapter, merge_saved, read_notes, save_adapter
+from rdo.models.padding import name_padding
 from rdo.models.traits import beside_backbone, check_logits, head_names, head_parameters, without_dropout
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import replace_folder
@@ -179,6 +180,7 @@ def save_model(
     for name, weight in (*own.named_parameters(remove_duplicate=False), *own.named_buffers(remove_duplicate=False)):
         if state is not None and name in state:
             weight.data = state[name]
+    tokenizer, said = name_padding(own, tokenizer, adapter=model is not own)
     with replace_folder(folder) as temporary:
         if model is own:
             model.save_pretrained(temporary, max_shard_size=LARGEST_FILE)
@@ -189,3 +191,5 @@ def save_model(
         # Read back, for under ZeRO-3 each process has a part of the base alone.
         how = {"config": copy.deepcopy(own.config), "dtype": own.dtype}
         save_model(load_whole(type(own), folder, "main", **how)[0], tokenizer, folder)
+    elif said:
+        print(f"[saved] {folder}: {said}", flush=True)
