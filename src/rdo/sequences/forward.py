@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -124,13 +125,32 @@ def decoder_head(model: transformers.PreTrainedModel) -> torch.nn.Linear | None:
 def check_positions(
     model: transformers.PreTrainedModel, longest: int, remedy: str = "lower dataset.max_length"
 ) -> None:
-    """Raises UserError where a sequence has more tokens than the model has positions for."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and longest > positions:
+    """Raises UserError where a sequence has more tokens than the model takes."""
+    most, reason = longest_sequence(model)
+    if longest > most:
         raise UserError(
-            f"a sequence of {longest} tokens, but {type(model).__name__} takes {positions}; {remedy} (the difference "
-            "model reads the query and both responses, up to twice dataset.max_length)"
+            f"a sequence of {longest} tokens, but {type(model).__name__} takes {most:.0f}{reason}; {remedy} (the "
+            "difference model reads the query and both responses, up to twice dataset.max_length)"
         )
+
+
+def longest_sequence(model: transformers.PreTrainedModel) -> tuple[float, str]:
+    """How many tokens a sequence may have, be it without an end, and why, where that is fewer than its positions.
+
+    RoBERTa and its kin count positions from behind that of padding. Past its first length, longrope turns the positions
+    of a whole micro-batch otherwise, so that a long sequence would change the numbers of a short one.
+    """
+    config = model.config.get_text_config()
+    most, reason = getattr(config, "max_position_embeddings", None) or math.inf, ""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and (padding := getattr(module, "padding_idx", None)) is not None:
+            return most - padding - 1, f", as it counts positions from {padding + 1}"
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in (rope, *rope.values()):  # one of all layers, or one of each type of layer
+        if isinstance(kind, dict) and kind.get("rope_type") == "longrope":
+            most = min(most, kind["original_max_position_embeddings"])
+            reason = ", because more would change its rope_type=longrope for all sequences of a micro-batch"
+    return most, reason
 
 
 def check_ids(model: transformers.PreTrainedModel, ids: torch.Tensor) -> None:
