@@ -1,4 +1,4 @@
-"""The longest sequence that a model takes, and no more: what is longer is refused by name, before any number changes."""
+"""The longest sequence that a model takes, and no more: what is longer is refused by name, and changes no number."""
 
 from __future__ import annotations
 

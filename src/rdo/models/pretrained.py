@@ -18,7 +18,7 @@ from transformers.utils import find_adapter_config_file
 
 from rdo.models.lora import NOTES, adapter_base, is_adapter, merge_saved, read_notes, save_adapter
 from rdo.models.padding import name_padding
-from rdo.models.traits import beside_backbone, check_logits, head_names, head_parameters, without_dropout
+from rdo.models.traits import beside_backbone, check_rows, choose_head, head_names, head_parameters, without_dropout
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import replace_folder
 from rdo.settings import ModelConfig
@@ -51,7 +51,8 @@ def new_policy(
 def load_policy(path: str | Path, config: ModelConfig) -> transformers.PreTrainedModel:
     """A causal language model from a folder or the hub, without dropout."""
     model = from_pretrained(transformers.AutoModelForCausalLM, path, config)
-    check_logits(without_dropout(model), path)
+    check_rows(without_dropout(model), path, causal=True)
+    choose_head(model, path)
     return model
 
 
@@ -90,7 +91,8 @@ def new_scorer(policy: str | Path, form: str, config: ModelConfig, seed: int) ->
         for parameter in head_parameters(model):
             parameter.zero_()
     model.config.rdo_form = form
-    return without_dropout(model)
+    check_rows(without_dropout(model), policy, causal=False)
+    return model
 
 
 def load_scorer(path: str | Path, config: ModelConfig) -> transformers.PreTrainedModel:
@@ -100,7 +102,8 @@ def load_scorer(path: str | Path, config: ModelConfig) -> transformers.PreTraine
         if model.config.num_labels != 1:
             raise UserError(f"{path}: a reward model has one output, this one has {model.config.num_labels}")
         model.config.rdo_form = "pointwise"
-    return without_dropout(model)
+    check_rows(without_dropout(model), path, causal=False)
+    return model
 
 
 def from_pretrained(

@@ -93,9 +93,10 @@ def set_kernel(model: transformers.PreTrainedModel, attention: str, dtype: torch
 
 
 def head_width(model: transformers.PreTrainedModel) -> int:
-    """The width of an attention head, as the config has it."""
+    """The width of the widest attention head: layers may differ."""
     config = model.config.get_text_config()
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    widths = [module.head_dim for module in model.modules() if isinstance(getattr(module, "head_dim", None), int)]
+    return max(widths, default=config.hidden_size // config.num_attention_heads)  # type: ignore[type-var, return-value]
 
 
 def described_layout(model: transformers.PreTrainedModel, layout: LayoutName) -> str:
