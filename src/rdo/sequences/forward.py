@@ -76,8 +76,8 @@ def hidden_states(model: transformers.PreTrainedModel, layout: Layout) -> torch.
 
 
 def backbone(model: transformers.PreTrainedModel) -> torch.nn.Module:
-    """What of a model gives its last hidden states; some that see or hear, too, have their own name for it."""
-    return model.base_model if model.base_model is not model else model.get_decoder()
+    """What of a model gives its last hidden states; a few (Llama 4) do not have it under the name that they declare."""
+    return model.base_model if model.base_model is not model else getattr(model, "model", model)
 
 
 def forward_pass(module: torch.nn.Module, model: transformers.PreTrainedModel, layout: Layout, **options: Any) -> Any:
