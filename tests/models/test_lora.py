@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig as PeftLora
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -186,28 +185,6 @@ def test_a_run_folder_may_move_and_a_base_that_is_gone_is_named(tmp_path: Path, 
 
 
 # Adapters that others saved
-
-
-THEIRS = [
-    ("llama", {"use_rslora": True, "lora_dropout": 0.1, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}),
-    # A head that is its model's embeddings, and that the adapter unties: as tokens are added, say.
-    ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "modules_to_save": ["lm_head"]}),
-]
-
-
-@pytest.mark.parametrize(("name", "settings"), THEIRS)
-def test_an_adapter_by_peft_loads_without_a_tokenizer_of_its_own(tmp_path: Path, name: str, settings: dict[str, Any]):
-    path, folder = saved(policy(name), tmp_path / "base"), tmp_path / "theirs"
-    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(path), PeftLora(r=4, **settings))
-    for number, parameter in enumerate(theirs.parameters()):
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter.data, std=0.2, generator=torch.Generator().manual_seed(number))
-    theirs.save_pretrained(folder)
-    model = load_policy(folder, CONFIG)
-    assert close(plain_logits(model), plain_logits(theirs))
-    assert load_tokenizer(folder, CONFIG).get_vocab() == TOKENIZER.get_vocab()
-    again = AutoModelForCausalLM.from_pretrained(saved(model, tmp_path / "saved"))
-    assert close(plain_logits(again), plain_logits(theirs))
 
 
 def test_an_adapter_from_the_hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -140,11 +141,39 @@ def merge_saved(
 
     settings = PeftConfig.from_pretrained(str(folder))
     settings.task_type = None  # a scorer may start from a policy's
+    weights = load_peft_weights(str(folder), device="cpu")
+    fit_embeddings(base, weights)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")  # else they would start anew
         model = PeftModel.from_pretrained(base, str(folder), config=settings, torch_device="cpu").merge_and_unload()
-    brought = {name.removeprefix(PREFIX) for name in load_peft_weights(str(folder), device="cpu")}
+    brought = {name.removeprefix(PREFIX) for name in weights}
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if getattr(model.config, "tie_word_embeddings", False) and head is not None:  # it may have replaced one of the two
         model.config.tie_word_embeddings = head.weight is embeddings.weight
     return model.requires_grad_(False), lacking - brought
+
+
+def fit_embeddings(base: transformers.PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> None:
+    """Gives a base as many embeddings as an adapter's weights have, where tokens were added before it was trained; and
+    a head of its own, where its embeddings are adapted and are the head, too: merging would change both.
+
+    Raises ValueError where the adapter does not bring all that has other rows.
+    """
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    names = {id(module): name for name, module in base.named_modules()}
+    adapted = weights.get(f"{PREFIX}{names[id(embeddings)]}.lora_embedding_A")  # [rank, ids]
+
+    def whole(module: Any) -> torch.Tensor | None:
+        own = PREFIX + names[id(module)]
+        return weights.get(f"{own}.weight", weights.get(f"{own}.base_layer.weight"))
+
+    found = whole(embeddings)
+    rows = found.shape[0] if found is not None else adapted.shape[1] if adapted is not None else None
+    tied = head is not None and head.weight is embeddings.weight
+    if rows not in (None, base.config.get_text_config().vocab_size):
+        lost = [names[id(m)] for m in (embeddings, None if tied else head) if m is not None and whole(m) is None]
+        if lost:
+            raise ValueError(f"it was trained with {rows} embeddings, and brings no weights of that size for {lost}")
+        base.resize_token_embeddings(rows, mean_resizing=False)
+    if tied and adapted is not None:
+        head.weight = torch.nn.Parameter((head.weight if found is None else found).to(head.weight.dtype, copy=True))

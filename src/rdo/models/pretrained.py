@@ -17,7 +17,8 @@ from huggingface_hub import snapshot_download
 from transformers.utils import find_adapter_config_file
 
 from rdo.models.lora import NOTES, adapter_base, is_adapter, merge_saved, read_notes, save_adapter
-from rdo.models.traits import beside_backbone, check_logits, head_names, head_parameters, without_dropout
+from rdo.models.padding import name_padding
+from rdo.models.traits import beside_backbone, check_rows, choose_head, head_names, head_parameters, without_dropout
 from rdo.runtime.errors import UserError
 from rdo.runtime.files import replace_folder
 from rdo.settings import ModelConfig
@@ -50,7 +51,8 @@ def new_policy(
 def load_policy(path: str | Path, config: ModelConfig) -> transformers.PreTrainedModel:
     """A causal language model from a folder or the hub, without dropout."""
     model = from_pretrained(transformers.AutoModelForCausalLM, path, config)
-    check_logits(without_dropout(model), path)
+    check_rows(without_dropout(model), path, causal=True)
+    choose_head(model, path)
     return model
 
 
@@ -89,7 +91,8 @@ def new_scorer(policy: str | Path, form: str, config: ModelConfig, seed: int) ->
         for parameter in head_parameters(model):
             parameter.zero_()
     model.config.rdo_form = form
-    return without_dropout(model)
+    check_rows(without_dropout(model), policy, causal=False)
+    return model
 
 
 def load_scorer(path: str | Path, config: ModelConfig) -> transformers.PreTrainedModel:
@@ -99,7 +102,8 @@ def load_scorer(path: str | Path, config: ModelConfig) -> transformers.PreTraine
         if model.config.num_labels != 1:
             raise UserError(f"{path}: a reward model has one output, this one has {model.config.num_labels}")
         model.config.rdo_form = "pointwise"
-    return without_dropout(model)
+    check_rows(without_dropout(model), path, causal=False)
+    return model
 
 
 def from_pretrained(
@@ -179,6 +183,7 @@ def save_model(
     for name, weight in (*own.named_parameters(remove_duplicate=False), *own.named_buffers(remove_duplicate=False)):
         if state is not None and name in state:
             weight.data = state[name]
+    tokenizer, said = name_padding(own, tokenizer, adapter=model is not own)
     with replace_folder(folder) as temporary:
         if model is own:
             model.save_pretrained(temporary, max_shard_size=LARGEST_FILE)
@@ -189,3 +194,5 @@ def save_model(
         # Read back, for under ZeRO-3 each process has a part of the base alone.
         how = {"config": copy.deepcopy(own.config), "dtype": own.dtype}
         save_model(load_whole(type(own), folder, "main", **how)[0], tokenizer, folder)
+    elif said:
+        print(f"[saved] {folder}: {said}", flush=True)

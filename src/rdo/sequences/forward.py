@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -11,12 +12,15 @@ import numpy as np
 import torch
 import transformers
 from tqdm import tqdm
+from transformers.modeling_outputs import BaseModelOutput
 
 from rdo.runtime import stopping
 from rdo.runtime.errors import UserError
 from rdo.sequences.attention import KERNELS, kernel_of
 from rdo.sequences.layout import Layout, LayoutName, Padded, TokenIds, make_layout, pack, to_device
 from rdo.sequences.readout import Scalar, Span, combine, in_full_precision, scalar_values, span_log_probabilities
+
+OWN_HEAD = "rdo_own_head"  # a mark on models
 
 
 @dataclass
@@ -65,7 +69,15 @@ def merge(items: Sequence[Reads]) -> Reads:
 
 def hidden_states(model: transformers.PreTrainedModel, layout: Layout) -> torch.Tensor:
     """Last hidden states of a micro-batch, [rows, width], in the order that `layout.index` speaks of."""
-    return forward_pass(model.base_model, model, layout, use_cache=False).last_hidden_state.flatten(0, 1)
+    output = forward_pass(backbone(model), model, layout, use_cache=False)
+    if getattr(output, "last_hidden_state", None) is None:
+        raise UserError(f"{type(model).__name__} does not give its last hidden states: not supported")
+    return output.last_hidden_state.flatten(0, 1)
+
+
+def backbone(model: transformers.PreTrainedModel) -> torch.nn.Module:
+    """What of a model gives its last hidden states; a few (Llama 4) do not have it under the name that they declare."""
+    return model.base_model if model.base_model is not model else getattr(model, "model", model)
 
 
 def forward_pass(module: torch.nn.Module, model: transformers.PreTrainedModel, layout: Layout, **options: Any) -> Any:
@@ -86,8 +98,7 @@ def read(model: transformers.PreTrainedModel, layout: LayoutName, reads: Reads) 
     """What is read off a micro-batch, [values]; an encoder pools by its own rule and is read once a sequence."""
     laid_out = make_layout(layout, reads.sequences)
     if reads.spans:
-        states, head = hidden_states(model, laid_out), model.get_output_embeddings()
-        return span_log_probabilities(states, head, laid_out, reads.spans)
+        return span_log_probabilities(hidden_states(model, laid_out), language_head(model), laid_out, reads.spans)
     if (scalar_head := decoder_head(model)) is not None:
         return scalar_values(hidden_states(model, laid_out), scalar_head, laid_out, reads.scalars)
     if layout == "tree":
@@ -113,6 +124,46 @@ def read_all(
     return results
 
 
+@dataclass
+class Given(BaseModelOutput):
+    """What a backbone gives; of all that it may give besides, nothing."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
+class OwnHead:
+    """All that a causal language model does behind its backbone, be it that it projects, scales or caps: its own
+    forward pass, whose backbone gives the hidden states that are given."""
+
+    def __init__(self, model: transformers.PreTrainedModel):
+        self.model = model
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The output embeddings [ids, width]."""
+        return self.model.get_output_embeddings().weight
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, ids] of last hidden states [rows, width]."""
+        given = Given(last_hidden_state=states[None])
+        ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
+        attributes = vars(backbone(self.model))  # which come before those of its class
+        own = {name: value for name, value in attributes.items() if name == "forward"}
+        attributes["forward"] = lambda *_, **__: given
+        try:
+            return self.model(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            del attributes["forward"]
+            attributes.update(own)
+
+
+def language_head(model: transformers.PreTrainedModel) -> torch.nn.Linear | OwnHead:
+    """What makes logits of last hidden states: the output embeddings, or what `traits.choose_head` found instead."""
+    return OwnHead(model) if getattr(model, OWN_HEAD, False) else model.get_output_embeddings()
+
+
 def decoder_head(model: transformers.PreTrainedModel) -> torch.nn.Linear | None:
     """A scorer's head where it sits on a causal decoder, so that it may be read at any position; else None."""
     head: Any = getattr(model, "score", None)
@@ -124,13 +175,33 @@ def decoder_head(model: transformers.PreTrainedModel) -> torch.nn.Linear | None:
 def check_positions(
     model: transformers.PreTrainedModel, longest: int, remedy: str = "lower dataset.max_length"
 ) -> None:
-    """Raises UserError where a sequence has more tokens than the model has positions for."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and longest > positions:
+    """Raises UserError where a sequence has more tokens than the model takes."""
+    most, reason = longest_sequence(model)
+    if longest > most:
         raise UserError(
-            f"a sequence of {longest} tokens, but {type(model).__name__} takes {positions}; {remedy} (the difference "
-            "model reads the query and both responses, up to twice dataset.max_length)"
+            f"a sequence of {longest} tokens, but {type(model).__name__} takes {most:.0f}{reason}; {remedy} (the "
+            "difference model reads the query and both responses, up to twice dataset.max_length)"
         )
+
+
+def longest_sequence(model: transformers.PreTrainedModel) -> tuple[float, str]:
+    """How many tokens a sequence may have, be it without an end, and why, where that is fewer than its positions.
+
+    RoBERTa and its kin count positions from behind that of padding. Past its first length, longrope turns the positions
+    of a whole micro-batch otherwise, so that a long sequence would change the numbers of a short one.
+    """
+    config = model.config.get_text_config()
+    most, reason = getattr(config, "max_position_embeddings", None) or math.inf, ""
+    most = most if most > 0 else math.inf  # XLNet's are -1
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and (padding := getattr(module, "padding_idx", None)) is not None:
+            return most - padding - 1, f", as it counts positions from {padding + 1}"
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in (rope, *rope.values()):  # one of all layers, or one of each type of layer
+        if isinstance(kind, dict) and kind.get("rope_type") == "longrope":
+            most = min(most, kind["original_max_position_embeddings"])
+            reason = ", because more would change its rope_type=longrope for all sequences of a micro-batch"
+    return most, reason
 
 
 def check_ids(model: transformers.PreTrainedModel, ids: torch.Tensor) -> None:

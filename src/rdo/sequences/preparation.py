@@ -40,7 +40,7 @@ def set_layout(
     """
     prepare_products(model)
     if wanted == "padded":
-        model.set_attn_implementation(model.get_correct_attn_implementation(None))
+        restore_attention(model)
         return "padded"
     dtype = precision if precision in HALF else model.dtype
     reason = why_not_tree(model, "gathered", dtype)
@@ -60,8 +60,7 @@ def why_not_tree(model: transformers.PreTrainedModel, kernel: str, dtype: torch.
     linear attention), look both ways, or ask for soft caps and sinks. So the model itself is asked, on a tiny tree,
     computing in `dtype` as it will.
     """
-    usual = model.get_correct_attn_implementation(None)
-    model.set_attn_implementation(usual)
+    restore_attention(model)
     if not getattr(model, "_supports_attention_backend", False):
         return f"{type(model).__name__} does not use transformers' attention interface"
     ids = [[token % len(input_embeddings(model)) for token in sequence] for sequence in TRIAL]
@@ -77,8 +76,17 @@ def why_not_tree(model: transformers.PreTrainedModel, kernel: str, dtype: torch.
         reason = f"{type(model).__name__} lets tokens see more than their own path"
     except Exception as error:  # whatever the code of an architecture that we do not know may raise
         reason = str(error) if isinstance(error, UserError) else f"{type(model).__name__} fails: {error}"
-    model.set_attn_implementation(usual)
+    restore_attention(model)
     return reason
+
+
+def restore_attention(model: transformers.PreTrainedModel) -> None:
+    """Gives a model that ran in a tree transformers' attention back."""
+    if kernel_of(model) is not None:
+        try:
+            model.set_attn_implementation(model.get_correct_attn_implementation(None))
+        except ValueError:  # a part of it, for images or sound, cannot have what the whole has
+            model.set_attn_implementation("eager")
 
 
 def set_kernel(model: transformers.PreTrainedModel, attention: str, dtype: torch.dtype) -> None:
@@ -93,9 +101,10 @@ def set_kernel(model: transformers.PreTrainedModel, attention: str, dtype: torch
 
 
 def head_width(model: transformers.PreTrainedModel) -> int:
-    """The width of an attention head, as the config has it."""
+    """The width of the widest attention head: layers may differ."""
     config = model.config.get_text_config()
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    widths = [module.head_dim for module in model.modules() if isinstance(getattr(module, "head_dim", None), int)]
+    return max(widths, default=config.hidden_size // config.num_attention_heads)  # type: ignore[type-var, return-value]
 
 
 def described_layout(model: transformers.PreTrainedModel, layout: LayoutName) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,15 @@ from rdo.sequences.layout import Layout, tensor_on, to_device
 
 # Logits that may exist at once, in elements: 64 Mi of float32 are 256 MiB.
 LOGITS_BUDGET = 64 * 2**20
+
+
+class Head(Protocol):
+    """What makes logits [rows, ids] of last hidden states [rows, width], by the embeddings `weight` [ids, width]."""
+
+    @property
+    def weight(self) -> torch.Tensor: ...
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class Scalar:
 
 def span_log_probabilities(
     hidden: torch.Tensor,
-    head: torch.nn.Linear,
+    head: Head,
     layout: Layout,
     spans: Sequence[Span],
     logits_budget: int = LOGITS_BUDGET,
@@ -67,7 +76,7 @@ def span_log_probabilities(
 
 
 def token_log_probabilities(
-    hidden: torch.Tensor, head: torch.nn.Linear, target: torch.Tensor, logits_budget: int = LOGITS_BUDGET
+    hidden: torch.Tensor, head: Head, target: torch.Tensor, logits_budget: int = LOGITS_BUDGET
 ) -> torch.Tensor:
     """log softmax(head(hidden))[target] for hidden [tokens, width] and target [tokens]."""
 
