@@ -28,7 +28,7 @@ from rdo.stages.run import Run, select
 from rdo.stages.score import read_scores, scores
 from rdo.stages.scorer import STAGE_OF, check_labels
 from rdo.stages.sft import base_policy
-from rdo.stages.supervision import RANKING_SCORER, count_samples, own_scores, supervision, weigh
+from rdo.stages.supervision import RANKING_SCORER, Supervision, count_samples, own_scores, supervision, weigh
 from rdo.stages.training import train_and_save, validation_selection, validation_settings
 from rdo.tracking import METRICS
 from rdo.training.alignment import AlignmentRecord, AlignmentTask, Mismatched, Pair, Sample
