@@ -165,12 +165,13 @@ def test_imitation_is_of_desirable_responses() -> None:
     assert [to_imitate(record, "chosen") for record in (SEVERAL, bad)] == [(1, 2), ()]
     assert [to_imitate(record, "all") for record in (SEVERAL, bad)] == [(0, 1, 2), (0,)]
     run = data_run(bad, SEVERAL, PAIR)
-    places, ids, responses = demonstrations(run, "train")
+    places, ids, responses = demonstrations(run, "train", run.config.sft)
     assert dict(zip(ids, responses, strict=True)) == {"several": (1, 2), "pair": (1,)}
     assert [run.records("train")[n].id for n in places] == ids
     with pytest.raises(UserError, match=r"sft\.responses=chosen .*has none in its split train: set sft\.responses=all"):
-        demonstrations(data_run(bad), "train")
-    assert len(demonstrations(data_run(bad, sft=SftConfig(responses="all")), "train")[0]) == 1
+        demonstrations(data_run(bad), "train", run.config.sft)
+    everything = SftConfig(responses="all")
+    assert len(demonstrations(data_run(bad, sft=everything), "train", everything)[0]) == 1
 
 
 # A whole run
