@@ -24,16 +24,15 @@ def name_padding(
     if not hasattr(model.config, "rdo_form") or decoder_head(model) is None:
         return tokenizer, ""
     tokenizer, config = copy.deepcopy(tokenizer), model.config.get_text_config()
-    token, before = find_padding(tokenizer, model), config.pad_token_id
+    token, before = find_padding(tokenizer, model), getattr(config, "pad_token_id", None)
     if token is None:
         tokenizer.pad_token = None
     else:
         tokenizer.add_special_tokens({"pad_token": token})
     config.pad_token_id = tokenizer.pad_token_id
     said = [] if token else ["one text at a time"]
-    said += [f"by from_pretrained(..., pad_token_id={config.pad_token_id})"] * (
-        adapter and config.pad_token_id != before
-    )
+    if adapter and config.pad_token_id != before:
+        said.append(f"by from_pretrained(..., pad_token_id={config.pad_token_id})")
     return tokenizer, "transformers alone scores " + ", ".join(said) if said else ""
 
 

@@ -107,17 +107,23 @@ def choose_head(model: transformers.PreTrainedModel, path: str | Path) -> None:
     with torch.no_grad():
         states = hidden_states(model, Padded(ids))
         wanted = forward_pass(model, model, Padded(ids), use_cache=False).logits[0]
-        plain = alone is not None and close(alone(states), wanted, 1e-4)
-        with suppress(Exception):  # whatever the code of an architecture that we do not know may raise
-            found = own(states.flip(0)).flip(0)  # so that tokens which see each other show
-            if close(found, wanted, 1e-2 if model.dtype in HALF else 1e-4):
-                large = 100 * states  # at which any cap shows
-                setattr(model, OWN_HEAD, not close(alone(large), own(large), 1e-4))
-                return
+        plain = makes(alone, states, wanted, 1e-4)
+        # Turned round, so that tokens which see each other show.
+        if makes(own, states.flip(0), wanted.flip(0), 1e-2 if model.dtype in HALF else 1e-4):
+            large = 100 * states  # at which any cap shows
+            setattr(model, OWN_HEAD, not makes(alone, large, own(large), 1e-4))
+            return
     if plain:
         return
     name = type(model).__name__
     raise UserError(f"{path}: the logits of {name} are no function of its last hidden states: not supported")
+
+
+def makes(head: Any, states: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> bool:
+    """Whether a head makes these logits of these hidden states."""
+    with suppress(Exception):  # whatever the code of an architecture that we do not know may raise
+        return close(head(states), wanted, tolerance)
+    return False
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> bool:
