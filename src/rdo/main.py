@@ -165,6 +165,7 @@ def prepare_process(config: EngineConfig) -> None:
     if not gc.isenabled():  # see train.py
         gc.freeze()
         gc.enable()
+    gc.collect()  # the models of a sweep's point before, which hold themselves
 
 
 def refuse(error: Exception) -> NoReturn:

@@ -98,10 +98,9 @@ def effects(policies: Sequence[Row], judge: str) -> Iterator[str]:
         f"(over {f'{seeds} seeds' if seeds > 1 else 'the prompts of one seed'})."
     )
     row, base, change = max(found, key=lambda entry: entry[2].value)
-    yield (
-        f"Largest difference: {row.name} over {base.name}, {interval(change, signed=True)} ({change.verdict}), "
-        f"at KL {interval(row.number('kl'))} against {interval(base.number('kl'))} nats."
-    )
+    kl, other = row.number("kl"), base.number("kl")  # which nothing but samples at temperature 1 tells
+    at_kl = f", at KL {interval(kl)} against {interval(other)} nats" if kl and other else ""
+    yield f"Largest difference: {row.name} over {base.name}, {interval(change, signed=True)} ({change.verdict}){at_kl}."
 
 
 def equal_kl(policies: Sequence[Row], judge: str) -> Iterator[str]:
