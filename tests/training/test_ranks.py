@@ -172,7 +172,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.parametrize(
     ("rank", "what", "said"),
     [
-        (0, "raise UserError('I have had enough')", "error: I have had enough"),
         (1, "raise OSError(28, 'No space left', 'x')", "error: process 1: OSError: [Errno 28] No space left: 'x'"),
         (1, "os._exit(7)", "exitcode  : 7"),  # as torchrun has it
     ],

@@ -73,7 +73,7 @@ def generate_batch(
     check_ids(model, ids)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
     with torch.no_grad(), no_generation_defaults(model):
-        output = model.generate(  # type: ignore[operator]
+        output = model.generate(
             input_ids=to_device(ids, model.device),
             attention_mask=to_device(mask, model.device),
             max_new_tokens=config.max_new_tokens,

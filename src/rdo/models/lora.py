@@ -81,7 +81,7 @@ def choose_trained(model: transformers.PreTrainedModel, config: ModelConfig, see
     own = own_modules(model)
     settings = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number
+        lora_alpha=lora.alpha,  # any number
         lora_dropout=0.0,
         target_modules="all-linear" if lora.target_modules == ["all-linear"] else list(lora.target_modules),
         modules_to_save=own or None,

@@ -104,7 +104,7 @@ def head_width(model: transformers.PreTrainedModel) -> int:
     """The width of the widest attention head: layers may differ."""
     config = model.config.get_text_config()
     widths = [module.head_dim for module in model.modules() if isinstance(getattr(module, "head_dim", None), int)]
-    return max(widths, default=config.hidden_size // config.num_attention_heads)  # type: ignore[type-var, return-value]
+    return max(widths, default=config.hidden_size // config.num_attention_heads)
 
 
 def described_layout(model: transformers.PreTrainedModel, layout: LayoutName) -> str:

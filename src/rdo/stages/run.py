@@ -190,12 +190,12 @@ class Run:
     ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
         tokenizer = load_tokenizer(model_path(artifact), self.config.model)
         if not trained and self.precision() != torch.float32:
-            model = model.to(self.precision())  # type: ignore[arg-type]
+            model = model.to(self.precision())
         return self.on_device(model), tokenizer
 
     def on_device(self, model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
         """The model, moved to the run's device."""
-        return model.to(self.device())  # type: ignore[arg-type]
+        return model.to(self.device())
 
     def reader(self, model: transformers.PreTrainedModel) -> Callable[[tqdm, Sequence[Reads]], list[list[float]]]:
         """`forward.read_all` with the model, in the layout that it can run, as the config has it."""
