@@ -20,8 +20,9 @@ real: .venv/installed-real
 	$(BIN)/python launch/smollm2.py $(SMOLLM2)
 	$(BIN)/python train.py experiment=real model.path=$(SMOLLM2) dataset.path=$(DATA) dataset.name=$(notdir $(basename $(DATA)))
 
+# One thread each: those of the workers would wait for each other.
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 15
 
 quick: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow"

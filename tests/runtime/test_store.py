@@ -138,7 +138,7 @@ def test_of_two_runs_that_want_one_folder_the_second_waits_and_finds_the_result(
     (folder,) = (tmp_path / "rm").iterdir()
     assert len(read_json_lines(folder / "made.jsonl")) == 1
     assert is_finished(folder)
-    assert capfd.readouterr().out.count(f"{folder} is being made by another run; waiting for it\n") == 1
+    assert capfd.readouterr().out.count(f"{folder} is being made by another run; waiting for it") == 1
 
 
 @pytest.mark.parametrize(
